@@ -130,12 +130,17 @@ class _Record:
 
     @property
     def status(self) -> str:
-        """done, failed, interrupted (its last session ended without a verdict) or running."""
+        """done, failed, running (its session has not yet reported) or unfinished (still running, or stopped: the
+        session's last sign of life, ``ended``, does not tell)."""
         if self.failure is not None:
             return "failed"
         if self.done:
             return "done"
-        return "interrupted" if self.sessions and self.sessions[-1].get("ended") else "running"
+        return "unfinished" if self.sessions and self.sessions[-1].get("ended") else "running"
+
+    def seconds(self, kind: str = "seconds") -> float:
+        """Seconds of all sessions together; ``loop_seconds`` counts only from the first step to the last."""
+        return sum(float(s.get(kind) or 0) for s in self.sessions)
 
     def artifact_file(self, artifact: dict[str, Any]) -> Path | None:
         """The artifact's file, if it exists and lies inside the artifacts folder."""
@@ -234,14 +239,15 @@ def thin(steps: np.ndarray, values: np.ndarray, limit: int = POINTS) -> tuple[np
 
 
 def smooth(values: np.ndarray) -> tuple[np.ndarray, int]:
-    """Centred moving mean over about a fiftieth of the curve, and its width; the window shrinks towards both ends,
-    so the first and the last value stay as they are. Values must be finite."""
+    """Centred moving mean over about a fiftieth of the curve, and its width. The window shrinks symmetrically at the
+    start, so a steep beginning stays where it is; at the end only its right half is missing. Values must be finite."""
     n = len(values)
     half = max(1, n // 100)
     position = np.arange(n)
-    reach = np.minimum(half, np.minimum(position, n - 1 - position))
+    first = position - np.minimum(half, position)
+    last = np.minimum(2 * position - first, n - 1)
     total = np.concatenate([[0.0], np.cumsum(values - values.mean())])
-    return (total[position + reach + 1] - total[position - reach]) / (2 * reach + 1) + values.mean(), 2 * half + 1
+    return (total[last + 1] - total[first]) / (last + 1 - first) + values.mean(), 2 * half + 1
 
 
 @dataclass(frozen=True)
@@ -288,15 +294,16 @@ def value_axis(name: str, values: np.ndarray) -> Axis:
     return Axis(bottom, high + room)
 
 
+_HELD_OUT = re.compile(r"^(test|val|eval)|_(test|valid|val|eval)$")
 _SPLITS = re.compile(r"^(train|training|test|valid|validation|val|eval|evaluation)_|_(train|test|valid|val|eval)$")
 
 
 def _groups(series: Iterable[Series]) -> list[list[Series]]:
-    """Series that share a chart: the same number on different splits (``loss`` with ``test_loss``)."""
+    """Series that share a chart: the same number on different splits (``loss`` with ``test_loss``), training first."""
     groups: dict[str, list[Series]] = {}
     for one in series:
         groups.setdefault(_SPLITS.sub("", one.name), []).append(one)
-    return list(groups.values())
+    return [sorted(group, key=lambda one: bool(_HELD_OUT.search(one.name))) for group in groups.values()]
 
 
 def chart(group: Sequence[Series]) -> str:
@@ -320,24 +327,23 @@ def chart(group: Sequence[Series]) -> str:
             continue
         noisy = len(one.steps) >= SMOOTH_FROM
         raw = _path(across, up, *thin(one.steps, one.values))
-        title = ""
+        end, title = _number(one.values[-1]), "last value"
         if noisy:
             mean, width = smooth(one.values)
-            title = f"thin line: every value; thick line: moving mean over {width} values"
+            end, title = _number(mean[-1]), f"moving mean over {width} values, drawn thick over the values themselves"
             drawn.insert(0, f'<path class="raw s{i % 4}" d="{raw}"/>')
             drawn.append(f'<path class="line s{i % 4}" d="{_path(across, up, *thin(one.steps, mean, 300))}"/>')
         else:
             drawn.append(f'<path class="line s{i % 4}" d="{raw}"/>')
             if len(one.steps) <= 40:
                 drawn.append(f'<path class="dots s{i % 4}" d="{_dots(across, up, one.steps, one.values)}"/>')
-        end = _number(one.values[-1])
         keys.append(
             f'<span class="key s{i % 4}" title="{_e(title)}"><b>{_e(_words(one.name))}</b> '
             f'<output data-end="{end}">{end}</output></span>'
         )
         said.append(
-            f"{_words(one.name)}: {_number(one.values[0])} at step {_number(one.steps[0])}, {end} at step "
-            f"{_number(one.steps[-1])}, lowest {_number(one.values.min())}, highest {_number(one.values.max())}"
+            f"{_words(one.name)}: {_number(one.values[0])} at step {_number(one.steps[0])}, "
+            f"{_number(one.values[-1])} at step {_number(one.steps[-1])}, lowest {_number(one.values.min())}, highest {_number(one.values.max())}"
         )
     heights = [(value, 1000 * (1 - float(up.place(value)))) for value in up.ticks(4)]
     places = [(value, 1000 * float(across.place(value))) for value in across.ticks(4) if value == int(value)]
@@ -433,7 +439,9 @@ def _duration(seconds: float) -> str:
 
 def _moment(iso: Any) -> str:
     try:
-        return datetime.fromisoformat(str(iso)).strftime("%-d %B %Y, %H:%M")
+        moment = datetime.fromisoformat(str(iso))
+        zone = moment.strftime(" %Z") if moment.tzinfo else ""
+        return f"{moment.day} {moment:%B %Y, %H:%M}{zone}"
     except ValueError:
         return str(iso or "")
 
@@ -451,15 +459,19 @@ def _value(value: Any) -> str:
     return str(value)
 
 
-_INLINE = re.compile(r"``?(?P<code>[^`\n]+)``?|arXiv:(?P<arxiv>\d{4}\.\d{4,5}|[a-z-]+/\d{7})")
+_INLINE = re.compile(
+    r"``?(?P<code>[^`\n]+)``?|arXiv:(?P<arxiv>\d{4}\.\d{4,5}|[a-z-]+/\d{7})|(?<![\w*])\*(?P<stress>[^\s*][^*\n]*?)\*(?![\w*])"
+)
 
 
 def _inline(text: str) -> str:
-    """Escape, then set `code` and link arXiv identifiers."""
+    """Escape, then set `code` and *stress* and link arXiv identifiers."""
 
     def mark(found: re.Match[str]) -> str:
         if found["code"]:
             return f"<code>{found['code']}</code>"
+        if found["stress"]:
+            return f"<em>{found['stress']}</em>"
         return f'<a href="https://arxiv.org/abs/{found["arxiv"]}">arXiv:{found["arxiv"]}</a>'
 
     return _INLINE.sub(mark, _e(text))
@@ -512,7 +524,7 @@ def _page(record: _Record, contract: Contract) -> str:
     )
     sections = [
         ("headline", "Result", _headline(record, contract)),
-        ("curves", "Curves", _curves(record)),
+        ("curves", "Curves", _curves(record, contract)),
         ("pictures", "Pictures", _pictures(record)),
         ("run", "What was run", _what_was_run(record)),
         ("config", "Settings", _settings(record, contract)),
@@ -544,26 +556,29 @@ def _asset(name: str) -> str:
 
 def _header(record: _Record, contract: Contract) -> str:
     status = record.status
-    mark = {"done": "✓", "failed": "✕", "running": "●", "interrupted": "‖"}[status]
+    mark = {"done": "✓", "failed": "✕", "running": "●", "unfinished": "◐"}[status]
     facts = [f"preset {record.described['preset']}"] if record.described.get("preset") else []
     if record.described.get("seed") is not None:
         facts.append(f"seed {record.described['seed']}")
     started = record.environment.get("started")
     facts += [_moment(started)] if started else []
-    seconds = sum(float(s.get("seconds") or 0) for s in record.sessions)
-    facts += [_duration(seconds)] if seconds else []
+    facts += [_duration(record.seconds())] if record.seconds() else []
     failure = ""
     if record.failure is not None:
         reason = record.failure.strip() or "no reason was recorded"
-        failure = f'<div class="failure"><h2>Why it failed</h2><pre>{_e(_cut(reason))}</pre></div>'
+        first, _, rest = reason.partition("\n")
+        more = f"<details><summary>Traceback</summary><pre>{_e(rest.strip())}</pre></details>" if rest.strip() else ""
+        failure = f'<div class="failure"><h2>Why it failed</h2><p>{_e(first)}</p>{more}</div>'
     progress = ""
     total = record.config.get("steps")
-    if status in ("running", "interrupted") and _is_number(total) and total:
+    if status in ("running", "unfinished") and _is_number(total) and total:
         share = min(1.0, record.last_step / total)
+        ended = record.sessions[-1].get("ended") if record.sessions else None
+        heard = f", last heard of {_moment(ended)}" if ended else ""
         progress = (
             f'<div class="progress" role="img" aria-label="{share:.0%} of the steps done">'
             f'<i style="width:{100 * share:.2f}%"></i></div>'
-            f'<p class="facts">step {_number(record.last_step)} of {_number(total)}</p>'
+            f'<p class="facts">step {_number(record.last_step)} of {_number(total)}{_e(heard)}</p>'
         )
     return (
         f'<header><p class="method"><span>{_e(record.method)}</span>'
@@ -580,8 +595,8 @@ def _headline(record: _Record, contract: Contract) -> str:
         result = {name: float(one.values[-1]) for name, one in latest if len(one.values)}
         when = f"latest, up to step {_number(record.last_step)}"
     if not result:
-        waiting = {"running": "Nothing has been logged yet.", "interrupted": "Nothing was logged before it stopped."}
-        return f'<p class="empty">{waiting.get(record.status, "The run left no metric.")}</p>'
+        yet = record.status in ("running", "unfinished")
+        return f'<p class="empty">{"Nothing has been logged yet." if yet else "The run left no metric."}</p>'
     shown: list[str] = []
     out: list[str] = []
     for bar in _bars(record, contract, result):
@@ -648,23 +663,26 @@ def _gauge(record: _Record, contract: Contract, bar: dict[str, Any], value: floa
     dot = f'<i class="here" style="{left(value)}"></i>' if math.isfinite(value) else ""
     sign = "≤" if lower else "≥"
     keys = [f'<span><i class="here"></i>this run {_number(value)}</span>']
-    keys.append(f'<span><i class="bar"></i>bar {sign} {_number(limit)}</span>')
+    keys.append(f'<span><i class="bar"></i>bar {sign} {limit:.6g}</span>')
     if seeds:
-        keys.append(f'<span><i class="seed"></i>evidence card, {len(seeds)} seeds</span>')
+        keys.append(f'<span><i class="seed"></i>evidence card, {len(seeds)} seed{"s" if len(seeds) > 1 else ""}</span>')
     if bar.get("published"):
         keys.append(f'<span><i class="published"></i>published {_inline(str(bar["published"]))}</span>')
     if not bar["applies"]:
-        preset = bar.get("preset") or "other settings"
+        preset = bar.get("preset")
         verdict = (
-            f'<p class="note">The bar was set for <code>{_e(preset)}</code>; this run used other settings, '
+            f'<p class="note">The bar was set for the preset <code>{_e(preset)}</code>; this run used other settings, '
             "so it is drawn for orientation only.</p>"
         )
     elif record.status != "done":
         verdict = '<p class="note">The run has not ended: no verdict yet.</p>' if record.status != "failed" else ""
     else:
-        verdict = (
-            '<p class="verdict pass">✓ clears the bar</p>' if passes else '<p class="verdict miss">✕ misses the bar</p>'
-        )
+        allowed, took = bar.get("within_seconds"), record.seconds("loop_seconds") or record.seconds()
+        words = "clears the bar" if passes else "misses the bar"
+        if allowed and took:
+            words += f", in {_duration(took)} of the {_duration(float(allowed))} allowed"
+            passes = passes and took <= float(allowed)
+        verdict = f'<p class="verdict {"pass" if passes else "miss"}">{"✓" if passes else "✕"} {words}</p>'
     ticks = axis.ticks(5)
     scale = "".join(f'<span style="{left(t)}">{_tick(t)}</span>' for t in ticks)
     said = f"{_words(bar['metric'])} {_number(value)}, bar {_number(limit)}, {bar.get('better', 'higher')} is better"
@@ -699,19 +717,20 @@ def _card_values(card: dict[str, Any] | None, bar: dict[str, Any]) -> list[float
     return []
 
 
-def _curves(record: _Record) -> str:
-    groups = _groups(record.series)
+def _curves(record: _Record, contract: Contract) -> str:
+    wanted = {*record.result, *(bar.get("metric") for bar in contract.bars)}
+    groups = sorted(_groups(record.series), key=lambda group: wanted.isdisjoint(one.name for one in group))
     if not groups:
         return '<p class="empty">No metric has been logged.</p>'
     charts = [chart(group) for group in groups]
     first, rest = charts[:12], charts[12:]
-    few = " few" if len(charts) <= 2 else ""
+    few = " few" if len(charts) in (1, 2, 4) else ""
     out = f'<div class="charts{few}">{"".join(first)}</div>'
     if rest:
         out += f'<details><summary>{len(rest)} more curves</summary><div class="charts">{"".join(rest)}</div></details>'
     smoothed = any(len(s.steps) >= SMOOTH_FROM for s in record.series)
-    note = "Thin lines are the logged values, thick lines a moving mean. " if smoothed else ""
-    return out + f'<p class="note">{note}Horizontal axis: steps.</p>'
+    note = "Thin: every value logged. Thick, and the number beside the name: its moving mean." if smoothed else ""
+    return out + f'<p class="note">Over steps. {note}</p>'
 
 
 def _pictures(record: _Record) -> str:
@@ -900,15 +919,15 @@ def _facts(rows: _Rows) -> str:
 
 def _what_was_run(record: _Record) -> str:
     described, environment, sessions = record.described, record.environment, record.sessions
+    whole, loop = record.seconds(), record.seconds("loop_seconds") or record.seconds()
     out = f'<pre class="command">{_e(described["command"])}</pre>' if described.get("command") else ""
-    seconds = sum(float(s.get("seconds") or 0) for s in sessions)
     steps = sum(int(s.get("to_step") or 0) - int(s.get("from_step") or 0) for s in sessions)
     memory = max((float(s.get("peak_memory_mb") or 0) for s in sessions), default=0.0)
     rows: _Rows = [("seed", _e(described["seed"]))] if described.get("seed") is not None else []
     rows += [("started", _e(_moment(environment.get("started"))))]
-    if seconds:
-        rate = f", {_number(float(f'{steps / seconds:.3g}'))} steps a second" if steps > 0 else ""
-        rows.append(("time", f"{_duration(seconds)} for {_number(steps)} steps{rate}"))
+    if whole:
+        rate = f", {_number(float(f'{steps / loop:.3g}'))} a second" if steps > 0 else ""
+        rows.append(("time", f"{_duration(whole)}; {_number(steps)} steps{rate}"))
     if memory:
         rows.append(("peak memory", f"{_number(round(memory))} MB"))
     last = sessions[-1] if sessions else {}
@@ -972,18 +991,29 @@ def _contract(record: _Record, contract: Contract) -> str:
     if contract.docs:
         parts.append(f"<details><summary>More from the docstring</summary>{_prose(contract.docs)}</details>")
     if contract.card:
-        parts.append(f"<h3>Evidence card</h3>{_card(contract.card)}")
+        parts.append(f"<h3>Evidence</h3>{_evidence(contract.card)}")
     return "".join(parts) or f"<p><code>etude info {_e(record.method)}</code> prints its contract.</p>"
 
 
-def _card(card: dict[str, Any]) -> str:
-    flat = {k: v for k, v in card.items() if not isinstance(v, (dict, list))}
-    out = _facts([(_words(k), _e(_number(v) if _is_number(v) else _value(v))) for k, v in flat.items()])
-    for name, value in card.items():
-        if name == "experiments" and isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
-            kept = [{k: v for k, v in row.items() if not isinstance(v, dict)} for row in value]
-            out += _table(kept) or ""
-    return out
+def _evidence(card: dict[str, Any]) -> str:
+    """The card that `etude verify` wrote: each experiment with its seeds held against its bar."""
+    written = _moment(card.get("written")) if card.get("written") else ""
+    facts = [str(card.get("badge") or ""), written, f"commit {card['commit']}" if card.get("commit") else ""]
+    rows = []
+    for one in map(_dict, _list(card.get("experiments"))):
+        values = [_number(v) if _is_number(v) else "failed" for v in _list(one.get("values"))]
+        seconds = [float(v) for v in _list(one.get("seconds")) if _is_number(v)]
+        sign = "≤" if one.get("better") == "lower" else "≥"
+        spread = f" ± {_number(one['spread'])}" if _is_number(one.get("spread")) and len(values) > 1 else ""
+        mean = f"{_number(one['mean'])}{spread}" if _is_number(one.get("mean")) else ""
+        bar = f"{sign} {one['bar']:.6g}" if _is_number(one.get("bar")) else ""
+        passed = {True: "✓ clears", False: "✕ misses"}.get(one.get("passed"), "")  # type: ignore[arg-type]
+        slowest = _duration(max(seconds)) if seconds else ""
+        name = f"{one.get('name') or ''}: {_words(str(one.get('metric') or ''))}"
+        rows.append([name, ", ".join(values), mean, bar, passed, one.get("published") or "", slowest])
+    head = ["experiment", "each seed", "mean", "bar", "", "published", "time"]
+    table = _html_table(head, rows) if rows else ""
+    return f'<p class="note">{_e(" · ".join(filter(None, facts)))}</p>{table}'
 
 
 def _next(record: _Record, contract: Contract) -> str:
