@@ -38,7 +38,7 @@ ANIMATION_BYTES = 3_000_000  # larger animations are shown by their first frame
 TEXT_CHARACTERS = 4000  # longer texts are cut, with a note
 TABLE_ROWS = 200
 
-_Rows = list[tuple[str, str]]
+_Facts = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -343,7 +343,8 @@ def chart(group: Sequence[Series]) -> str:
         )
         said.append(
             f"{_words(one.name)}: {_number(one.values[0])} at step {_number(one.steps[0])}, "
-            f"{_number(one.values[-1])} at step {_number(one.steps[-1])}, lowest {_number(one.values.min())}, highest {_number(one.values.max())}"
+            f"{_number(one.values[-1])} at step {_number(one.steps[-1])}, lowest {_number(one.values.min())}, "
+            f"highest {_number(one.values.max())}"
         )
     heights = [(value, 1000 * (1 - float(up.place(value)))) for value in up.ticks(4)]
     places = [(value, 1000 * float(across.place(value))) for value in across.ticks(4) if value == int(value)]
@@ -459,6 +460,14 @@ def _value(value: Any) -> str:
     return str(value)
 
 
+def _quantity(name: str, value: Any) -> str:
+    """``memory_gb`` and 24 as "memory 24 GB"."""
+    stem, _, unit = name.rpartition("_")
+    if stem and unit in ("gb", "mb"):
+        return f"{_words(stem)} {_value(value)} {unit.upper()}"
+    return f"{_words(name)} {_value(value)}"
+
+
 _INLINE = re.compile(
     r"``?(?P<code>[^`\n]+)``?|arXiv:(?P<arxiv>\d{4}\.\d{4,5}|[a-z-]+/\d{7})|(?<![\w*])\*(?P<stress>[^\s*][^*\n]*?)\*(?![\w*])"
 )
@@ -522,10 +531,11 @@ def _page(record: _Record, contract: Contract) -> str:
         "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
         f"script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
     )
+    pictures = any(a.get("kind", "image") in ("image", "animation") for a in record.artifacts)
     sections = [
         ("headline", "Result", _headline(record, contract)),
         ("curves", "Curves", _curves(record, contract)),
-        ("pictures", "Pictures", _pictures(record)),
+        ("pictures", "Pictures" if pictures or not record.artifacts else "Samples", _pictures(record)),
         ("run", "What was run", _what_was_run(record)),
         ("config", "Settings", _settings(record, contract)),
         ("contract", "The method", _contract(record, contract)),
@@ -733,6 +743,13 @@ def _curves(record: _Record, contract: Contract) -> str:
     return out + f'<p class="note">Over steps. {note}</p>'
 
 
+class _Tile(NamedTuple):
+    """One thing to show: its HTML, and its height as a multiple of a column's width (None: it takes both columns)."""
+
+    html: str
+    tall: float | None = None
+
+
 def _pictures(record: _Record) -> str:
     groups: dict[str, list[dict[str, Any]]] = {}
     for artifact in record.artifacts:
@@ -740,37 +757,62 @@ def _pictures(record: _Record) -> str:
             record.unreadable.append(f"artifacts/{artifact['file']}")
         else:
             groups.setdefault(str(artifact.get("name") or artifact["file"]), []).append(artifact)
-    if not groups:
-        return '<p class="empty">No picture has been drawn.</p>'
-    shown = []
+    tiles = []
     for name, group in groups.items():
         kind = group[-1].get("kind", "image")
         if kind in ("image", "animation"):
-            shown.append(_strip(record, name, group) if len(group) > 1 else _picture(record, name, group[0]))
+            tiles.append(_strip(record, name, group) if len(group) > 1 else _picture(record, name, group[0]))
         elif kind == "text":
-            shown.append(_texts(record, name, group))
+            tiles.append(_texts(record, name, group))
         else:
-            shown.append(_tables(record, name, group))
-    return f'<div class="pictures">{"".join(shown)}</div>'
+            tiles.append(_data(record, name, group))
+    return _in_columns(tiles) if tiles else '<p class="empty">No picture has been drawn.</p>'
 
 
-def _picture(record: _Record, name: str, artifact: dict[str, Any]) -> str:
-    tag, shape = _image(record, artifact)
-    return f'<figure class="picture {shape}">{tag}<figcaption>{_caption(name, artifact)}</figcaption></figure>'
+def _in_columns(tiles: list[_Tile]) -> str:
+    """Tiles in order: each narrow one goes into the shorter of two columns, each wide one across both."""
+    out: list[str] = []
+    columns: list[list[_Tile]] = [[], []]
+
+    def flush() -> None:
+        if columns[0]:
+            parts = "".join(f"<div>{''.join(tile.html for tile in column)}</div>" for column in columns if column)
+            out.append(f'<div class="pair">{parts}</div>')
+        columns[:] = [[], []]
+
+    for tile in tiles:
+        if tile.tall is None:
+            flush()
+            out.append(tile.html)
+        else:
+            min(columns, key=lambda column: sum((other.tall or 0) + 0.2 for other in column)).append(tile)
+    flush()
+    return f'<div class="pictures">{"".join(out)}</div>'
 
 
-def _strip(record: _Record, name: str, group: list[dict[str, Any]]) -> str:
+def _picture(record: _Record, name: str, artifact: dict[str, Any]) -> _Tile:
+    tag, shape, tall = _image(record, artifact)
+    html = f'<figure class="picture {shape}">{tag}<figcaption>{_caption(name, artifact)}</figcaption></figure>'
+    return _Tile(html, None if shape == "wide" else tall)
+
+
+def _strip(record: _Record, name: str, group: list[dict[str, Any]]) -> _Tile:
     """The same picture at several steps: the last one large, all of them small in order."""
-    frames = group
-    if len(group) > FRAMES:
-        frames = [group[round(i * (len(group) - 1) / (FRAMES - 1))] for i in range(FRAMES)]
-    large, shape = _image(record, group[-1])
+    frames = _some(group, FRAMES)
+    large, shape, _ = _image(record, group[-1])
     small = "".join(f"<li>{_image(record, frame)[0]}<span>{_step(frame)}</span></li>" for frame in frames)
-    note = f" {FRAMES} of {len(group)} frames; the others are in the artifacts folder." if frames is not group else ""
-    return (
-        f'<figure class="picture strip {shape}"><div class="stage">{large}</div>'
-        f'<figcaption>{_caption(name, group[-1])}{note}</figcaption><ol class="frames">{small}</ol></figure>'
+    more = f" {FRAMES} of {len(group)} frames; the others are in the artifacts folder." if len(group) > FRAMES else ""
+    return _Tile(
+        f'<figure class="picture strip {shape}"><div class="stage">{large}'
+        f'<figcaption>{_caption(name, group[-1])}{more}</figcaption></div><ol class="frames">{small}</ol></figure>'
     )
+
+
+def _some(items: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """At most ``count`` of these, evenly spread, with the first and the last."""
+    if len(items) <= count:
+        return items
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
 def _step(artifact: dict[str, Any]) -> str:
@@ -783,23 +825,26 @@ def _caption(name: str, artifact: dict[str, Any]) -> str:
     return " ".join(filter(None, parts))
 
 
-def _image(record: _Record, artifact: dict[str, Any]) -> tuple[str, str]:
-    """An <img> with the picture inside it, and its shape: tiny (shown enlarged, with sharp pixels), wide, or plain."""
+def _image(record: _Record, artifact: dict[str, Any]) -> tuple[str, str, float]:
+    """An <img> with the picture inside it, its shape (tiny: shown enlarged, with sharp pixels; wide; or plain), and its
+    height as a multiple of the column's width."""
     path = record.artifact_file(artifact)
     assert path is not None
     data, mime = _encode(path)
     width, height = _size(data)
     said = (_words(str(artifact.get("name") or path.name)), _step(artifact), str(artifact.get("caption") or ""))
     alt = _e(", ".join(filter(None, said)))
-    shape, style = "", ""
+    shape, style, tall = "", "", 1.0
     if width and height:
-        shape = "wide" if width > 1.7 * height and width > 480 else ""
+        tall = height / width
+        shape = "wide" if tall < 0.6 and width > 480 else ""
         if max(width, height) <= 400:
-            times = max(1, 480 // max(width, height))
-            shape, style = "tiny", f' style="width:{width * times}px"'
+            shown = width * max(1, 430 // max(width, height))
+            shape, style, tall = "tiny", f' style="width:{shown}px"', tall * shown / 430
     source = f"data:{mime};base64,{base64.b64encode(data).decode()}"
     size = f' width="{width}" height="{height}"' if width else ""
-    return f'<img src="{source}" alt="{alt}"{size}{style}>', shape
+    sharp = ' class="sharp"' if 0 < max(width, height) <= 96 else ""
+    return f'<img src="{source}" alt="{alt}"{size}{style}{sharp}>', shape, tall
 
 
 def _encode(path: Path) -> tuple[bytes, str]:
@@ -842,41 +887,51 @@ def _cut(text: str, limit: int = TEXT_CHARACTERS) -> str:
     return text if left <= 0 else f"{text[:limit].rstrip()} … ({left:,} more characters in the file)"
 
 
-def _texts(record: _Record, name: str, group: list[dict[str, Any]]) -> str:
-    def read(artifact: dict[str, Any], limit: int) -> str:
+def _texts(record: _Record, name: str, group: list[dict[str, Any]]) -> _Tile:
+    """A text, set as a quotation; with several steps the last one in full, up to four before it by their openings."""
+
+    def read(artifact: dict[str, Any]) -> str:
         path = record.artifact_file(artifact)
         assert path is not None
-        return _e(_cut(path.read_text(encoding="utf-8", errors="replace").strip("\n"), limit))
+        return path.read_text(encoding="utf-8", errors="replace").strip("\n")
 
-    earlier = ""
-    if len(group) > 1:
-        before = group[:-1]
-        if len(before) > 4:
-            before = [before[round(i * (len(before) - 1) / 3)] for i in range(4)]
-        items = "".join(f"<li><span>{_step(a)}</span><blockquote>{read(a, 280)}</blockquote></li>" for a in before)
-        earlier = f'<ol class="earlier">{items}</ol>'
-    return (
-        f'<figure class="text wide"><figcaption>{_caption(name, group[-1])}</figcaption>'
-        f"<blockquote>{read(group[-1], TEXT_CHARACTERS)}</blockquote>{earlier}</figure>"
+    items = ""
+    for artifact in _some(group[:-1], 4):
+        text = read(artifact)
+        opening = text if len(text) <= 280 else text[:280].rstrip() + " …"
+        items += f"<li><span>{_step(artifact)}</span><blockquote>{_e(opening)}</blockquote></li>"
+    earlier = f'<ol class="earlier">{items}</ol>' if items else ""
+    return _Tile(
+        f'<figure class="text"><figcaption>{_caption(name, group[-1])}</figcaption>'
+        f"<blockquote>{_e(_cut(read(group[-1])))}</blockquote>{earlier}</figure>"
     )
 
 
-def _tables(record: _Record, name: str, group: list[dict[str, Any]]) -> str:
+def _data(record: _Record, name: str, group: list[dict[str, Any]]) -> _Tile:
+    """A JSON value as a table where it has the shape of one, else folded away as it is."""
     path = record.artifact_file(group[-1])
     assert path is not None
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
-        body = _table(json.loads(text))
+        found = _table(json.loads(text))
     except ValueError:
-        body = None
-    if body is None:
+        found = None
+    tall = None
+    if found is None:
         body = f"<details><summary>{_e(path.name)}</summary><pre>{_e(_cut(text))}</pre></details>"
-    return f'<figure class="data wide"><figcaption>{_caption(name, group[-1])}</figcaption>{body}</figure>'
+    else:
+        head, rows = found
+        if len(rows) <= 16 and max(map(len, rows), default=0) <= 4:
+            tall = 0.09 * (len(rows) + any(head))
+        body = _html_table(head, rows[:TABLE_ROWS])
+        if len(rows) > TABLE_ROWS:
+            body += f'<p class="note">{len(rows) - TABLE_ROWS:,} more rows in the file.</p>'
+    return _Tile(f'<figure class="data"><figcaption>{_caption(name, group[-1])}</figcaption>{body}</figure>', tall)
 
 
-def _table(value: Any) -> str | None:
-    """A JSON value as a table, if it has the shape of one: rows of objects, ``{"columns", "rows"}``, columns of equal
-    length, an object of objects, a matrix, or names and values."""
+def _table(value: Any) -> tuple[list[str], list[list[Any]]] | None:
+    """Head and rows of a JSON value, if it has the shape of a table: rows of objects, ``{"columns", "rows"}``, columns
+    of equal length, an object of objects, a matrix, or names and values."""
     head: list[str] = []
     rows: list[list[Any]] = []
     if isinstance(value, dict) and isinstance(value.get("rows"), list) and isinstance(value.get("columns"), list):
@@ -897,23 +952,27 @@ def _table(value: Any) -> str | None:
         head, rows = ["", ""], [[key, item] for key, item in value.items()]
     else:
         return None
-    more = f'<p class="note">{len(rows) - TABLE_ROWS:,} more rows in the file.</p>' if len(rows) > TABLE_ROWS else ""
-    return _html_table(head, rows[:TABLE_ROWS]) + more
+    return head, rows
 
 
-def _html_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def _html_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     def cell(value: Any) -> str:
         if _is_number(value):
             return f'<td class="n">{_number(value)}</td>'
-        return f"<td>{_e(_value(value)) if value is not None else ''}</td>"
+        text = "" if value is None else _value(value)
+        return f"<td{' class=long' if len(text) > 40 else ''}>{_e(text)}</td>"
 
-    top = "".join(f"<th>{_e(_words(name))}</th>" for name in head) if any(head) else ""
-    top = f"<thead><tr>{top}</tr></thead>" if top else ""
+    def title(i: int) -> str:
+        numbers = any(i < len(row) and _is_number(row[i]) for row in rows)
+        kind = ' class="n"' if numbers else ""
+        return f"<th{kind}>{_e(_words(head[i]))}</th>"
+
+    top = f"<thead><tr>{''.join(map(title, range(len(head))))}</tr></thead>" if any(head) else ""
     body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
     return f'<div class="scroll"><table>{top}<tbody>{body}</tbody></table></div>'
 
 
-def _facts(rows: _Rows) -> str:
+def _facts(rows: _Facts) -> str:
     return '<dl class="facts">' + "".join(f"<dt>{_e(k)}</dt><dd>{v}</dd>" for k, v in rows if v) + "</dl>"
 
 
@@ -923,10 +982,10 @@ def _what_was_run(record: _Record) -> str:
     out = f'<pre class="command">{_e(described["command"])}</pre>' if described.get("command") else ""
     steps = sum(int(s.get("to_step") or 0) - int(s.get("from_step") or 0) for s in sessions)
     memory = max((float(s.get("peak_memory_mb") or 0) for s in sessions), default=0.0)
-    rows: _Rows = [("seed", _e(described["seed"]))] if described.get("seed") is not None else []
+    rows: _Facts = [("seed", _e(described["seed"]))] if described.get("seed") is not None else []
     rows += [("started", _e(_moment(environment.get("started"))))]
     if whole:
-        rate = f", {_number(float(f'{steps / loop:.3g}'))} a second" if steps > 0 else ""
+        rate = f", {_tick(float(f'{steps / loop:.3g}'))} a second" if steps > 0 else ""
         rows.append(("time", f"{_duration(whole)}; {_number(steps)} steps{rate}"))
     if memory:
         rows.append(("peak memory", f"{_number(round(memory))} MB"))
@@ -937,11 +996,11 @@ def _what_was_run(record: _Record) -> str:
     rows.append(("device", _e(device)))
     hardware = environment.get("hardware")
     if isinstance(hardware, dict):
-        rows.append(("hardware", _e(" · ".join(f"{_words(str(k))} {_value(v)}" for k, v in hardware.items() if v))))
+        rows.append(("hardware", _e(" · ".join(_quantity(str(k), v) for k, v in hardware.items() if v))))
     versions = _dict(environment.get("versions"))
     rows.append(("versions", _e(" · ".join(f"{k} {v}" for k, v in versions.items()))))
     rows.append(("commit", f"<code>{_e(environment['commit'])}</code>" if environment.get("commit") else ""))
-    common = {k: v for k, v in _dict(described.get("common")).items() if v is not None}
+    common = {k: v for k, v in _dict(described.get("common")).items() if v and k != "seed"}
     rows.append(("flags", _e(" · ".join(f"{_words(str(k))} {_value(v)}" for k, v in common.items()))))
     if record.spec:
         shape = " × ".join(map(str, _list(record.spec.get("shape"))))
@@ -950,9 +1009,17 @@ def _what_was_run(record: _Record) -> str:
         rows.append(("data", _e(" · ".join([*([shape] if shape else []), *([named] if classes else [])]))))
     out += _facts(rows)
     if len(sessions) > 1:
-        head = ["session", "from step", "to step", "seconds", "peak memory mb", "device"]
-        keys = ("from_step", "to_step", "seconds", "peak_memory_mb", "device")
-        table = [[_moment(s.get("started")), *(s.get(key) for key in keys)] for s in sessions]
+        head = ["session", "from step", "to step", "time", "device"]
+        table = [
+            [
+                _moment(s.get("started")),
+                s.get("from_step"),
+                s.get("to_step"),
+                _duration(float(s.get("seconds") or 0)),
+                s.get("device"),
+            ]
+            for s in sessions
+        ]
         out += f"<p>Resumed {len(sessions) - 1} time{'s' if len(sessions) > 2 else ''}:</p>" + _html_table(head, table)
     return out or '<p class="empty">Nothing was recorded.</p>'
 
@@ -980,7 +1047,7 @@ def _settings(record: _Record, contract: Contract) -> str:
 
 def _contract(record: _Record, contract: Contract) -> str:
     parts: list[str] = []
-    source = " · ".join(filter(None, [contract.paper, f"notes § {contract.section}" if contract.section else ""]))
+    source = " · ".join(filter(None, [contract.paper, f"notes §\u00a0{contract.section}" if contract.section else ""]))
     if source:
         parts.append(f"<p>{_inline(source)}</p>")
     if contract.equation:
@@ -1004,7 +1071,7 @@ def _evidence(card: dict[str, Any]) -> str:
         values = [_number(v) if _is_number(v) else "failed" for v in _list(one.get("values"))]
         seconds = [float(v) for v in _list(one.get("seconds")) if _is_number(v)]
         sign = "≤" if one.get("better") == "lower" else "≥"
-        spread = f" ± {_number(one['spread'])}" if _is_number(one.get("spread")) and len(values) > 1 else ""
+        spread = f" ± {float(one['spread']):.2g}" if _is_number(one.get("spread")) and len(values) > 1 else ""
         mean = f"{_number(one['mean'])}{spread}" if _is_number(one.get("mean")) else ""
         bar = f"{sign} {one['bar']:.6g}" if _is_number(one.get("bar")) else ""
         passed = {True: "✓ clears", False: "✕ misses"}.get(one.get("passed"), "")  # type: ignore[arg-type]
@@ -1018,15 +1085,20 @@ def _evidence(card: dict[str, Any]) -> str:
 
 def _next(record: _Record, contract: Contract) -> str:
     run = shlex.quote(_where(record.folder))
-    file = record.method.rpartition("/")[2]
-    rows = [(f"etude resume {run}", "continue from the last checkpoint, exactly as if it had not stopped")]
-    if record.status in ("done", "failed") and record.failure is None:
-        rows = [(f"etude resume {run}", "check that it is complete, or go on where it stopped")]
-    if contract.samples and record.status != "failed":
+    rows = []
+    if record.status != "done":
+        rows.append((f"etude resume {run}", "go on from the last checkpoint, exactly as if it had not stopped"))
+        if record.status != "failed":
+            rows.append((f"etude show {run}", "write this page again"))
+    elif contract.samples:
         rows.append((f"etude sample {run}", "draw from the trained model"))
-    rows.append((f"etude copy {record.method} my_{file}.py", "take the file and make it yours"))
-    body = "".join(f"<tr><td><code>{_e(command)}</code></td><td>{what}</td></tr>" for command, what in rows)
-    return f'<table class="commands"><tbody>{body}</tbody></table>'
+    if record.status == "done" and contract.bars:
+        rows.append((f"etude verify {record.method}", "run the recorded experiments and hold them against their bars"))
+    rows.append(
+        (f"etude copy {record.method} my_{record.method.rpartition('/')[2]}.py", "take the file and make it yours")
+    )
+    body = "".join(f"<dt><code>{_e(command)}</code></dt><dd>{what}</dd>" for command, what in rows)
+    return f'<dl class="commands">{body}</dl>'
 
 
 def _where(folder: Path) -> str:
