@@ -888,7 +888,7 @@ def _cut(text: str, limit: int = TEXT_CHARACTERS) -> str:
 
 
 def _texts(record: _Record, name: str, group: list[dict[str, Any]]) -> _Tile:
-    """A text, set as a quotation; with several steps the last one in full, up to four before it by their openings."""
+    """A text, set as a quotation; with several steps the last one in full, up to three before it by their openings."""
 
     def read(artifact: dict[str, Any]) -> str:
         path = record.artifact_file(artifact)
@@ -896,7 +896,7 @@ def _texts(record: _Record, name: str, group: list[dict[str, Any]]) -> _Tile:
         return path.read_text(encoding="utf-8", errors="replace").strip("\n")
 
     items = ""
-    for artifact in _some(group[:-1], 4):
+    for artifact in _some(group[:-1], 3):
         text = read(artifact)
         opening = text if len(text) <= 280 else text[:280].rstrip() + " …"
         items += f"<li><span>{_step(artifact)}</span><blockquote>{_e(opening)}</blockquote></li>"
