@@ -18,7 +18,8 @@ all step ≥ 0: past `total` it stays at its last value (`snapshots` goes on cyc
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 
@@ -28,6 +29,20 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
     for group in optimizer.param_groups:
         group["lr"] = lr
     return lr
+
+
+Schedule = Literal["constant", "linear", "cosine", "one_cycle"]
+"""What a `--schedule` flag may say."""
+
+
+def schedule(name: Schedule, peak: float, total: int, warm: int = 0) -> Callable[[int], float]:
+    """The rate as a function of the step alone, for a `--schedule` flag; `warm` steps of warm-up where it has none."""
+    return {
+        "constant": lambda step: constant(step, peak, warm),
+        "linear": lambda step: linear(step, peak, total, warm),
+        "cosine": lambda step: cosine(step, peak, total, warm),
+        "one_cycle": lambda step: one_cycle(step, peak, total),
+    }[name]
 
 
 def constant(step: int, peak: float, warm: int = 0) -> float:
