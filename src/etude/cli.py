@@ -39,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `etude list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        return _say_error(f"{error.filename}: {error.strerror}" if error.filename else error, 1)
 
 
 def _dispatch(words: list[str]) -> int:
@@ -56,8 +58,8 @@ def _dispatch(words: list[str]) -> int:
     return VERBS[words[0]][1](words[1:])
 
 
-def _say_error(error: Exception, code: int) -> int:
-    print(f"etude: {error}", file=sys.stderr)
+def _say_error(error: Exception | str, code: int) -> int:
+    print(f"etude: {error}".replace("\n", " "), file=sys.stderr)
     return code
 
 
@@ -394,6 +396,9 @@ def show(words: list[str]) -> int:
 
 @verb("sample", "draw from a trained run: etude sample RUN [--count N …]")
 def sample(words: list[str]) -> int:
+    if words and words[0] in ("-h", "--help"):
+        print("usage: etude sample RUN [--FLAG VALUE …]\n\n'etude sample RUN --help' shows the flags of that run's method; RUN may be 'latest'")
+        return 0
     if not words or words[0].startswith("-"):
         raise UserError("name the run to draw from, as in: etude sample latest")
     from etude.core import launch
@@ -435,6 +440,8 @@ def verify(words: list[str]) -> int:
     options = parser.parse_args(words)
     from etude.core import evidence
 
+    if options.seeds is not None and options.seeds < 1:
+        raise UserError(f"--seeds is {options.seeds}; it must be a whole number at least 1")
     chosen = [entry for entry in _matching(options.pattern) if entry.experiments]
     if not chosen:
         raise UserError(f"no method matching '{options.pattern}' has recorded experiments")
