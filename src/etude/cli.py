@@ -94,6 +94,11 @@ class _Parser(argparse.ArgumentParser):
         return known
 
     def error(self, message: str) -> NoReturn:
+        wrong, _, choices = message.partition(" (choose from ")
+        if choices:  # "argument action: invalid choice: 'chek' (choose from 'list', 'get', 'check')"
+            word = wrong.rpartition(": ")[2].strip("'")
+            known = [choice.strip(" ')") for choice in choices.split(",")]
+            raise UserError(f"{self.prog}: '{word}' is none of {', '.join(known)}{nearest(word, known)} ({self.prog} --help)")
         raise UserError(f"{self.prog}: {message} ({self.prog} --help)")
 
 
