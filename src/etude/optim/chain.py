@@ -1,0 +1,329 @@
+"""Every first-order optimizer is a chain of transforms of the gradient, then θ ← θ − α u
+
+A *rule* is a pure function: `Signal` and state in, `Signal` and new state out, nothing modified. The links below
+are the whole vocabulary; SGD, momentum, RMSProp, AdaGrad, Adam and AdamW are one expression each over them:
+
+    sgd       chain(l2(λ))
+    momentum  chain(l2(λ), accumulate(μ))
+    rmsprop   chain(l2(λ), over_root(β, ε))
+    adagrad   chain(l2(λ), over_root(None, ε))
+    adam      chain(l2(λ), average(β₁), over_root(β₂, ε, corrected=True))
+    adamw     chain(average(β₁), over_root(β₂, ε, corrected=True), decay(λ))
+
+`Chain` turns a rule into a `torch.optim.Optimizer`. The rule *defines* an optimizer; where torch has one kernel with
+the same arithmetic the subclass names it in `_fused`, and it is taken by itself (`fused=False` runs the rule).
+
+Differences:
+- g, s, m, v are zero before the first step, as in the notes; k counts from 1.
+- Clipping by norm sees one norm over all parameters of the optimizer (E21: the notes print it per g_i), so `clip_norm`
+  and `clip_value` come first in a chain.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+State = dict[str, Tensor]
+Rule = Callable[["Signal", Mapping[str, Tensor]], tuple["Signal", State]]
+
+BLOCK = 1 << 15
+"""Elements a rule sees at a time: every link is elementwise, and temporaries of this size stay in the cache."""
+
+
+class Signal(NamedTuple):
+    """What flows through a chain for one parameter tensor (all tensors have its shape)."""
+
+    update: Tensor
+    """u, the direction made so far; it starts as the gradient."""
+    gradient: Tensor
+    """g after clipping and L2: what the second moments see."""
+    parameter: Tensor
+    """θ before this step."""
+    step: int
+    """k = 1, 2, …"""
+    norm: Callable[[], Tensor]
+    """‖g‖₂ of the untouched gradient over all parameters of the optimizer (0-dim; computed when asked for)."""
+
+
+# ---------------------------------------------------------------------------------------------------- the links
+
+
+def chain(*links: Rule | None) -> Rule:
+    """Compose links left to right; None (a link whose strength is zero) is left out."""
+    live = [link for link in links if link is not None]
+
+    def rule(signal: Signal, state: Mapping[str, Tensor]) -> tuple[Signal, State]:
+        after = dict(state)
+        for link in live:
+            signal, after = link(signal, after)
+        return signal, after
+
+    return rule
+
+
+def _of_gradient(change: Callable[[Signal], Tensor]) -> Rule:
+    """A stateless link that replaces the gradient itself, so it must stand before any moment."""
+
+    def link(signal: Signal, state: Mapping[str, Tensor]) -> tuple[Signal, State]:
+        gradient = change(signal)
+        return signal._replace(gradient=gradient, update=gradient), dict(state)
+
+    return link
+
+
+def l2(strength: float) -> Rule | None:
+    """g ← g + λθ: the gradient of (λ/2)‖θ‖². The notes' penalty λ‖θ‖² is `weight_decay` = 2λ (E05)."""
+    return _of_gradient(lambda s: s.gradient.add(s.parameter, alpha=strength)) if strength else None
+
+
+def clip_value(limit: float) -> Rule:
+    """g_i ← max(min(g_i, c), −c)."""
+    return _of_gradient(lambda s: s.gradient.clamp(-limit, limit))
+
+
+def clip_norm(limit: float, eps: float = 0.0) -> Rule:
+    """g ← g min(1, c / (‖g‖ + ε)); exact with ε = 0, torch's `clip_grad_norm_` with ε = 1e-6. A zero g stays zero."""
+    return _of_gradient(lambda s: s.gradient * (limit / (s.norm() + eps)).clamp(max=1.0))
+
+
+def accumulate(factor: float, nesterov: bool = False, slot: str = "momentum_buffer") -> Rule | None:
+    """b ← μb + u, then u ← b (heavy ball) or u ← u + μb (Nesterov, in Sutskever's form)."""
+    if not factor:
+        return None
+
+    def link(signal: Signal, state: Mapping[str, Tensor]) -> tuple[Signal, State]:
+        buffer = factor * state.get(slot, 0.0) + signal.update
+        update = signal.update.add(buffer, alpha=factor) if nesterov else buffer
+        return signal._replace(update=update), {**state, slot: buffer}
+
+    return link
+
+
+def average(factor: float, corrected: bool = True, slot: str = "exp_avg") -> Rule:
+    """m ← βm + (1 − β)u; u ← m / (1 − βᵏ), or m itself when not `corrected`."""
+
+    def link(signal: Signal, state: Mapping[str, Tensor]) -> tuple[Signal, State]:
+        moment = factor * state.get(slot, 0.0) + (1 - factor) * signal.update
+        update = moment / (1 - factor**signal.step) if corrected else moment
+        return signal._replace(update=update), {**state, slot: moment}
+
+    return link
+
+
+def over_root(factor: float | None, eps: float, corrected: bool = False, slot: str = "exp_avg_sq") -> Rule:
+    """v ← βv + (1 − β)g², or v ← v + g² for β = None; u ← u / (√v̂ + ε), v̂ = v / (1 − βᵏ) when `corrected`.
+
+    ε is outside the root, in the unit of g. Without it a coordinate that never had a gradient is 0/0 (E09).
+    """
+
+    def link(signal: Signal, state: Mapping[str, Tensor]) -> tuple[Signal, State]:
+        old, new = (1.0, 1.0) if factor is None else (factor, 1 - factor)
+        square = old * state.get(slot, 0.0) + new * signal.gradient**2
+        scale = square / (1 - old**signal.step) if corrected else square
+        return signal._replace(update=signal.update / (scale.sqrt() + eps)), {**state, slot: square}
+
+    return link
+
+
+def decay(strength: float) -> Rule | None:
+    """u ← u + λθ after everything else: decoupled weight decay, θ ← (1 − αλ)θ − αu (arXiv:1711.05101)."""
+    if not strength:
+        return None
+
+    def link(signal: Signal, state: Mapping[str, Tensor]) -> tuple[Signal, State]:
+        return signal._replace(update=signal.update.add(signal.parameter, alpha=strength)), dict(state)
+
+    return link
+
+
+# ------------------------------------------------------------------------------------------------- using a rule
+
+
+def global_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """‖g‖₂ over all tensors as one vector (0-dim, on the first one's device; 0 when there is none)."""
+    norms = [torch.linalg.vector_norm(tensor) for tensor in tensors]
+    if not norms:
+        return torch.zeros(())
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+
+
+def update(
+    rule: Rule,
+    parameter: Tensor,
+    gradient: Tensor,
+    state: Mapping[str, Tensor],
+    step: int,
+    lr: float,
+    norm: Callable[[], Tensor] | None = None,
+) -> tuple[Tensor, State]:
+    """One step of one tensor, purely: θ' = θ − α u(g), and the new state. Start from `state` = {} and `step` = 1.
+
+    `norm` returns ‖g‖₂ over all parameters when the rule clips by norm and this tensor is not all there is.
+    """
+    whole = norm or functools.partial(global_norm, [gradient])
+    signal, after = rule(Signal(gradient, gradient, parameter, step, whole), state)
+    return parameter.add(signal.update, alpha=-lr), after
+
+
+class Chain(torch.optim.Optimizer):
+    """A rule as a torch optimizer: parameter groups, state dicts, schedulers, closures; None gradients are skipped.
+
+    `Chain(params, rule, lr=…)` runs any rule. A named optimizer subclasses it, keeps its hyperparameters in the
+    groups under torch's names, builds its rule from them in `rule`, and may name an equal kernel in `_kernel`.
+    State entries have torch's names too, so a state dict moves between `torch.optim.Adam` and ours both ways.
+    `fused`: None takes the kernel where there is one, False never, True raises RuntimeError where there is none.
+    Raises ValueError for a hyperparameter out of range, RuntimeError for a sparse or complex gradient.
+    """
+
+    lacks: tuple[str, ...] = ("amsgrad", "maximize", "centered", "dampening", "lr_decay", "momentum")
+    """torch's switches that this optimizer does not have: a saved group with one of them on is refused."""
+
+    def __init__(
+        self, params: ParamsT, rule: Rule | None = None, *, lr: float, fused: bool | None = None, **group: Any
+    ):
+        nonnegative("lr", lr)
+        self._given = rule
+        super().__init__(params, {"lr": lr, **group, "fused": fused})
+
+    def rule(self, group: dict[str, Any]) -> Rule:
+        """The update rule with the hyperparameters of one parameter group."""
+        if self._given is None:
+            raise TypeError(f"{type(self).__name__} needs a rule: Chain(params, rule, lr=...)")
+        return self._given
+
+    def _kernel(self, group: dict[str, Any]) -> Kernel | None:
+        """A kernel that computes exactly `rule(group)` on lists of tensors of one device and dtype, or None."""
+        return None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Update every parameter that has a gradient; returns the closure's value (run with gradients on) or None."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        @functools.cache
+        def norm() -> Tensor:
+            grads = [parameter.grad for group in self.param_groups for parameter in group["params"]]
+            return global_norm(grad for grad in grads if grad is not None)
+
+        for group in self.param_groups:
+            kernel = None if group["fused"] is False else self._kernel(group)
+            if kernel is None and group["fused"]:
+                raise RuntimeError(f"{type(self).__name__} has no fused kernel for these settings: leave fused at None")
+            for bucket in self._buckets(group):
+                if kernel is not None and bucket.fusable:
+                    torch._foreach_add_(bucket.steps, 1)
+                    kernel(bucket)
+                else:
+                    self._run(group, bucket, norm)
+        return loss
+
+    def _buckets(self, group: dict[str, Any]) -> Iterable[Bucket]:
+        """The group's parameters that have a gradient, by device and dtype, with their state (made when new)."""
+        buckets: dict[Any, Bucket] = {}
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            state = self.state[parameter]
+            if "step" not in state:
+                self._begin(group, parameter, gradient, state)
+            key = (parameter.device, parameter.dtype)
+            bucket = buckets.get(key)
+            if bucket is None:
+                bucket = buckets[key] = Bucket([], [], [], [], parameter.device.type in _FUSED_DEVICES)
+            bucket.parameters.append(parameter)
+            bucket.gradients.append(gradient)
+            bucket.states.append(state)
+            bucket.steps.append(state["step"])
+        return buckets.values()
+
+    def _begin(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor, state: State) -> None:
+        """Zero state for a parameter seen for the first time; its entries are those the rule returns."""
+        if gradient.layout != torch.strided or gradient.is_complex():
+            raise RuntimeError(f"{type(self).__name__} needs dense real gradients, got {gradient.layout}")
+        nothing = torch.zeros(0, dtype=parameter.dtype)
+        for slot in update(self.rule(group), nothing, nothing, {}, 1, 0.0)[1]:
+            if state.get(slot) is None:
+                state[slot] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        state["step"] = torch.zeros((), dtype=torch.float32, device=_clock(parameter))
+
+    def _run(self, group: dict[str, Any], bucket: Bucket, norm: Callable[[], Tensor]) -> None:
+        """The rule itself, block by block."""
+        rule, lr = self.rule(group), float(group["lr"])
+        for parameter, gradient, state in zip(bucket.parameters, bucket.gradients, bucket.states, strict=True):
+            state["step"] += 1
+            k = int(state["step"])
+            slots = {name: value for name, value in state.items() if name != "step" and value is not None}
+            for theta, g, before in _blocks(parameter, gradient, slots):
+                new_theta, after = update(rule, theta, g, before, k, lr, norm)
+                theta.copy_(new_theta)
+                for name, value in before.items():
+                    value.copy_(after[name])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # also called by load_state_dict
+        for group in self.param_groups:
+            group.setdefault("fused", None)
+            for name in self.lacks:
+                if group.get(name):
+                    raise ValueError(f"{type(self).__name__} cannot continue {name}={group[name]}")
+        for parameter, values in self.state.items():
+            if "step" in values:
+                values["step"] = torch.as_tensor(values["step"], dtype=torch.float32, device=_clock(parameter))
+
+
+class Bucket(NamedTuple):
+    """Parameters of one device and dtype that have a gradient, and what belongs to each."""
+
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+    states: list[State]
+    steps: list[Tensor]
+    fusable: bool
+
+    def slot(self, name: str) -> list[Tensor]:
+        """The state entry `name` of every parameter."""
+        return [state[name] for state in self.states]
+
+
+Kernel = Callable[[Bucket], None]
+
+_FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+def _clock(parameter: Tensor) -> torch.device:
+    """Where a parameter's step counter lives: the fused kernels read it beside the parameter."""
+    return parameter.device if parameter.device.type in _FUSED_DEVICES else torch.device("cpu")
+
+
+def _blocks(parameter: Tensor, gradient: Tensor, slots: State) -> Iterable[tuple[Tensor, Tensor, State]]:
+    """Matching views of θ, g and the state, small enough for the cache when they are on a CPU and contiguous."""
+    tensors = [parameter.detach(), gradient, *slots.values()]
+    whole = parameter.numel() <= BLOCK or parameter.device.type != "cpu"
+    if whole or not all(tensor.is_contiguous() for tensor in tensors):
+        yield tensors[0], gradient, slots
+        return
+    for theta, g, *values in zip(*(tensor.view(-1).split(BLOCK) for tensor in tensors), strict=True):
+        yield theta, g, dict(zip(slots, values, strict=True))
+
+
+def nonnegative(name: str, value: float) -> None:
+    """ValueError unless `value` is a finite number ≥ 0."""
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be a finite number >= 0, got {value}")
+
+
+def fraction(name: str, value: float) -> None:
+    """ValueError unless 0 ≤ `value` < 1 (a decay rate of a moment)."""
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value}")

@@ -1,0 +1,46 @@
+"""RMSProp: divide each coordinate by a running root mean square of its gradients
+
+Paper: Tieleman & Hinton, Neural Networks for Machine Learning, lecture 6.5, 2012.
+
+Equation: s_k = β s_{k−1} + (1 − β) g_k², s_0 = 0;  θ_{k+1} = θ_k − α g_k / (√s_k + ε), element by element.
+
+Differences:
+- E09: the notes divide by √s alone, which is 0/0 for a coordinate without a gradient; ε is added outside the root.
+- No bias correction, as in the lecture: the first step is α / √(1 − β) for any g much larger than ε.
+- torch's names: β is `alpha`, the default 0.99; the equal of `torch.optim.RMSprop(centered=False, momentum=0)`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim.optimizer import ParamsT
+
+from etude.optim.chain import Chain, Rule, chain, fraction, l2, nonnegative, over_root
+
+
+def rule(alpha: float = 0.99, eps: float = 1e-8, weight_decay: float = 0.0) -> Rule:
+    """u = g / (√s + ε), s the running mean of g²."""
+    return chain(l2(weight_decay), over_root(alpha, eps, slot="square_avg"))
+
+
+class RMSProp(Chain):
+    """RMSProp in torch's names (`alpha` is β). There is no kernel for it: the rule runs block by block."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-2,
+        *,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        fused: bool | None = None,
+    ):
+        fraction("alpha", alpha)
+        nonnegative("eps", eps)
+        nonnegative("weight_decay", weight_decay)
+        super().__init__(params, lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, fused=fused)
+
+    def rule(self, group: dict[str, Any]) -> Rule:
+        return rule(group["alpha"], group["eps"], group["weight_decay"])
