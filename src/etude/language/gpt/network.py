@@ -158,6 +158,7 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 @torch.no_grad()
 def total_nats(model: GPT, ids: Tensor, batch: int = 64) -> float:
     """−Σ log p of ids[1:], (N,): every token but the first is predicted exactly once, in windows of one context."""
+    training = model.training
     model.eval()
     inputs, targets, context = ids[:-1], ids[1:], model.context
     whole = len(inputs) // context * context
@@ -165,5 +166,5 @@ def total_nats(model: GPT, ids: Tensor, batch: int = 64) -> float:
     if whole < len(inputs):
         groups.append((inputs[None, whole:], targets[None, whole:]))
     total = sum(next_token_loss(model(x), y).double() * y.numel() for x, y in groups)
-    model.train()
+    model.train(training)
     return float(total)

@@ -87,8 +87,9 @@ def _architecture(config: dict[str, Any], folder: Path) -> Architecture:
 def _rename(published: dict[str, Tensor], wanted: set[str], folder: Path) -> dict[str, Tensor]:
     """Bring the spellings in circulation to ours and refuse any other difference.
 
-    The first GPT-2 files leave out the prefix `transformer.` and store the causal masks (`attn.bias`, `attn.masked_bias`)
-    as if they were weights; GPT-1 calls its tables tokens_embed and positions_embed; some files repeat the tied head.
+    The first GPT-2 files leave out the prefix `transformer.` and store the causal masks (`attn.bias`,
+    `attn.masked_bias`) as if they were weights; GPT-1 calls its tables tokens_embed and positions_embed; some files
+    repeat the tied head.
     """
     weights: dict[str, Tensor] = {}
     for name, tensor in published.items():

@@ -157,11 +157,13 @@ def train(config: Config, run: Run) -> dict[str, float]:
         raise UserError(f"{content.name} has only {len(ids)} tokens: too few for a context of {context}")
     validation = torch.cat([learned[-1:], held_out]).to(run.device)  # so that each held-out token is a target once
     characters = len(tokens.decode(held_out))
-    run.describe(Spec(shape=(context,), extra={"architecture": asdict(of), "tokenizer": tokens.state()}))
+    spec = Spec(shape=(context,), extra={"architecture": asdict(of), "tokenizer": tokens.state()})
+    run.describe(spec)
 
-    model = run.place(build(config, run.spec)["model"])
+    model = build(config, spec)["model"]
     if published is not None:
         model.load_state_dict(published.state_dict())
+    model = run.place(model)
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
@@ -176,7 +178,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
     for step in run.steps(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = rate(step, config)
-        offsets = starts(len(learned), context, config.batch, run.generator("batch"))
+        offsets = starts(len(learned), context, config.batch, run.generator("batch", step))
         x, y = (part.to(run.device) for part in windows(learned, offsets, context))
         with run.autocast():
             loss = next_token_loss(model(x), y)
@@ -190,7 +192,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
             nats = total_nats(model, validation) / characters
             run.log(validation_nats_per_character=nats)
         if run.every(config.sample_every):
-            run.artifact("writing", _write(model, tokens, prompt, run.generator("writing")), step=run.step)
+            run.artifact("writing", _write(model, tokens, prompt, run.generator("writing", step)), step=run.step)
     nats = total_nats(model, validation) / characters
     paragraph = _write(model, tokens, prompt, run.generator("paragraph"), count=500)
     run.artifact("paragraph", paragraph, caption="500 tokens drawn from the trained model at temperature 0.8")
