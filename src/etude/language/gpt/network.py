@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from etude.blocks.nn.attention import Cache, attend
 from etude.blocks.nn.positional import LearnedPositions
 from etude.blocks.nn.transformer import ACTIVATIONS
+from etude.core.errors import UserError
 
 __all__ = ["GPT", "Affine", "Architecture", "next_token_loss", "total_nats"]
 
@@ -152,7 +153,8 @@ class GPT(nn.Module):
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """−mean log p(target) in nats, from logits (B, T, V) and targets (B, T): the token **after** each position."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+    precise = torch.promote_types(logits.dtype, torch.float32)  # a sum over V in bfloat16 would lose digits
+    return F.cross_entropy(logits.flatten(0, 1).to(precise), targets.flatten())
 
 
 @torch.no_grad()
@@ -162,7 +164,9 @@ def total_nats(model: GPT, ids: Tensor, batch: int = 64) -> float:
     model.eval()
     inputs, targets, context = ids[:-1], ids[1:], model.context
     whole = len(inputs) // context * context
-    groups = list(zip(inputs[:whole].view(-1, context).split(batch), targets[:whole].view(-1, context).split(batch)))
+    groups = []
+    if whole:
+        groups += zip(inputs[:whole].view(-1, context).split(batch), targets[:whole].view(-1, context).split(batch))
     if whole < len(inputs):
         groups.append((inputs[None, whole:], targets[None, whole:]))
     total = sum(next_token_loss(model(x), y).double() * y.numel() for x, y in groups)
