@@ -102,7 +102,7 @@ def _print_json(value: Any) -> None:
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=False)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 # ------------------------------------------------------------------------------------------------- what there is
@@ -362,12 +362,12 @@ def show(words: list[str]) -> int:
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard event files into the run folder")
     parser.add_argument("--json", action="store_true", help="print config, result and state as JSON")
     options = parser.parse_args(words)
-    from etude.core import launch, record, report
+    from etude.core import launch, record
 
     folder = launch.find_run(options.run)
     described = launch.read_config(folder)
     entry = catalog.find(described["method"])
-    path = report.render(folder, report.contract_of(entry))
+    path = launch.write_report(entry, folder)
     state = "done" if (folder / "done").is_file() else "failed" if (folder / "failed").is_file() else "unfinished"
     result_file = folder / "result.json"
     result = json.loads(result_file.read_text(encoding="utf-8")) if result_file.is_file() else {}
@@ -403,8 +403,6 @@ def sample(words: list[str]) -> int:
     module = catalog.load_method(entry)
     if not hasattr(module, "sample"):
         raise UserError(f"{entry.name} learns no distribution to draw from; see its results with: etude show {folder}")
-    import tyro  # noqa: F401  (only to fail early with its own message when the installation is broken)
-
     from etude.core.config import check
 
     default = module.Sample()

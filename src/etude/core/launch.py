@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Iterator
@@ -157,46 +158,73 @@ def _execute(entry: Entry, module: ModuleType, config: Any, common: Common, fold
     for complaint in run.complaints:
         run.say(f"{complaint}; going on from step {run.step}")
     record = run.record
-    if run.rank == 0:
-        record.open(run.step, str(run.device), threads)
+    record.open(run.step, str(run.device), threads)
     try:
         with _signals(run):
-            try:
-                metrics = {name: float(value) for name, value in loop(config, run).items()}
-                run.finish()
-            except Interrupted:
-                if run.rank == 0:
-                    record.beat(run.step)
-                    _report(entry, folder)
-                raise
-            except OSError as error:
-                raise _disk_error(error, folder, run) from error
+            metrics = {name: float(value) for name, value in loop(config, run).items()}
+            run.finish()
+    except Interrupted:
+        record.beat(run.step)
+        _report(entry, run)
         if run.rank == 0:
-            record.result(metrics)
+            print(f"stopped with the state of step {run.step} saved\nnext: etude resume {folder}", file=sys.stderr)
+        raise
+    except UserError:
+        raise
+    except Exception as error:
+        with contextlib.suppress(Exception):
+            run.flush()  # the curve up to the failure belongs in the report
+        shown = _disk_error(error, folder, run) if isinstance(error, OSError) else error
+        with contextlib.suppress(OSError):  # on a full disk the sentence on the terminal must do
+            detail = "" if isinstance(shown, RunError) else "\n" + traceback.format_exc()
+            reason = str(shown) if isinstance(shown, RunError) else f"{type(shown).__name__}: {shown}"
+            record.failed(reason + detail)
             record.beat(run.step)
-            record.done()
-            _report(entry, folder)
-        return Finished(folder, metrics)
-    except (UserError, Interrupted):
-        raise
-    except BaseException as error:
-        if run.rank == 0:
-            with contextlib.suppress(OSError):
-                detail = "" if isinstance(error, RunError) else traceback.format_exc()
-                record.failed(f"{error if isinstance(error, RunError) else type(error).__name__ + ': ' + str(error)}\n{detail}")
-                record.beat(run.step)
-                _report(entry, folder)
-        raise
+            _report(entry, run)
+        if shown is error:
+            raise
+        raise shown from error
     finally:
         run.progress.stop()
         torch.set_num_threads(before)
+    record.result(metrics)
+    record.beat(run.step)
+    record.done()
+    _report(entry, run)
+    return Finished(folder, metrics)
 
 
-def _report(entry: Entry, folder: Path) -> None:
+def write_report(entry: Entry, folder: Path) -> Path:
+    """Write ``report.html`` of a run folder from its files and the method's contract."""
     from etude.core import report
 
-    with contextlib.suppress(OSError):  # a full disk must not hide the reason that is being reported
-        report.render(folder, report.contract_of(entry))
+    contract = entry.contract
+    return report.render(
+        folder,
+        report.Contract(
+            title=entry.title,
+            paper=contract.get("Paper", entry.paper),
+            section=entry.section,
+            equation=contract.get("Equation", ""),
+            algorithm=contract.get("Algorithm", ""),
+            differences=contract.get("Differences", ""),
+            expect=contract.get("Expect", ""),
+            docs=contract["claim"].partition("\n")[2].strip(),
+            fields=tuple((field["name"], field["help"]) for field in entry.fields),
+            bars=tuple(entry.experiments),
+            card=entry.card,
+            samples="\ndef sample(" in entry.source,
+        ),
+    )
+
+
+def _report(entry: Entry, run: Run) -> None:
+    """Write the report on rank 0; trouble with it is said, and never hides the result or the reason of a failure."""
+    if run.rank == 0:
+        try:
+            write_report(entry, run.folder)
+        except Exception as error:
+            run.say(f"the report could not be written ({type(error).__name__}: {error}); try 'etude show {run.folder}'")
 
 
 def _make_folder(entry: Entry, common: Common, out: Path | None) -> tuple[Path, bool]:

@@ -33,6 +33,7 @@ class Record:
         self.folder, self.writes = folder, writes
         self.artifacts = folder / "artifacts"
         self._metrics = folder / "metrics.jsonl"
+        self.loop_seconds = 0.0  # between the first and the last step of this session
         self._began = time.perf_counter()
         self._session: dict[str, Any] = {}
         self._environment: dict[str, Any] = {}
@@ -57,20 +58,14 @@ class Record:
 
     def beat(self, step: int) -> None:
         """Note how far this session has come (called with every checkpoint)."""
-        if not self.writes:
-            return
         self._session |= {
             "ended": _now(),
             "to_step": step,
             "seconds": round(time.perf_counter() - self._began, 3),
+            "loop_seconds": round(self.loop_seconds, 3),
             "peak_memory_mb": peak_memory_mb(),
         }
         self._write_json("environment.json", self._environment)
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of all sessions of this run so far."""
-        return sum(session.get("seconds", 0.0) for session in self._environment.get("sessions", []))
 
     def metrics(self, rows: list[tuple[int, dict[str, float]]]) -> None:
         """Append rows to metrics.jsonl."""
@@ -101,17 +96,23 @@ class Record:
         return path
 
     def result(self, metrics: dict[str, float]) -> None:
+        """Write what the method returned to result.json."""
         self._write_json("result.json", metrics)
 
     def done(self) -> None:
-        (self.folder / "failed").unlink(missing_ok=True)
-        write_text(self.folder / "done", _now() + "\n")
+        """Mark the run as finished."""
+        if self.writes:
+            (self.folder / "failed").unlink(missing_ok=True)
+            write_text(self.folder / "done", _now() + "\n")
 
     def failed(self, reason: str) -> None:
-        write_text(self.folder / "failed", reason.rstrip() + "\n")
+        """Mark the run as failed, with the reason in its first line."""
+        if self.writes:
+            write_text(self.folder / "failed", reason.rstrip() + "\n")
 
     def _write_json(self, name: str, value: Any) -> None:
-        write_text(self.folder / name, json.dumps(value, indent=1) + "\n")
+        if self.writes:
+            write_text(self.folder / name, json.dumps(value, indent=1) + "\n")
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

@@ -161,7 +161,7 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint of everything tracked, unless the newest one already stands at this step."""
-        self._flush()
+        self.flush()
         if self._state_step == self.step:
             return
         state = {name: checkpoint.state_of(thing) for name, thing in self._tracked.items()}
@@ -184,7 +184,7 @@ class Run:
         self._total = total
         every, save_due = self.common.save_every, time.perf_counter() + SAVE_SECONDS
         self.progress.start(self.step, total)
-        self._looping = True
+        self._looping, began = True, time.perf_counter()
         seed, rank, seeders, progress = self.seed, self.rank, self._seeders, self.progress
         try:
             while self.step < total and not self._over:
@@ -199,8 +199,9 @@ class Run:
                     self._rows.append((self.step, self._row))
                     self._row = {}
                 now = time.perf_counter()
+                self.record.loop_seconds = now - began
                 if now >= progress.due or len(self._rows) >= 4096:
-                    self._flush()
+                    self.flush()
                     progress.update(self.step, self._latest)
                 due = self.step % every == 0 if every else now >= save_due
                 if self.world > 1:
@@ -227,7 +228,7 @@ class Run:
         if self._row:
             self._rows.append((max(self.step, 1), self._row))
             self._row = {}
-        self._flush()
+        self.flush()
         self.save()
 
     def every(self, interval: int) -> bool:
@@ -262,8 +263,9 @@ class Run:
             self._suspects.append((self.step, torch.stack([v.to(self.device, torch.float32) for v in values]).sum()))
             return
         for name, value in scalars.items():
-            if not math.isfinite(value):
-                raise RunError(f"{name} is {float(value)} at step {self.step}{self._kept()}")
+            number = value.item()
+            if not math.isfinite(number):
+                raise RunError(f"{name} is {number} at step {self.step}{self._kept()}")
         if self._sharded:
             grads = [grad.to_local() for grad in grads]  # type: ignore[attr-defined]
         if grads and not math.isfinite(sum([norm.item() for norm in torch._foreach_norm(grads, ord=math.inf)])):
@@ -316,7 +318,7 @@ class Run:
             return "; the update was not made; no checkpoint had been written yet"
         return f"; the update was not made and the checkpoint of step {self._state_step} is kept"
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         """Read the buffered tensors, refuse NaN, and append the rows to metrics.jsonl."""
         if self._suspects:
             sums = torch.stack([value for _, value in self._suspects]).tolist()
