@@ -144,7 +144,9 @@ def restore(thing: Any, state: Any) -> None:
         actual = {_plain(name): name for name in own}
         unknown = sorted(set(state) ^ set(actual))
         if unknown:
-            raise UserError(f"the checkpoint and the network disagree on '{unknown[0]}'; was the method's file changed?")
+            raise UserError(
+                f"the checkpoint and the network disagree on '{unknown[0]}'; was the method's file changed?"
+            )
         thing.load_state_dict({actual[name]: _scatter(value, own[actual[name]]) for name, value in state.items()})
     elif isinstance(thing, torch.optim.Optimizer):
         parameters = [p for group in thing.param_groups for p in group["params"]]
@@ -190,7 +192,9 @@ def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor], seen: dict[
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, dict):
-        coded_items = {name: _encode(item, f"{path}.{name}" if path else str(name), tensors, seen) for name, item in value.items()}
+        coded_items = {
+            name: _encode(item, f"{path}.{name}" if path else str(name), tensors, seen) for name, item in value.items()
+        }
         if all(isinstance(name, str) and not name.startswith("~") for name in value):
             return coded_items
         return {"~items": [[name, item] for name, item in coded_items.items()]}
@@ -290,5 +294,3 @@ def _sync_folder(path: Path) -> None:
 def _fingerprint(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-

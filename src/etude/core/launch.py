@@ -42,7 +42,9 @@ class Finished:
 def configure(module: ModuleType, entry: Entry, preset: str, values: dict[str, Any]) -> Any:
     """The method's Config for this preset with these fields replaced, checked."""
     if preset not in module.PRESETS:
-        raise UserError(f"{entry.name} has no preset '{preset}'{nearest(preset, module.PRESETS)} (it has {', '.join(module.PRESETS)})")
+        raise UserError(
+            f"{entry.name} has no preset '{preset}'{nearest(preset, module.PRESETS)} (it has {', '.join(module.PRESETS)})"
+        )
     return replace(module.PRESETS[preset], values, entry.name)
 
 
@@ -60,7 +62,9 @@ def run(name: str, *, preset: str = "default", out: str | os.PathLike[str] | Non
     return start(entry, module, config, common, preset, Path(out) if out is not None else None)
 
 
-def start(entry: Entry, module: ModuleType, config: Any, common: Common, preset: str, out: Path | None = None) -> Finished:
+def start(
+    entry: Entry, module: ModuleType, config: Any, common: Common, preset: str, out: Path | None = None
+) -> Finished:
     """Make the run folder and run the method in it. Wrong input leaves no folder behind."""
     check(config)
     check(common)
@@ -145,7 +149,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         described["method"], described["config"], described["common"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}/config.json is damaged ({error}); without it the run cannot be built again") from error
+        raise UserError(
+            f"{folder}/config.json is damaged ({error}); without it the run cannot be built again"
+        ) from error
     return described
 
 
@@ -239,7 +245,9 @@ def _make_folder(entry: Entry, common: Common, out: Path | None) -> tuple[Path, 
     else:
         folder = out
         if (folder / "config.json").exists():
-            raise UserError(f"--out {folder} already holds a run; continue it with 'etude resume {folder}' or name another folder")
+            raise UserError(
+                f"--out {folder} already holds a run; continue it with 'etude resume {folder}' or name another folder"
+            )
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"--out {folder} is not empty; name a new folder for the run")
     made = not folder.exists()
@@ -249,7 +257,9 @@ def _make_folder(entry: Entry, common: Common, out: Path | None) -> tuple[Path, 
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"the run folder {folder} cannot be written ({error.strerror}); name another with --out") from error
+        raise UserError(
+            f"the run folder {folder} cannot be written ({error.strerror}); name another with --out"
+        ) from error
     return folder, made
 
 
@@ -269,7 +279,10 @@ def _command(entry: Entry, module: ModuleType, config: Any, common: Common, pres
     shared, shared_default = dataclasses.asdict(common), dataclasses.asdict(Common())
     name = entry.name if entry.path.is_relative_to(catalog.PACKAGE) else str(entry.path)
     words = ["etude", "run", name] + ([] if preset == "default" else ["--preset", preset])
-    for name_, value in [*((k, v) for k, v in values.items() if v != default[k]), *((k, v) for k, v in shared.items() if v != shared_default[k])]:
+    for name_, value in [
+        *((k, v) for k, v in values.items() if v != default[k]),
+        *((k, v) for k, v in shared.items() if v != shared_default[k]),
+    ]:
         if isinstance(value, bool):
             words.append(flag(name_) if value else flag("no_" + name_))
         elif isinstance(value, (list, tuple)):
@@ -291,10 +304,18 @@ def _disk_error(error: OSError, folder: Path, run: Run) -> Exception:
     """A sentence for what the file system refused, or the error itself when it is none of these."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         found = checkpoint.list_checkpoints(folder / "checkpoints")
-        kept = f"the checkpoint of step {int(found[-1].name.removeprefix(checkpoint.PREFIX))} is kept" if found else "no checkpoint was written"
-        return RunError(f"the disk that holds {folder} is full ({error.strerror}); {kept}; free space and run: etude resume {folder}")
+        kept = (
+            f"the checkpoint of step {int(found[-1].name.removeprefix(checkpoint.PREFIX))} is kept"
+            if found
+            else "no checkpoint was written"
+        )
+        return RunError(
+            f"the disk that holds {folder} is full ({error.strerror}); {kept}; free space and run: etude resume {folder}"
+        )
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO):
-        return RunError(f"{error.filename or folder} cannot be written any more ({error.strerror}); make it writable and run: etude resume {folder}")
+        return RunError(
+            f"{error.filename or folder} cannot be written any more ({error.strerror}); make it writable and run: etude resume {folder}"
+        )
     return error
 
 

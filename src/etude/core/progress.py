@@ -50,11 +50,15 @@ class Progress:
         rate = (step - self._first) / max(now - self._begun, 1e-9)
         shown = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in list(metrics.items())[:4])
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, rate=f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2f}/s", metrics=shown)
+            self._bar.update(
+                self._task, completed=step, rate=f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2f}/s", metrics=shown
+            )
             self._bar.refresh()
         elif not self.live:
             left = (self._total - step) / rate
-            print(f"step {step:,}/{self._total:,}  {rate:,.1f}/s  {left:.0f} s left  {shown}", file=sys.stderr, flush=True)
+            print(
+                f"step {step:,}/{self._total:,}  {rate:,.1f}/s  {left:.0f} s left  {shown}", file=sys.stderr, flush=True
+            )
 
     def say(self, text: str) -> None:
         """One line above the bar."""

@@ -180,7 +180,9 @@ class Run:
         step, rank), so dropout and `torch.randn` repeat exactly after a resume. Leaving the loop by `break` ends it.
         """
         if self._saved:
-            raise RunError(f"the checkpoint holds '{next(iter(self._saved))}', which the method did not track; was its file changed?")
+            raise RunError(
+                f"the checkpoint holds '{next(iter(self._saved))}', which the method did not track; was its file changed?"
+            )
         self._total = total
         every, save_due = self.common.save_every, time.perf_counter() + SAVE_SECONDS
         self.progress.start(self.step, total)
@@ -324,13 +326,19 @@ class Run:
             sums = torch.stack([value for _, value in self._suspects]).tolist()
             for (step, _), value in zip(self._suspects, sums):
                 if not math.isfinite(value):
-                    raise RunError(f"a loss or gradient is not finite at step {step}; the checkpoint of step {self._state_step} is kept")
+                    raise RunError(
+                        f"a loss or gradient is not finite at step {step}; the checkpoint of step {self._state_step} is kept"
+                    )
             self._suspects.clear()
         rows, self._rows = self._rows, []
         if not rows:
             return
         waiting = [v for _, row in rows for v in row.values() if isinstance(v, torch.Tensor) and v.device.type != "cpu"]
-        read = iter(torch.stack([v.double() if v.device.type == "cuda" else v.float() for v in waiting]).tolist() if waiting else [])
+        read = iter(
+            torch.stack([v.double() if v.device.type == "cuda" else v.float() for v in waiting]).tolist()
+            if waiting
+            else []
+        )
         lines = []
         for step, row in rows:
             for name, value in row.items():
@@ -338,7 +346,9 @@ class Run:
                     value = value.item() if value.device.type == "cpu" else next(read)
                 row[name] = value = float(value)
                 if not math.isfinite(value):
-                    raise RunError(f"{name} is {value} at step {step - 1}; the checkpoint of step {self._state_step} is kept")
+                    raise RunError(
+                        f"{name} is {value} at step {step - 1}; the checkpoint of step {self._state_step} is kept"
+                    )
             self._latest |= row
             lines.append((step, row))
         self.record.metrics(lines)
@@ -369,5 +379,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used here; 'etude doctor' lists the devices of this machine") from error
+        raise UserError(
+            f"--device {name} cannot be used here; 'etude doctor' lists the devices of this machine"
+        ) from error
     return device

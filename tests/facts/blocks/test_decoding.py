@@ -67,7 +67,9 @@ def test_top_p_always_leaves_one_token():
     assert kept(keep_top_p(torch.zeros(2, 4), 1e-9)) == [[0], [0]]
 
 
-@pytest.mark.parametrize(("k", "expected"), [(1, [1]), (2, [1, 3]), (3, [0, 1, 3]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])])
+@pytest.mark.parametrize(
+    ("k", "expected"), [(1, [1]), (2, [1, 3]), (3, [0, 1, 3]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])]
+)
 def test_top_k(k, expected):
     assert kept(keep_top_k(logits_of(0.2, 0.4, 0.1, 0.3), k)) == [expected]
 

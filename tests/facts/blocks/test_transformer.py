@@ -20,9 +20,7 @@ def _double():
 
 
 def twin(kind: type[nn.Module], norm: str, activation: str = "relu", **ours) -> tuple[Block, nn.Module]:
-    theirs = kind(
-        8, 2, 20, dropout=0.0, activation=ACTIVATIONS[activation], batch_first=True, norm_first=norm == "pre"
-    )
+    theirs = kind(8, 2, 20, dropout=0.0, activation=ACTIVATIONS[activation], batch_first=True, norm_first=norm == "pre")
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.normal_(std=0.5)
