@@ -1,0 +1,1 @@
+"""The foundations: risk, regularisation, backpropagation, feed-forward networks, ensembles."""

@@ -1,0 +1,141 @@
+"""MLP: a feed-forward network learns images as plain vectors of pixels
+
+Paper: Rumelhart, Hinton, Williams, Learning Representations by Back-Propagating Errors, Nature 323, 1986; universal
+approximation: Cybenko 1989.
+
+Equation: a⁰ = x,  aˡ = σ(Wˡ aˡ⁻¹ + bˡ) for the hidden layers,  logits = Wᴸ aᴸ⁻¹ + bᴸ
+
+Algorithm:
+1. reshuffle the training set every epoch; take the next B images (mini-batch gradient descent, without replacement)
+2. g ← (1/B) Σ ∇_θ −log p(y | x, θ)
+3. θ ← update(θ, g)
+
+Differences:
+- E12: the notes print the update with −(1/B) Σ log p in place of its gradient; line 2 has the gradient.
+- E13: the notes shuffle once 'in advance'. Here every epoch has its own permutation, and a batch may straddle two
+  epochs, so no batch is short and every image is used exactly once an epoch.
+
+Expect: CPU 3 s → 0.97 on the bundled digits; MNIST 784-256-128-10: 0.977 in 15 s (5 epochs).
+Command: `etude run basics/mlp --preset mnist`
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from typing import Literal
+
+from torch import Tensor, nn
+
+from etude import data as room
+from etude import optim
+from etude.blocks.nn.init import Init, initialise
+from etude.blocks.nn.norm import Standardise
+from etude.blocks.plots import classifier_pictures
+from etude.catalog import Experiment, method
+from etude.core.config import Count, Fraction, NonNegative, Positive, Whole
+from etude.core.fit import accuracy, fit
+from etude.core.run import Run
+from etude.core.spec import Spec
+from etude.data.batches import Stream
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str = "digits"
+    """Dataset (digits, mnist, fashion_mnist, kmnist, cifar10) or a folder of class-named image folders."""
+    size: Count | None = None
+    """Side of the input images in pixels; None keeps the dataset's own."""
+    widths: tuple[Count, ...] = (256, 128)
+    """Units of each hidden layer, first to last."""
+    activation: Literal["relu", "tanh", "sigmoid"] = "relu"
+    """Squashing function σ."""
+    init: Init = "he"
+    """Initialiser of the weights."""
+    dropout: Fraction = 0.0
+    """Probability that a hidden unit is dropped in training (inverted dropout)."""
+    steps: Count = 400
+    """Number of parameter updates."""
+    batch: Count = 128
+    """Images in a mini-batch (of each rank)."""
+    optimizer: optim.Name = "adam"
+    """Update rule."""
+    learning_rate: Positive = 1e-3
+    """Learning rate (peak of the schedule)."""
+    schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
+    """Learning rate over the run."""
+    weight_decay: NonNegative = 0.0
+    """L2 coefficient λ' in the gradient λ'·w (decoupled for adamw)."""
+    evaluate_every: Whole = 0
+    """Steps between evaluations on the test split (0: only at the end)."""
+
+
+PRESETS = {
+    "tiny": Config(widths=(32,), steps=30, batch=32),  # 1 s
+    "default": Config(evaluate_every=100),  # 3 s → 0.97
+    "mnist": Config(data="mnist", steps=2344, evaluate_every=469),  # 15 s → 0.977
+}
+
+EXPERIMENTS = (
+    Experiment("mnist", preset="mnist", metric="test_accuracy", bar=0.970, published="0.984 (2-layer 800 units, Srivastava 2014)"),
+)
+
+ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
+
+
+class MLP(nn.Module):
+    """Inputs (N, C, …), uint8 or float in [0, 1] → logits (N, classes).
+
+    `inputs` is the number of values in one example, `mean` and `std` their per-channel statistics in [0, 1] units.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        widths: tuple[int, ...],
+        classes: int,
+        mean: tuple[float, ...] = (0.5,),
+        std: tuple[float, ...] = (0.5,),
+        activation: str = "relu",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.standardise = Standardise(mean, std)
+        hidden: list[nn.Module] = []
+        for before, after in pairwise((inputs, *widths)):
+            hidden += [nn.Linear(before, after), ACTIVATIONS[activation]()]
+            if dropout:
+                hidden.append(nn.Dropout(dropout))
+        self.layers = nn.Sequential(nn.Flatten(), *hidden, nn.Linear((inputs, *widths)[-1], classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(self.standardise(x))
+
+
+def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
+    """The network for this data, initialised by `config.init` with zero biases."""
+    model = MLP(prod(spec.shape), config.widths, len(spec.classes), spec.mean, spec.std, config.activation, config.dropout)
+    return {"model": initialise(model, config.init)}
+
+
+@method("basics/mlp", paper="Rumelhart et al. 1986", section="4.1", threads=1)
+def train(config: Config, run: Run) -> dict[str, float]:
+    data = room.images(config.data, config.size)
+    run.describe(data.spec)
+    model = run.place(build(config, data.spec)["model"])
+    optimizer = optim.make(config.optimizer, model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    rate = optim.schedule(config.schedule, config.learning_rate, config.steps)
+    stream = Stream(len(data.train.y), config.batch, run.seed, run.rank, run.world)
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        index = stream.indices(step)
+        return data.train.x[index].to(run.device), data.train.y[index].to(run.device)
+
+    def evaluate() -> dict[str, float]:
+        return {f"test_{name}": value for name, value in accuracy(run, model, data.test.x, data.test.y).items()}
+
+    scores = fit(run, model, optimizer, batch, config.steps, rate=rate, evaluate=evaluate, evaluate_every=config.evaluate_every)
+    first = model.layers[1].weight.view(config.widths[0], *data.spec.shape) if config.widths else None
+    classifier_pictures(run, model, data.test.x, data.test.y, data.spec.classes, first)
+    return scores

@@ -1,0 +1,304 @@
+"""The catalogue: which methods exist, read from their source text without importing anything.
+
+A method is one file `etude/<room>/<name>.py` (or `<name>/train.py`) with a function decorated `@method("room/name",
+…)`. `etude list` must answer in under half a second, so `entries` parses the docstring, the decorator and the Config of
+each file with `ast` and never imports torch; `load_method` imports the one file that is run.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from etude.core.errors import UserError, nearest
+
+PACKAGE = Path(__file__).resolve().parent
+NOT_ROOMS = {"core", "blocks", "data", "optim", "_results", "__pycache__"}
+EXTRAS = {"rl": ("gymnasium",), "text": ("tokenizers",), "track": ("tensorboard",)}
+SECTIONS = ("Paper", "Equation", "Algorithm", "Differences", "Expect", "Command")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One recorded experiment of a method and the bar it must clear; `etude verify` runs it for every seed."""
+
+    name: str
+    """Short name, unique in the method."""
+    preset: str
+    """Preset it starts from."""
+    metric: str
+    """Key of the returned metrics that is held against the bar."""
+    bar: float
+    """The value to reach."""
+    better: str = "higher"
+    """Whether higher or lower is better."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds; each must clear the bar."""
+    flags: dict[str, Any] = field(default_factory=dict)
+    """Config fields that differ from the preset."""
+    published: str = ""
+    """The published number and where it stands."""
+    within_seconds: float | None = None
+    """Limit on the seconds spent between the first and the last step."""
+    notes: str = ""
+    """What a reader of the card must know."""
+
+    def clears(self, value: float) -> bool:
+        """Whether this value reaches the bar."""
+        return value >= self.bar if self.better == "higher" else value <= self.bar
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method as its source text shows it."""
+
+    name: str
+    path: Path
+    title: str
+    paper: str
+    section: str
+    needs: tuple[str, ...]
+
+    @property
+    def room(self) -> str:
+        return self.name.partition("/")[0]
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """The extras this method needs whose packages are not installed."""
+        return tuple(extra for extra in self.needs if not extra_installed(extra))
+
+    @functools.cached_property
+    def source(self) -> str:
+        return self.path.read_text(encoding="utf-8")
+
+    @functools.cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.source)
+
+    @property
+    def docstring(self) -> str:
+        return ast.get_docstring(self.tree) or ""
+
+    @property
+    def contract(self) -> dict[str, str]:
+        """The docstring by section: claim, Paper, Equation, Algorithm, Differences, Expect, Command."""
+        return parse_contract(self.docstring)
+
+    @property
+    def fields(self) -> list[dict[str, str]]:
+        """The Config's fields: name, type, default and help, from the source text."""
+        return class_fields(self.tree, "Config")
+
+    @property
+    def presets(self) -> dict[str, dict[str, str]]:
+        """Each preset: what it changes (source text) and the comment beside it (expected time and score)."""
+        found: dict[str, dict[str, str]] = {}
+        lines = self.source.splitlines()
+        for node in self.tree.body:
+            if isinstance(node, ast.Assign) and _target(node) == "PRESETS" and isinstance(node.value, ast.Dict):
+                for key, value in zip(node.value.keys, node.value.values):
+                    if isinstance(key, ast.Constant) and isinstance(value, ast.Call):
+                        changes = {str(k.arg): ast.unparse(k.value) for k in value.keywords if k.arg}
+                        comment = lines[(value.end_lineno or 1) - 1].partition("#")[2].strip()
+                        changed = ", ".join(f"{name}={text}" for name, text in changes.items()) or "the defaults"
+                        found[str(key.value)] = {"changes": changed, "expect": comment}
+        return found
+
+    @property
+    def experiments(self) -> list[dict[str, Any]]:
+        """The experiments as plain dictionaries (literals only), without importing the method."""
+        for node in self.tree.body:
+            if isinstance(node, ast.Assign) and _target(node) == "EXPERIMENTS":
+                return [_literal_call(call) for call in ast.walk(node.value) if _called(call) == "Experiment"]
+        return []
+
+    @property
+    def card(self) -> dict[str, Any] | None:
+        """The evidence card written by `etude verify`, or None."""
+        path = results_folder() / f"{self.name}.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    @property
+    def badge(self) -> str:
+        """`verified`, `runs` or `broken` from the card; `unproved` where no card has been written."""
+        return (self.card or {}).get("badge", "unproved")
+
+    def summary(self) -> dict[str, Any]:
+        """The shape of `etude list --json`."""
+        return {
+            "name": self.name,
+            "title": self.title,
+            "room": self.room,
+            "section": self.section,
+            "paper": self.paper,
+            "badge": self.badge,
+            "needs": list(self.needs),
+        }
+
+
+def method(
+    name: str, *, paper: str, section: str, needs: tuple[str, ...] = (), threads: int | None = None
+) -> Callable[[Callable[..., dict[str, float]]], Callable[..., dict[str, float]]]:
+    """Mark the training loop of a method. `name` equals its path; `threads` is the default thread count (None = all)."""
+
+    def mark(loop: Callable[..., dict[str, float]]) -> Callable[..., dict[str, float]]:
+        loop.etude = {"name": name, "paper": paper, "section": section, "needs": needs, "threads": threads}  # type: ignore[attr-defined]
+        return loop
+
+    return mark
+
+
+@functools.cache
+def entries() -> dict[str, Entry]:
+    """Every method by name, in the order of rooms and names."""
+    return {entry.name: entry for entry in sorted(_scan(), key=lambda entry: entry.name)}
+
+
+def find(name: str) -> Entry:
+    """Return the entry of this name, or of a file path ending in .py; the nearest name is offered otherwise."""
+    if name.endswith(".py"):
+        path = Path(name)
+        if not path.is_file():
+            raise UserError(f"there is no file {name}; 'etude copy METHOD {name}' would make one to start from")
+        entry = _read(path.resolve())
+        if entry is None:
+            raise UserError(f"{name} holds no function decorated with @method(…); 'etude copy METHOD FILE' shows the form")
+        return entry
+    known = entries()
+    if name in known:
+        return known[name]
+    tails = [entry for entry in known.values() if entry.name.rpartition("/")[2] == name]
+    if len(tails) == 1:
+        return tails[0]
+    raise UserError(f"there is no method '{name}'{nearest(name, known)}" + " ('etude list' shows all)")
+
+
+def load_method(entry: Entry) -> ModuleType:
+    """Import the one file of this method; raise UserError with the install command if an extra is missing."""
+    if entry.missing:
+        extras = ",".join(entry.missing)
+        raise UserError(f"{entry.name} needs an extra that is not installed; run: pip install 'etude[{extras}]'")
+    if entry.path.is_relative_to(PACKAGE):
+        parts = entry.path.relative_to(PACKAGE).with_suffix("").parts
+        return importlib.import_module(".".join(("etude", *parts)))
+    module_name = f"etude_user_{entry.path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, entry.path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[module_name]
+        raise UserError(f"{entry.path} cannot be imported: {type(error).__name__}: {error}") from error
+    return module
+
+
+def loop_of(module: ModuleType) -> Callable[..., dict[str, float]]:
+    """The decorated training loop of an imported method file."""
+    return next(value for value in vars(module).values() if hasattr(value, "etude") and value.__module__ == module.__name__)
+
+
+def extra_installed(extra: str) -> bool:
+    """Whether the packages of this extra can be imported (looked up, not imported)."""
+    return all(importlib.util.find_spec(package) is not None for package in EXTRAS.get(extra, ()))
+
+
+def results_folder() -> Path:
+    """Where evidence cards lie: ETUDE_RESULTS, the checkout's `results/`, or the copy inside the installed package."""
+    if "ETUDE_RESULTS" in os.environ:
+        return Path(os.environ["ETUDE_RESULTS"])
+    checkout = checkout_folder()
+    return checkout / "results" if checkout else PACKAGE / "_results"
+
+
+def checkout_folder() -> Path | None:
+    """The root of the source checkout this package runs from, or None when it is an installed wheel."""
+    root = PACKAGE.parent.parent
+    return root if PACKAGE.parent.name == "src" and (root / "pyproject.toml").is_file() else None
+
+
+def parse_contract(docstring: str) -> dict[str, str]:
+    """Split a docstring at the section headings; the text before the first is under ``claim``."""
+    sections: dict[str, list[str]] = {"claim": []}
+    current = "claim"
+    for line in docstring.splitlines():
+        head, colon, rest = line.partition(":")
+        if colon and head in SECTIONS:
+            current, line = head, rest.strip()
+        sections.setdefault(current, []).append(line)
+    return {name: "\n".join(lines).strip("\n") for name, lines in sections.items()}
+
+
+def class_fields(tree: ast.Module, class_name: str) -> list[dict[str, str]]:
+    """Fields of a dataclass in a parsed file: name, type, default, help (the docstring under each)."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == class_name:
+            found = []
+            for item, after in zip(node.body, [*node.body[1:], None]):
+                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                    text = ""
+                    if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                        text = " ".join(str(after.value.value).split())
+                    default = ast.unparse(item.value) if item.value is not None else ""
+                    found.append(
+                        {"name": item.target.id, "type": ast.unparse(item.annotation), "default": default, "help": text}
+                    )
+            return found
+    return []
+
+
+def _scan() -> Iterator[Entry]:
+    for room in sorted(PACKAGE.iterdir()):
+        if room.is_dir() and room.name not in NOT_ROOMS:
+            for path in [*room.glob("*.py"), *room.glob("*/train.py")]:
+                entry = _read(path)
+                if entry is not None:
+                    yield entry
+
+
+def _read(path: Path) -> Entry | None:
+    """Read one file's title and decorator; only the decorator expression is parsed, so 200 files take milliseconds."""
+    source = path.read_text(encoding="utf-8")
+    start = source.find("\n@method(")
+    if start < 0:
+        return None
+    end = source.find("\ndef ", start)
+    decorator = ast.parse(source[start + 2 : end]).body[0]
+    assert isinstance(decorator, ast.Expr) and isinstance(decorator.value, ast.Call)
+    name = ast.literal_eval(decorator.value.args[0])
+    values = {str(k.arg): ast.literal_eval(k.value) for k in decorator.value.keywords}
+    opening = source.find('"""')
+    title = source[opening + 3 : source.find("\n", opening)].strip().rstrip(".").removesuffix('"""') if opening >= 0 else ""
+    return Entry(name, path, title, values.get("paper", ""), values.get("section", ""), tuple(values.get("needs", ())))
+
+
+def _target(node: ast.Assign) -> str:
+    return node.targets[0].id if isinstance(node.targets[0], ast.Name) else ""
+
+
+def _called(node: ast.AST) -> str:
+    return node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+
+
+def _literal_call(node: ast.AST) -> dict[str, Any]:
+    assert isinstance(node, ast.Call)
+    names = list(Experiment.__dataclass_fields__)
+    values = {names[i]: ast.literal_eval(argument) for i, argument in enumerate(node.args)}
+    values |= {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
+    defaults = {"better": "higher", "seeds": (0, 1, 2), "published": "", "notes": "", "flags": {}, "within_seconds": None}
+    return defaults | values

@@ -1,0 +1,196 @@
+"""Evidence, not claims: `etude verify` writes the cards, `etude bench` runs the races; nobody types a score."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from etude import catalog
+from etude.catalog import Entry, Experiment
+from etude.core import record
+from etude.core.checkpoint import write_text
+from etude.core.config import flag
+from etude.core.errors import RunError, UserError
+
+
+def verify(entry: Entry, seeds: int | None = None, only: str | None = None, keep: Path | None = None) -> dict[str, Any]:
+    """Run the oracle tests and every experiment of a method, and return its card.
+
+    The card is written to `results/<name>.json` when nothing was left out (all experiments, all seeds). Each seed
+    runs in a process of its own, so seconds and peak memory are its own. Raises UserError for an unknown experiment.
+    """
+    experiments = [Experiment(**values) for values in entry.experiments]
+    chosen = [e for e in experiments if only is None or e.name == only]
+    if not chosen:
+        raise UserError(f"{entry.name} has no experiment '{only}' (it has {', '.join(e.name for e in experiments)})")
+    oracle = _oracle(entry)
+    _say(f"{entry.name}: oracle {oracle['tests']} tests {'passed' if oracle['passed'] else 'FAILED'}")
+    rows = [_experiment(entry, experiment, seeds, keep) for experiment in chosen]
+    broken = not oracle["passed"] or any(value is None for row in rows for value in row["values"])
+    passed = all(row["passed"] for row in rows) and oracle["tests"] > 0
+    card = {
+        "name": entry.name,
+        "title": entry.title,
+        "badge": "broken" if broken else "verified" if passed else "runs",
+        "written": record._now(),
+        "commit": record.commit(),
+        "oracle": oracle,
+        "experiments": rows,
+        "hardware": record.hardware(),
+        "versions": record.versions(),
+    }
+    if only is None and seeds is None:
+        path = catalog.results_folder() / f"{entry.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(card, indent=1) + "\n")
+        _say(f"card: {path}")
+    return card
+
+
+def bench(pattern: str | None, run: bool = True) -> list[dict[str, Any]]:
+    """Run `benchmarks/<room>.py` of the matching rooms one after the other and return their recorded rows."""
+    root = catalog.checkout_folder()
+    if run and root is None:
+        raise UserError("benchmarks run from a source checkout; 'etude bench --recorded' shows the recorded ratios")
+    folder = catalog.results_folder() / "bench"
+    scripts = sorted((root / "benchmarks").glob("*.py")) if root else []
+    rooms = [path.stem for path in scripts if path.stem != "race"] if run else [path.stem for path in sorted(folder.glob("*.json"))]
+    chosen = [room for room in rooms if pattern is None or pattern.partition("/")[0] == room]
+    if not chosen:
+        raise UserError(f"there is no benchmark for '{pattern}' (there are {', '.join(rooms) or 'none'})")
+    rows = []
+    for room in chosen:
+        if run:
+            assert root is not None
+            finished = subprocess.run([sys.executable, str(root / "benchmarks" / f"{room}.py")], check=False, stdout=sys.stderr)
+            if finished.returncode:
+                raise RunError(f"benchmarks/{room}.py failed (exit code {finished.returncode}); its message stands above")
+        rows += json.loads((folder / f"{room}.json").read_text(encoding="utf-8"))
+    return rows
+
+
+def _experiment(entry: Entry, experiment: Experiment, seeds: int | None, keep: Path | None) -> dict[str, Any]:
+    chosen = experiment.seeds[:seeds]
+    values: list[float | None] = []
+    seconds, memory = [], []
+    command = ["etude", "run", entry.name, "--preset", experiment.preset, *_words(experiment.flags)]
+    for seed in chosen:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = (keep or Path(scratch)) / f"{entry.name.replace('/', '-')}-{experiment.name}-{seed}"
+            words = [sys.executable, "-m", *command, "--seed", str(seed), "--out", str(folder), "--quiet"]
+            finished = subprocess.run(words, check=False, capture_output=True, text=True)
+            if finished.returncode:
+                values.append(None)
+                _say(f"{entry.name} {experiment.name} seed {seed}: failed: {finished.stderr.strip()[-300:]}")
+                continue
+            values.append(json.loads((folder / "result.json").read_text(encoding="utf-8"))[experiment.metric])
+            sessions = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["sessions"]
+            seconds.append(round(sum(session["loop_seconds"] for session in sessions), 2))
+            memory.append(max(session["peak_memory_mb"] for session in sessions))
+        limit = f" of {experiment.within_seconds:g}" if experiment.within_seconds else ""
+        _say(f"{entry.name} {experiment.name} seed {seed}: {experiment.metric} {values[-1]:.5g}  ({seconds[-1]:.1f}{limit} s)")
+    measured = [value for value in values if value is not None]
+    in_time = experiment.within_seconds is None or all(second <= experiment.within_seconds for second in seconds)
+    return {
+        "name": experiment.name,
+        "command": shlex.join(command),
+        "metric": experiment.metric,
+        "bar": experiment.bar,
+        "better": experiment.better,
+        "published": experiment.published,
+        "notes": experiment.notes,
+        "seeds": list(chosen),
+        "values": values,
+        "mean": statistics.fmean(measured) if measured else None,
+        "spread": statistics.stdev(measured) if len(measured) > 1 else 0.0,
+        "seconds": seconds,
+        "within_seconds": experiment.within_seconds,
+        "peak_memory_mb": memory,
+        "passed": len(measured) == len(chosen) and all(map(experiment.clears, measured)) and in_time,
+    }
+
+
+def _oracle(entry: Entry) -> dict[str, Any]:
+    """Run the facts of this method (`tests/facts/<room>/test_<name>.py`); an installed wheel has none to run."""
+    root = catalog.checkout_folder()
+    room, _, name = entry.name.partition("/")
+    path = root / "tests" / "facts" / room / f"test_{name}.py" if root else None
+    if root is None or path is None or not path.is_file():
+        return {"file": None, "tests": 0, "passed": True}
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
+    finished = subprocess.run(words, check=False, capture_output=True, text=True, cwd=root)
+    counted = re.search(r"(\d+) passed", finished.stdout)
+    return {
+        "file": str(path.relative_to(root)),
+        "tests": int(counted.group(1)) if counted else 0,
+        "passed": finished.returncode == 0,
+    }
+
+
+def _words(flags: dict[str, Any]) -> list[str]:
+    words: list[str] = []
+    for name, value in flags.items():
+        if isinstance(value, bool):
+            words.append(flag(name if value else "no_" + name))
+        else:
+            words += [flag(name), *(map(str, value) if isinstance(value, (list, tuple)) else [str(value)])]
+    return words
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ doctor
+
+
+def examine() -> list[dict[str, str]]:
+    """What this machine has for etude, one row a fact: {what, state: ok | note | fix, detail}."""
+    import importlib.metadata
+    import shutil
+
+    rows = [_row("python", "ok" if sys.version_info >= (3, 11) else "fix", sys.version.split()[0])]
+    for package in ("torch", "numpy", "numba", "tyro", "rich", "safetensors", "pillow", "matplotlib", "scikit-learn", "pooch"):
+        try:
+            rows.append(_row(package, "ok", importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append(_row(package, "fix", f"not installed; run: pip install {package}"))
+    for extra, packages in catalog.EXTRAS.items():
+        there = catalog.extra_installed(extra)
+        users = sum(extra in entry.needs for entry in catalog.entries().values())
+        detail = ", ".join(packages) if there else f"not installed ({users} methods use it); run: pip install 'etude[{extra}]'"
+        rows.append(_row(f"extra {extra}", "ok" if there else "note", detail))
+    import torch
+
+    devices = ["cpu"] + [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    rows.append(_row("devices", "ok", ", ".join(devices)))
+    facts = record.hardware()
+    rows.append(_row("machine", "ok", f"{facts['cpu']}, {facts['cores']} cores, {facts.get('memory_gb', '?')} GB"))
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    rows.append(_row("compiler", "ok" if compiler else "note", compiler or "none found; --compile will not work"))
+    from etude import data
+    from etude.core.launch import runs_folder
+
+    for what, path in (("runs folder", runs_folder()), ("data folder", data.home())):
+        parent = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+        writable = parent.is_dir() and os.access(parent, os.W_OK)
+        state = "ok" if writable else "note" if what == "data folder" else "fix"
+        rows.append(_row(what, state, f"{path}{'' if writable else ' cannot be written'}"))
+        if what == "runs folder":
+            free = shutil.disk_usage(parent).free / 2**30
+            rows.append(_row("free disk", "ok" if free > 1 else "fix", f"{free:.1f} GB"))
+    return rows
+
+
+def _row(what: str, state: str, detail: str) -> dict[str, str]:
+    return {"what": what, "state": state, "detail": detail}

@@ -1,0 +1,347 @@
+"""Start, resume and load runs: what `etude run`, `etude resume`, `etude.run` and `etude.load` share."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import errno
+import json
+import os
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from etude import catalog
+from etude.catalog import Entry
+from etude.core import checkpoint
+from etude.core.config import check, flag, replace
+from etude.core.errors import RunError, UserError, nearest
+from etude.core.run import Common, Interrupted, Loaded, Run
+from etude.core.spec import Spec
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run: its folder and the metrics it returned."""
+
+    folder: Path
+    metrics: dict[str, float]
+
+
+def configure(module: ModuleType, entry: Entry, preset: str, values: dict[str, Any]) -> Any:
+    """The method's Config for this preset with these fields replaced, checked."""
+    if preset not in module.PRESETS:
+        raise UserError(f"{entry.name} has no preset '{preset}'{nearest(preset, module.PRESETS)} (it has {', '.join(module.PRESETS)})")
+    return replace(module.PRESETS[preset], values, entry.name)
+
+
+def run(name: str, *, preset: str = "default", out: str | os.PathLike[str] | None = None, **settings: Any) -> Finished:
+    """Run a method and return its folder and metrics.
+
+    `settings` are fields of the method's Config (``data="mnist"``, ``steps=2000``) and of `Common` (``seed``, ``device``,
+    ``precision``, ``threads``, ``save_every``, ``quiet``). Raises UserError for wrong input, RunError if the run fails.
+    """
+    entry = catalog.find(name)
+    module = catalog.load_method(entry)
+    shared = {field.name for field in dataclasses.fields(Common)}
+    common = replace(Common(), {k: v for k, v in settings.items() if k in shared}, "etude.run")
+    config = configure(module, entry, preset, {k: v for k, v in settings.items() if k not in shared})
+    return start(entry, module, config, common, preset, Path(out) if out is not None else None)
+
+
+def start(entry: Entry, module: ModuleType, config: Any, common: Common, preset: str, out: Path | None = None) -> Finished:
+    """Make the run folder and run the method in it. Wrong input leaves no folder behind."""
+    check(config)
+    check(common)
+    with _ranks(common):
+        folder, made = _share(lambda: _make_folder(entry, common, out))
+        described = _command(entry, module, config, common, preset)
+        if int(os.environ.get("RANK", 0)) == 0:
+            checkpoint.write_text(folder / "config.json", json.dumps(described, indent=1) + "\n")
+        try:
+            return _execute(entry, module, config, common, folder, resume=False)
+        except UserError:
+            if made and not (folder / "checkpoints").exists() and int(os.environ.get("RANK", 0)) == 0:
+                _remove(folder)
+            raise
+
+
+def resume(folder: str | os.PathLike[str]) -> Finished:
+    """Continue an interrupted run exactly where its newest whole checkpoint stands; a finished one is returned as it is."""
+    folder = find_run(str(folder))
+    described = read_config(folder)
+    entry = catalog.find(described["method"])
+    if (folder / "done").is_file():
+        return Finished(folder, json.loads((folder / "result.json").read_text(encoding="utf-8")))
+    module = catalog.load_method(entry)
+    config = replace(module.Config(), described["config"], f"{folder}/config.json")
+    common = replace(Common(), described["common"], f"{folder}/config.json")
+    with _ranks(common):
+        return _execute(entry, module, config, common, folder, resume=True)
+
+
+def load(folder: str | os.PathLike[str]) -> Loaded:
+    """Build the modules of a run again and fill them from its newest whole checkpoint (eval mode, on the CPU).
+
+    `folder` is a run folder, a method's name (its latest run) or ``latest``. Raises UserError when there is no such
+    run or no whole checkpoint. Loading never runs code from the folder.
+    """
+    folder = find_run(str(folder))
+    described = read_config(folder)
+    entry = catalog.find(described["method"])
+    module = catalog.load_method(entry)
+    config = replace(module.Config(), described["config"], f"{folder}/config.json")
+    spec_file = folder / "spec.json"
+    spec = Spec.from_json(json.loads(spec_file.read_text(encoding="utf-8"))) if spec_file.is_file() else Spec()
+    step, state, _ = checkpoint.load(folder / "checkpoints")
+    modules = module.build(config, spec) if hasattr(module, "build") else {}
+    for name, part in modules.items():
+        if name in state:
+            checkpoint.restore(part, state[name])
+            part.eval()
+    rest = {name: value for name, value in state.items() if name not in modules and name != "~over"}
+    return Loaded(entry.name, config, spec, modules, folder, step, rest)
+
+
+def runs_folder() -> Path:
+    """Where runs go without ``--out``: ETUDE_RUNS, else ``runs/`` here."""
+    return Path(os.environ.get("ETUDE_RUNS", "runs"))
+
+
+def find_run(text: str) -> Path:
+    """The run folder meant by a path, a method's name (its latest run) or ``latest``."""
+    path = Path(text)
+    if (path / "config.json").is_file():
+        return path
+    if path.is_file():
+        raise UserError(f"{text} is a file; name the run folder (it holds config.json and checkpoints/)")
+    root = runs_folder()
+    under = root if text == "latest" else root / text
+    if text != "latest" and not under.is_dir() and text in {entry.rpartition("/")[2] for entry in catalog.entries()}:
+        under = root / catalog.find(text).name
+    found = sorted(under.glob("**/config.json"), key=lambda file: file.stat().st_mtime_ns) if under.is_dir() else []
+    if not found:
+        if path.is_dir():
+            raise UserError(f"{text} is not a run folder (it has no config.json)")
+        known = [str(file.parent) for file in root.glob("*/*/*/config.json")]
+        raise UserError(f"there is no run '{text}'{nearest(text, known)}; 'etude run METHOD' makes one under {root}/")
+    return found[-1].parent
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The resolved config.json of a run folder."""
+    try:
+        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        described["method"], described["config"], described["common"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}/config.json is damaged ({error}); without it the run cannot be built again") from error
+    return described
+
+
+def _execute(entry: Entry, module: ModuleType, config: Any, common: Common, folder: Path, resume: bool) -> Finished:
+    loop = catalog.loop_of(module)
+    threads = common.threads or loop.etude["threads"] or os.cpu_count() or 1  # type: ignore[attr-defined]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    run = Run(entry.name, config, common, folder, resume=resume)
+    for complaint in run.complaints:
+        run.say(f"{complaint}; going on from step {run.step}")
+    record = run.record
+    record.open(run.step, str(run.device), threads)
+    try:
+        with _signals(run):
+            metrics = {name: float(value) for name, value in loop(config, run).items()}
+            run.finish()
+    except Interrupted:
+        record.beat(run.step)
+        _report(entry, run)
+        if run.rank == 0:
+            print(f"stopped with the state of step {run.step} saved\nnext: etude resume {folder}", file=sys.stderr)
+        raise
+    except UserError:
+        raise
+    except Exception as error:
+        with contextlib.suppress(Exception):
+            run.flush()  # the curve up to the failure belongs in the report
+        shown = _disk_error(error, folder, run) if isinstance(error, OSError) else error
+        with contextlib.suppress(OSError):  # on a full disk the sentence on the terminal must do
+            detail = "" if isinstance(shown, RunError) else "\n" + traceback.format_exc()
+            reason = str(shown) if isinstance(shown, RunError) else f"{type(shown).__name__}: {shown}"
+            record.failed(reason + detail)
+            record.beat(run.step)
+            _report(entry, run)
+        if shown is error:
+            raise
+        raise shown from error
+    finally:
+        run.progress.stop()
+        torch.set_num_threads(before)
+    record.result(metrics)
+    record.beat(run.step)
+    record.done()
+    _report(entry, run)
+    return Finished(folder, metrics)
+
+
+def write_report(entry: Entry, folder: Path) -> Path:
+    """Write ``report.html`` of a run folder from its files and the method's contract."""
+    from etude.core import report
+
+    contract = entry.contract
+    return report.render(
+        folder,
+        report.Contract(
+            title=entry.title,
+            paper=contract.get("Paper", entry.paper),
+            section=entry.section,
+            equation=contract.get("Equation", ""),
+            algorithm=contract.get("Algorithm", ""),
+            differences=contract.get("Differences", ""),
+            expect=contract.get("Expect", ""),
+            docs=contract["claim"].partition("\n")[2].strip(),
+            fields=tuple((field["name"], field["help"]) for field in entry.fields),
+            bars=tuple(entry.experiments),
+            card=entry.card,
+            samples="\ndef sample(" in entry.source,
+        ),
+    )
+
+
+def _report(entry: Entry, run: Run) -> None:
+    """Write the report on rank 0; trouble with it is said, and never hides the result or the reason of a failure."""
+    if run.rank == 0:
+        try:
+            write_report(entry, run.folder)
+        except Exception as error:
+            run.say(f"the report could not be written ({type(error).__name__}: {error}); try 'etude show {run.folder}'")
+
+
+def _make_folder(entry: Entry, common: Common, out: Path | None) -> tuple[Path, bool]:
+    if out is None:
+        name = entry.name if "/" in entry.name else f"mine/{entry.name}"
+        stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{common.seed}"
+        folder = runs_folder() / name / stamp
+        for again in range(2, 1000):
+            if not folder.exists():
+                break
+            folder = folder.with_name(f"{stamp}-{again}")
+    else:
+        folder = out
+        if (folder / "config.json").exists():
+            raise UserError(f"--out {folder} already holds a run; continue it with 'etude resume {folder}' or name another folder")
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"--out {folder} is not empty; name a new folder for the run")
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"the run folder {folder} cannot be written ({error.strerror}); name another with --out") from error
+    return folder, made
+
+
+def _remove(folder: Path) -> None:
+    """Remove a run folder that holds nothing yet, and the empty folders above it inside the runs folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for parent in list(folder.parents)[:3]:
+        with contextlib.suppress(OSError):
+            if parent.is_relative_to(runs_folder()):
+                parent.rmdir()
+
+
+def _command(entry: Entry, module: ModuleType, config: Any, common: Common, preset: str) -> dict[str, Any]:
+    """What config.json holds: the resolved settings and the command that repeats them."""
+    values = dataclasses.asdict(config)
+    default = dataclasses.asdict(module.PRESETS[preset])
+    shared, shared_default = dataclasses.asdict(common), dataclasses.asdict(Common())
+    name = entry.name if entry.path.is_relative_to(catalog.PACKAGE) else str(entry.path)
+    words = ["etude", "run", name] + ([] if preset == "default" else ["--preset", preset])
+    for name_, value in [*((k, v) for k, v in values.items() if v != default[k]), *((k, v) for k, v in shared.items() if v != shared_default[k])]:
+        if isinstance(value, bool):
+            words.append(flag(name_) if value else flag("no_" + name_))
+        elif isinstance(value, (list, tuple)):
+            words += [flag(name_), *map(str, value)]
+        else:
+            words += [flag(name_), str(value)]
+    return {
+        "method": name,
+        "preset": preset,
+        "seed": common.seed,
+        "command": shlex.join(words),
+        "config": values,
+        "default_config": default,
+        "common": shared,
+    }
+
+
+def _disk_error(error: OSError, folder: Path, run: Run) -> Exception:
+    """A sentence for what the file system refused, or the error itself when it is none of these."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        found = checkpoint.list_checkpoints(folder / "checkpoints")
+        kept = f"the checkpoint of step {int(found[-1].name.removeprefix(checkpoint.PREFIX))} is kept" if found else "no checkpoint was written"
+        return RunError(f"the disk that holds {folder} is full ({error.strerror}); {kept}; free space and run: etude resume {folder}")
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO):
+        return RunError(f"{error.filename or folder} cannot be written any more ({error.strerror}); make it writable and run: etude resume {folder}")
+    return error
+
+
+@contextlib.contextmanager
+def _signals(run: Run) -> Iterator[None]:
+    """Ctrl-C and SIGTERM go to the run while it lasts (only the main thread can take signals)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, run.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _ranks(common: Common) -> Iterator[None]:
+    """Join the process group that torchrun started, if it did; leave it afterwards."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if common.shard and world == 1 and "RANK" not in os.environ:
+        raise UserError("--shard needs several ranks; start it with: torchrun --nproc-per-node N -m etude run …")
+    if "RANK" not in os.environ or torch.distributed.is_initialized():
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and common.device != "cpu" else "gloo"
+    torch.distributed.init_process_group(backend)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _share(make: Any) -> Any:
+    """Rank 0's result on every rank; its error too, so that no rank waits for a folder that will not come."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return make()
+    box: list[Any] = [None, None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            folder, made = make()
+            box = [(str(folder), made), None]
+        except UserError as error:
+            box = [None, str(error)]
+    # two plain strings travel through the process group's own store: nothing is pickled from a file
+    torch.distributed.broadcast_object_list(box)
+    if box[1] is not None:
+        raise UserError(box[1])
+    return Path(box[0][0]), box[0][1]

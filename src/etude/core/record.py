@@ -1,0 +1,236 @@
+"""What a run leaves behind: metrics.jsonl, artifacts, environment.json, result.json, and done or failed.
+
+Plain files that any tool reads. TensorBoard is a reader of metrics.jsonl (`to_tensorboard`), never a second writer.
+Times live in environment.json, so metrics.jsonl of a resumed run equals the uninterrupted one byte for byte.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from etude.core.checkpoint import write_text
+from etude.core.errors import UserError
+
+VERSIONS = ("etude", "torch", "numpy", "numba", "safetensors", "scikit-learn", "gymnasium", "tokenizers")
+
+
+class Record:
+    """Writer of one run folder. On ranks above 0 it writes nothing."""
+
+    def __init__(self, folder: Path, writes: bool = True) -> None:
+        self.folder, self.writes = folder, writes
+        self.artifacts = folder / "artifacts"
+        self._metrics = folder / "metrics.jsonl"
+        self.loop_seconds = 0.0  # between the first and the last step of this session
+        self._began = time.perf_counter()
+        self._session: dict[str, Any] = {}
+        self._environment: dict[str, Any] = {}
+
+    def open(self, step: int, device: str, threads: int) -> None:
+        """Begin a session: which machine, which versions, from which step."""
+        path = self.folder / "environment.json"
+        if path.is_file():
+            self._environment = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            self._environment = {
+                "started": _now(),
+                "hardware": hardware(),
+                "versions": versions(),
+                "commit": commit(),
+                "sessions": [],
+            }
+        self._session = {"started": _now(), "from_step": step, "device": device, "threads": threads}
+        self._environment["sessions"].append(self._session)
+        self._began = time.perf_counter()
+        self.beat(step)
+
+    def beat(self, step: int) -> None:
+        """Note how far this session has come (called with every checkpoint)."""
+        self._session |= {
+            "ended": _now(),
+            "to_step": step,
+            "seconds": round(time.perf_counter() - self._began, 3),
+            "loop_seconds": round(self.loop_seconds, 3),
+            "peak_memory_mb": peak_memory_mb(),
+        }
+        self._write_json("environment.json", self._environment)
+
+    def metrics(self, rows: list[tuple[int, dict[str, float]]]) -> None:
+        """Append rows to metrics.jsonl."""
+        if self.writes:
+            with self._metrics.open("a", encoding="utf-8") as file:
+                file.writelines(f"{json.dumps({'step': step} | row)}\n" for step, row in rows)
+
+    def cut(self, step: int) -> None:
+        """Drop the metrics after `step`: the resumed run writes them again, equal to the last digit."""
+        if self.writes and self._metrics.is_file():
+            kept = []
+            for line in self._metrics.read_text(encoding="utf-8").splitlines(keepends=True):
+                if not line.endswith("\n") or json.loads(line)["step"] > step:
+                    break
+                kept.append(line)
+            write_text(self._metrics, "".join(kept))
+
+    def artifact(self, name: str, thing: Any, caption: str = "", step: int | None = None) -> Path:
+        """Write one picture, animation, table or text and enter it in artifacts/index.json."""
+        self.artifacts.mkdir(exist_ok=True)
+        stem = name if step is None else f"{name}-{step:07d}"
+        path, kind = _write_artifact(self.artifacts, stem, thing)
+        index = self.artifacts / "index.json"
+        known = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else []
+        entry = {"file": path.name, "name": name, "step": step, "caption": caption, "kind": kind}
+        known = [item for item in known if item["file"] != path.name] + [entry]
+        write_text(index, json.dumps(known, indent=1) + "\n")
+        return path
+
+    def result(self, metrics: dict[str, float]) -> None:
+        """Write what the method returned to result.json."""
+        self._write_json("result.json", metrics)
+
+    def done(self) -> None:
+        """Mark the run as finished."""
+        if self.writes:
+            (self.folder / "failed").unlink(missing_ok=True)
+            write_text(self.folder / "done", _now() + "\n")
+
+    def failed(self, reason: str) -> None:
+        """Mark the run as failed, with the reason in its first line."""
+        if self.writes:
+            write_text(self.folder / "failed", reason.rstrip() + "\n")
+
+    def _write_json(self, name: str, value: Any) -> None:
+        if self.writes:
+            write_text(self.folder / name, json.dumps(value, indent=1) + "\n")
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The rows of a run's metrics.jsonl; a line cut short by a kill is left out."""
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+
+def to_tensorboard(folder: Path) -> Path:
+    """Copy metrics.jsonl into TensorBoard event files under ``tensorboard/`` of the run folder."""
+    from etude.catalog import extra_installed
+
+    if not extra_installed("track"):
+        raise UserError("TensorBoard is not installed; run: pip install 'etude[track]'")
+    from torch.utils.tensorboard import SummaryWriter
+
+    target = folder / "tensorboard"
+    with SummaryWriter(str(target)) as writer:
+        for row in read_metrics(folder):
+            for name, value in row.items():
+                if name != "step":
+                    writer.add_scalar(name, value, int(row["step"]))
+    return target
+
+
+def versions() -> dict[str, str]:
+    """Python and the installed versions of what a result can depend on."""
+    found = {"python": platform.python_version()}
+    for name in VERSIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores and memory of this machine."""
+    model = platform.processor() or platform.machine()
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as file:
+            model = next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    found: dict[str, Any] = {"cpu": model, "cores": os.cpu_count(), "system": platform.platform(terse=True)}
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        found["memory_gb"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def commit() -> str | None:
+    """The commit of the source checkout (with ``+`` when it has changes), or None for an installed wheel."""
+    from etude.catalog import checkout_folder
+
+    root = checkout_folder()
+    if root is None:
+        return None
+    try:
+        git = ["git", "-C", str(root)]
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "src"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def peak_memory_mb() -> float:
+    """Peak resident memory of this process in MB (on a GPU, of its allocator)."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _write_artifact(folder: Path, stem: str, thing: Any) -> tuple[Path, str]:
+    if isinstance(thing, dict):
+        path = folder / f"{stem}.json"
+        write_text(path, json.dumps(thing, indent=1) + "\n")
+        return path, "table"
+    if isinstance(thing, str):
+        path = folder / f"{stem}.txt"
+        write_text(path, thing)
+        return path, "text"
+    if hasattr(thing, "savefig"):
+        path = folder / f"{stem}.png"
+        thing.savefig(path, dpi=144, bbox_inches="tight")
+        return path, "image"
+    if isinstance(thing, list):
+        path = folder / f"{stem}.gif"
+        frames = [_picture(frame) for frame in thing]
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=40, loop=0)
+        return path, "animation"
+    path = folder / f"{stem}.png"
+    _picture(thing).save(path)
+    return path, "image"
+
+
+def _picture(thing: Any) -> Any:
+    """A PIL image from a PIL image, or from a (H, W), (C, H, W) or (H, W, C) array: uint8, or float in [0, 1]."""
+    from PIL import Image
+
+    if isinstance(thing, Image.Image):
+        return thing
+    array = thing.detach().cpu().numpy() if hasattr(thing, "detach") else np.asarray(thing)
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (3, 4):
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.dtype != np.uint8:
+        array = (np.clip(array, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return Image.fromarray(array)

@@ -1,0 +1,203 @@
+"""Read a folder of class-named image folders: the user's own data.
+
+Two layouts: FOLDER/<class>/*.png with a split of our own, or FOLDER/train/<class>/* and FOLDER/test/<class>/*
+(`val` and `valid` count as test when there is no `test`). The split of our own depends on the file names alone: an
+image whose hashed name falls in the lowest fifth is a test image, so adding images never moves the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from etude.core.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+ENDINGS = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm", ".pbm", ".pnm"))
+"""File name endings that are read as images; other files are counted and left alone."""
+_TEST_NAMES = ("test", "val", "valid")
+_GREY = ("1", "L", "LA", "La", "I", "F")
+
+
+@dataclass(frozen=True, eq=False)
+class Folder:
+    """A read folder: uint8 images (N, C, H, W) and int64 labels (N,) of both splits, class names, a description."""
+
+    train: tuple[np.ndarray, np.ndarray]
+    test: tuple[np.ndarray, np.ndarray]
+    classes: tuple[str, ...]
+    source: str
+
+
+def read(folder: Path, size: int | None = None, seed: int = 0, share: float = 0.2) -> Folder:
+    """Read every image below `folder`; `size` crops the middle square of each and resizes it to size × size.
+
+    Images are grey (C = 1) when every file is, else RGB (C = 3); transparency is laid on white, and the orientation
+    that a camera noted is applied. `seed` and `share` choose the split of our own. Raises `UserError` when the folder
+    does not exist, has fewer than two classes, no images, a broken image (named), or sizes that differ without `size`.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"The data folder {folder} {'is a file' if folder.exists() else 'does not exist'}: name a folder "
+            "that holds one folder of images per class."
+        )
+    other = next((name for name in _TEST_NAMES if (folder / name).is_dir()), None)
+    ignored = 0
+    if other and (folder / "train").is_dir() and _folders(folder / "train"):
+        train, skipped = _listed(folder / "train")
+        test, more = _listed(folder / other)
+        ignored = skipped + more
+        if strange := sorted(set(test) - set(train)):
+            raise UserError(
+                f"{folder / other} has the class '{strange[0]}', which {folder / 'train'} has not: "
+                "give both the same class folders."
+            )
+        split = f"folders train and {other}"
+    else:
+        both, ignored = _listed(folder)
+        train, test = {}, {}
+        for name, paths in both.items():
+            train[name], test[name] = _divided(name, paths, seed, share)
+        split = f"{share:.0%} of the file names for testing"
+    classes = tuple(sorted(train))
+    if not any(train.values()) or not any(test.values()):
+        raise UserError(
+            f"{folder} has no {'training' if not any(train.values()) else 'test'} images: put at least two "
+            f"images ({', '.join(sorted(ENDINGS)[:5])}, …) in every class folder."
+        )
+    if len(classes) < 2:
+        raise UserError(
+            f"{folder} has only the class '{classes[0]}': put the images of every class into a folder of "
+            "its own, at least two."
+        )
+    for name in classes:
+        if not train[name]:
+            raise UserError(f"{folder} has no training images of the class '{name}': add some or remove the folder.")
+    rows = {"train": [(path, classes.index(name)) for name in classes for path in train[name]]}
+    rows["test"] = [(path, classes.index(name)) for name in classes for path in test.get(name, ())]
+    arrays = _decoded([path for part in rows.values() for path, _ in part], size, folder)
+    count = len(rows["train"])
+    labels = {name: np.array([label for _, label in part], np.int64) for name, part in rows.items()}
+    source = f"{folder} ({split}{f'; {ignored} other files left alone' if ignored else ''})"
+    return Folder((arrays[:count], labels["train"]), (arrays[count:], labels["test"]), classes, source)
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
+
+
+def _listed(folder: Path) -> tuple[dict[str, list[Path]], int]:
+    """Image paths of every class folder, sorted by name, and the number of files that are no images."""
+    found: dict[str, list[Path]] = {}
+    ignored = 0
+    for part in _folders(folder):
+        files = sorted(path for path in part.iterdir() if path.is_file() and not path.name.startswith("."))
+        found[part.name] = [path for path in files if path.suffix.lower() in ENDINGS]
+        ignored += len(files) - len(found[part.name])
+    if not found or not any(found.values()):
+        loose = sum(path.suffix.lower() in ENDINGS for path in folder.iterdir())
+        raise UserError(
+            f"{folder} has no images in class folders{f' ({loose} lie loose in it)' if loose else ''}: put "
+            f"them into {folder / '<class name>'} by class."
+        )
+    return {name: paths for name, paths in found.items() if paths}, ignored
+
+
+def _divided(name: str, paths: list[Path], seed: int, share: float) -> tuple[list[Path], list[Path]]:
+    """Split by the hash of (seed, class, file name); both parts get an image where the class has two or more."""
+
+    def chance(path: Path) -> float:
+        digest = hashlib.sha256(f"{seed}/{name}/{path.name}".encode("utf-8", "surrogateescape")).digest()
+        return int.from_bytes(digest[:8], "big") / 2**64
+
+    ranked = sorted(paths, key=lambda path: (chance(path), path.name))
+    count = sum(chance(path) < share for path in ranked)
+    if len(ranked) > 1:
+        count = min(max(count, 1), len(ranked) - 1)
+    else:
+        count = 0
+    return sorted(ranked[count:]), sorted(ranked[:count])
+
+
+def _opened(path: Path) -> Image.Image:
+    """The decoded image, upright; every failure names the file."""
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore", UserWarning)  # harmless metadata complaints
+            with Image.open(path) as image:
+                image.load()
+                return ImageOps.exif_transpose(image)
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
+        raise UserError(f"The image {path} cannot be read ({error}): repair or remove it.") from error
+
+
+def _shape(path: Path) -> tuple[bool, tuple[int, int]]:
+    """(is grey, (height, width) as shown) from the header alone."""
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 swap the sides
+                width, height = image.size[::-1] if turned else image.size
+                return image.mode.startswith("I;16") or image.mode in _GREY, (height, width)
+    except Exception as error:
+        raise UserError(f"The image {path} cannot be read ({error}): repair or remove it.") from error
+
+
+def _decoded(paths: list[Path], size: int | None, folder: Path) -> np.ndarray:
+    """Decode all into one uint8 array (N, C, H, W): headers first, so that the array is allocated once."""
+    shapes = [_shape(path) for path in paths]
+    grey = all(is_grey for is_grey, _ in shapes)
+    height, width = (size, size) if size else shapes[0][1]
+    if not size:
+        for path, (_, sides) in zip(paths, shapes):
+            if sides != (height, width):
+                raise UserError(
+                    f"{path} is {sides[1]}×{sides[0]} pixels but {paths[0].name} is {width}×{height}: give one "
+                    f"size for all images of {folder}."
+                )
+    out = np.empty((len(paths), 1 if grey else 3, height, width), np.uint8)
+    for row, path in enumerate(paths):
+        image = _plain(_opened(path), grey)
+        if size:
+            image = _square(image, size)
+        out[row] = np.asarray(image).reshape(height, width, -1).transpose(2, 0, 1)
+    return out
+
+
+def _plain(image: Image.Image, grey: bool) -> Image.Image:
+    """8-bit grey or RGB; 16-bit grey is divided by 257 (Pillow alone would clip it), transparency is laid on white."""
+    from PIL import Image
+
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) / 257.0).round().clip(0, 255).astype(np.uint8))
+    elif image.mode == "F":
+        image = Image.fromarray(np.asarray(image).clip(0, 255).round().astype(np.uint8))
+    if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image)
+        image = white
+    return image.convert("L" if grey else "RGB")
+
+
+def _square(image: Image.Image, size: int) -> Image.Image:
+    """Cut the middle square and resize it, bilinear with averaging when shrinking."""
+    from PIL import Image
+
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)

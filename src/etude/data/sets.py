@@ -1,0 +1,133 @@
+"""What a reader returns: tensors of images or characters, or a text, with what a network must know of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from etude.core.errors import UserError
+from etude.core.spec import Spec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One part of a labelled set."""
+
+    x: Tensor
+    """Images, uint8 (N, C, H, W), 0 to 255."""
+    y: Tensor
+    """Labels, int64 (N,), indices into the class names."""
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """A labelled set of images. `spec` holds the shape, class names and the training split's mean and deviation."""
+
+    name: str
+    train: Split
+    test: Split
+    spec: Spec
+    source: str
+    """Where it was read from and, when it is not the official set, in what it differs."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text and where it was read from."""
+
+    text: str
+    name: str
+    source: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class CharacterSet:
+    """Drawings of characters by class."""
+
+    x: Tensor
+    """uint8 (classes, 20, H, W), ink 255 on 0."""
+    alphabets: tuple[str, ...]
+    """The alphabet of every class, (classes,)."""
+    names: tuple[str, ...]
+    """`alphabet/characterNN` of every class, (classes,)."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True, eq=False)
+class Characters:
+    """A few-shot set: `background` classes to learn from, `evaluation` classes (other alphabets) to be tested on."""
+
+    name: str
+    background: CharacterSet
+    evaluation: CharacterSet
+    source: str
+
+
+def assemble(
+    name: str,
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    classes: tuple[str, ...],
+    size: int | None,
+    source: str,
+) -> Images:
+    """Wrap uint8 arrays (N, C, H, W) and integer labels (N,) as tensors that share their memory (but for a resize)."""
+    import numpy as np
+    import torch
+
+    if size is not None:
+        train, test = (resized(train[0], size), train[1]), (resized(test[0], size), test[1])
+    mean, std = moments(train[0])
+    splits = [Split(torch.from_numpy(x), torch.from_numpy(y.astype(np.int64, copy=False))) for x, y in (train, test)]
+    return Images(name, splits[0], splits[1], Spec(tuple(train[0].shape[1:]), classes, mean, std), source)
+
+
+def moments(x: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of uint8 (N, C, H, W) in [0, 1] units, to six decimals.
+
+    A constant channel gets the deviation 1, so that dividing by it is harmless. Works in blocks of a few MiB.
+    """
+    import numpy as np
+
+    count, channels = x.shape[0] * x.shape[2] * x.shape[3], x.shape[1]
+    total, square = np.zeros(channels), np.zeros(channels)
+    block = max(1, (1 << 16) // math.prod(x.shape[1:]))
+    for start in range(0, len(x), block):
+        for channel in range(channels):
+            values = x[start : start + block, channel].astype(np.float32).reshape(-1)
+            total[channel] += values.sum(dtype=np.float64)
+            square[channel] += float(np.dot(values, values))
+    mean = total / count
+    deviation = np.sqrt(np.maximum(square / count - mean**2, 0))
+    return (
+        tuple(round(float(value) / 255, 6) for value in mean),
+        tuple(round(float(value) / 255, 6) if value > 1e-3 else 1.0 for value in deviation),
+    )
+
+
+def resized(x: np.ndarray, size: int) -> np.ndarray:
+    """uint8 (N, C, H, W) to (N, C, size, size): bilinear, averaging when it shrinks, rounded; x itself if it fits."""
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+
+    if size < 1:
+        raise UserError(f"The image size must be at least 1 pixel, not {size}.")
+    if x.shape[2:] == (size, size):
+        return x
+    out = np.empty((*x.shape[:2], size, size), np.uint8)
+    for start in range(0, len(x), 512):
+        block = torch.from_numpy(x[start : start + 512]).float()
+        block = F.interpolate(block, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+        out[start : start + 512] = block.round_().clamp_(0, 255).to(torch.uint8).numpy()
+    return out

@@ -1,0 +1,39 @@
+"""Read text: a bundled passage, tiny Shakespeare, or any UTF-8 text file of the user's."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from etude.core.errors import UserError
+from etude.data.stream import Reader
+
+
+def house() -> str:
+    """The bundled passage, the opening of Shakespeare's Coriolanus."""
+    return (resources.files("etude.data") / "house_text.txt").read_text(encoding="utf-8")
+
+
+def read(path: Path, remedy: str, sha256: str | None = None) -> str:
+    """Return the text of a UTF-8 file, plain or gzip; line ends become "\\n" and a byte-order mark is dropped.
+
+    Raises `UserError` when the file is missing, empty, not UTF-8 (the offset is named), or has a wrong checksum.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not a text file: name one file.")
+    with Reader(path, remedy) as reader:
+        pieces = []
+        while piece := reader.read(1 << 20):
+            pieces.append(piece)
+        digest = reader.finish()
+        if sha256 is not None and digest != sha256:
+            raise reader.fail(f"has the wrong checksum (SHA-256 {digest[:12]}…, expected {sha256[:12]}…)")
+    content = b"".join(pieces)
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start:,}): save it as UTF-8.") from error
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if not text.strip():
+        raise UserError(f"{path} holds no text: name a file that does.")
+    return text
