@@ -16,10 +16,13 @@ Needs gymnasium ≥ 1.1 (imported when first used).
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
+import os
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -146,6 +149,7 @@ class Worlds:
     def state_dict(self) -> dict[str, Any]:
         """Counters, running returns, and the inner state of every copy (None where it cannot be read exactly)."""
         return {
+            "rank": self._rank,
             "steps": self.steps,
             "episodes": self.episodes,
             "finished": list(self._finished),
@@ -160,11 +164,12 @@ class Worlds:
 
         An environment whose inner state cannot be read or written exactly is restarted instead: its unfinished
         episodes are dropped, new ones start from a seed that is a function of (seed, purpose, rank, steps so far),
-        and `note` says so. Gymnasium's classic-control and toy-text worlds continue exactly; so does any environment
+        and `note` says so. So is the state of another rank. Gymnasium's classic-control and toy-text worlds continue exactly; so does any environment
         whose unwrapped object has `state_dict` and `load_state_dict` (its random generator is handled here).
         """
         self.steps, self.episodes, self._finished = state["steps"], state["episodes"], list(state["finished"])
-        if state["inner"] is not None and _restore(self.env, state["inner"], state["resetting"]):
+        mine = state["rank"] == self._rank  # other ranks must not live through rank 0's episodes again
+        if mine and state["inner"] is not None and _restore(self.env, state["inner"], state["resetting"]):
             self.observation, self._resetting = state["observation"].copy(), state["resetting"].copy()
             self._running = state["running"].copy()
             self.note = ""
@@ -235,17 +240,17 @@ def film(
     import gymnasium
     from PIL import Image
 
+    if "rgb_array" not in single(env).metadata.get("render_modes", ()):
+        return [], float("nan"), f"{env} cannot be drawn here (it has no rgb_array mode)"
     try:
-        # pygame imports pkg_resources, which announces its own retirement; nothing of ours is concerned
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _no_window():
+            # pygame imports pkg_resources, which announces its own retirement; nothing of ours is concerned
             warnings.filterwarnings("ignore", message=r"pkg_resources is deprecated|.*declare_namespace")
             world = single(env, render_mode="rgb_array")
             raw, _ = world.reset(seed=fold(seed, 0, 0, purpose))
             shots = [world.render()]
     except (gymnasium.error.Error, ImportError, TypeError, RuntimeError, UserError) as error:
         return [], float("nan"), f"{env} cannot be drawn here ({str(error).splitlines()[0]})"
-    if not isinstance(shots[0], np.ndarray):
-        return [], float("nan"), f"{env} cannot be drawn here (it has no rgb_array mode)"
     _, encode = _encoder(world.observation_space, env)
     _, first = _discrete(world.action_space, env)
     total = 0.0
@@ -259,6 +264,22 @@ def film(
     keep = np.unique(np.linspace(0, len(shots) - 1, min(frames, len(shots))).round().astype(int))
     height = max(1, round(shots[0].shape[0] * width / shots[0].shape[1]))
     return [Image.fromarray(shots[i]).resize((width, height)) for i in keep], total, ""
+
+
+@contextlib.contextmanager
+def _no_window() -> Iterator[None]:
+    """Pictures need no screen: without one SDL is told so, or it complains and may refuse."""
+    if any(os.environ.get(name) for name in ("SDL_VIDEODRIVER", "DISPLAY", "WAYLAND_DISPLAY")) or sys.platform != "linux":
+        yield
+        return
+    before = os.environ.get("SDL_VIDEODRIVER")
+    os.environ["SDL_VIDEODRIVER"] = "dummy"
+    try:
+        yield
+    finally:
+        os.environ.pop("SDL_VIDEODRIVER")
+        if before is not None:
+            os.environ["SDL_VIDEODRIVER"] = before
 
 
 # ---------------------------------------------------------------------------------------------------- spaces
