@@ -199,5 +199,5 @@ def _square(image: Image.Image, size: int) -> Image.Image:
 
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    square = image.crop((left, top, left + side, top + side))  # not resize(box=…): that blends in what lies outside
+    return square.resize((size, size), Image.Resampling.BILINEAR)

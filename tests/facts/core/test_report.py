@@ -118,11 +118,11 @@ def test_every_section_is_there_and_filled(run: Path) -> None:
         "✓ done",
         "0.9950",
         "✓ clears the bar",
-        "bar ≥ 0.9850",
+        "bar ≥ 0.985",
         "etude run vision/lenet",
     ):
         assert fact in shown.text
-    for fact in ("10 s for 200 steps, 20 steps a second", "321 MB", "torch 2.13.0", "abc123", "How long.", "y = f(x)"):
+    for fact in ("10 s; 200 steps, 20 a second", "321 MB", "torch 2.13.0", "abc123", "How long.", "y = f(x)"):
         assert fact in shown.text
     assert "To be, or\nnot to be" in shown.text
     assert "preset: 100" in shown.text
@@ -215,8 +215,8 @@ def test_smoothing_is_the_centred_mean() -> None:
     values = np.random.default_rng(0).normal(size=500)
     mean, width = smooth(values)
     half = width // 2
-    for i in (0, 1, 250, 499):
-        reach = min(half, i, 499 - i)
+    for i in (0, 1, 250, 497, 499):
+        reach = min(half, i)
         assert mean[i] == pytest.approx(values[i - reach : i + reach + 1].mean())
 
 
