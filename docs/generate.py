@@ -94,7 +94,9 @@ def method_page(entry: Entry, rows: list[dict[str, Any]]) -> str:
         if text:
             parts += [f"## {heading}", _section(heading, text)]
     parts += ["## Settings", table(("flag", "default", "meaning"), [_flag_row(field) for field in entry.fields])]
-    presets = [(f"`{name}`", code(preset["changes"]), prose(preset["expect"])) for name, preset in entry.presets.items()]
+    presets = [
+        (f"`{name}`", code(preset["changes"]), prose(preset["expect"])) for name, preset in entry.presets.items()
+    ]
     parts += ["## Presets", table(("preset", "changes", "time → score"), presets)]
     parts += ["## Evidence", evidence(entry)]
     races = [row for row in rows if concerns(row, entry)]
@@ -109,7 +111,8 @@ def evidence(entry: Entry) -> str:
     card = entry.card
     if card is None:
         planned = [
-            (prose(e["name"]), code(e["metric"]), f"{SIGNS[e['better']]} {e['bar']:g}", prose(e["published"])) for e in entry.experiments
+            (prose(e["name"]), code(e["metric"]), f"{SIGNS[e['better']]} {e['bar']:g}", prose(e["published"]))
+            for e in entry.experiments
         ]
         told = f"No card has been written yet. `etude verify {entry.name}` runs the experiments and writes one."
         return told + ("\n\n" + table(("experiment", "metric", "bar", "published"), planned) if planned else "")
@@ -120,7 +123,17 @@ def evidence(entry: Entry) -> str:
         seconds = f"{max(row['seconds']):.0f}" if row["seconds"] else ""
         memory = f"{max(row['peak_memory_mb']):.0f}" if row["peak_memory_mb"] else ""
         passed = "yes" if row["passed"] else "**no**"
-        cells = (prose(row["name"]), code(row["metric"]), measured, str(len(row["seeds"])), bar, passed, prose(row["published"]), seconds, memory)
+        cells = (
+            prose(row["name"]),
+            code(row["metric"]),
+            measured,
+            str(len(row["seeds"])),
+            bar,
+            passed,
+            prose(row["published"]),
+            seconds,
+            memory,
+        )
         rows.append(cells)
     heads = ("experiment", "metric", "mean ± sd", "seeds", "bar", "cleared", "published", "seconds", "MB")
     hardware, oracle = card["hardware"], card["oracle"]
@@ -130,18 +143,21 @@ def evidence(entry: Entry) -> str:
         f"torch {prose(card['versions'].get('torch', '?'))}. "
         f"Oracle: {oracle['tests']} tests of `{oracle['file']}` {'passed' if oracle['passed'] else '**failed**'}."
     )
-    notes = "".join(f"\n- {prose(row['name'])}: {prose(row['notes'])}" for row in card["experiments"] if row.get("notes"))
+    notes = "".join(
+        f"\n- {prose(row['name'])}: {prose(row['notes'])}" for row in card["experiments"] if row.get("notes")
+    )
     commands = "\n".join(row["command"] for row in card["experiments"])
     return told + "\n\n" + table(heads, rows) + ("\n" + notes + "\n" if notes else "") + f"\n\n```text\n{commands}\n```"
 
 
 def index_page(entries: list[Entry]) -> str:
     """All methods by room, with the badge of each."""
-    parts = ["# Methods", f"{len(entries)} methods in {len({e.room for e in entries})} rooms; badges come from the cards in `results/`."]
+    parts = [
+        "# Methods",
+        f"{len(entries)} methods in {len({e.room for e in entries})} rooms; badges come from the cards in `results/`.",
+    ]
     for room in sorted({entry.room for entry in entries}):
-        rows = [
-            (f"[{e.name}]({e.name}.md)", prose(e.title), e.section, e.badge) for e in entries if e.room == room
-        ]
+        rows = [(f"[{e.name}]({e.name}.md)", prose(e.title), e.section, e.badge) for e in entries if e.room == room]
         parts += [f"## {room}", table(("method", "what it does", "notes", "evidence"), rows)]
     return "\n\n".join(parts) + "\n"
 
@@ -149,7 +165,9 @@ def index_page(entries: list[Entry]) -> str:
 def benchmarks_page(rows: list[dict[str, Any]]) -> str:
     """Every recorded race, by the room whose script measured it."""
     parts = ["# Benchmarks"]
-    parts.append("Ours against the peer library, runs alternating A B A B in one process tree; a ratio above 1 means ours is faster.")
+    parts.append(
+        "Ours against the peer library, runs alternating A B A B in one process tree; a ratio above 1 means ours is faster."
+    )
     if not rows:
         parts.append("None recorded yet; `etude bench` runs them from a source checkout.")
     for room in sorted({row["room"] for row in rows}):
