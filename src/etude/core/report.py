@@ -659,8 +659,17 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _gauge(record: _Record, contract: Contract, bar: dict[str, Any], value: float, when: str) -> str:
-    """The number, large, and a line that shows where it lies: the side that passes is tinted, the bar is a tick."""
+    """The number, large, and a line that shows where it lies: the side that passes is tinted, the bar is a tick.
+
+    A bar that was set for other settings (another data set, often) is named and not drawn: nothing follows from it.
+    """
     limit, lower = float(bar["bar"]), bar.get("better") == "lower"
+    sign = "≤" if lower else "≥"
+    big = f'<div class="big"><div><b>{_number(value)}</b><span>{_e(_words(bar["metric"]))}</span></div></div>'
+    note = f'<p class="note">{when}</p>' if when else ""
+    if not bar["applies"]:
+        elsewhere = f"The recorded bar, {sign} {limit:.6g}, is for the preset <code>{_e(bar.get('preset'))}</code>"
+        return f'{big}<p class="note">{elsewhere}; this run used other settings and is not held against it.</p>{note}'
     published = _published(str(bar.get("published") or ""), limit)
     marks = [limit, *([value] if abs(value) < HUGE else []), *([published] if published is not None else [])]
     seeds = [v for v in _card_values(contract.card, bar) if abs(v) < HUGE]
@@ -680,35 +689,29 @@ def _gauge(record: _Record, contract: Contract, bar: dict[str, Any], value: floa
     dots = "".join(f'<i class="seed" style="{left(v)}"></i>' for v in seeds)
     diamond = f'<i class="published" style="{left(published)}"></i>' if published is not None else ""
     dot = f'<i class="here" style="{left(value)}"></i>' if abs(value) < HUGE else ""
-    sign = "≤" if lower else "≥"
     keys = [f'<span><i class="here"></i>this run {_number(value)}</span>']
     keys.append(f'<span><i class="bar"></i>bar {sign} {limit:.6g}</span>')
     if seeds:
         keys.append(f'<span><i class="seed"></i>evidence card, {len(seeds)} seed{"s" if len(seeds) > 1 else ""}</span>')
     if bar.get("published"):
         keys.append(f'<span><i class="published"></i>published {_inline(str(bar["published"]))}</span>')
-    if not bar["applies"]:
-        preset = bar.get("preset")
-        verdict = (
-            f'<p class="note">The bar was set for the preset <code>{_e(preset)}</code>; this run used other settings, '
-            "so it is drawn for orientation only.</p>"
-        )
-    elif record.status != "done":
+    if record.status != "done":
         verdict = '<p class="note">The run has not ended: no verdict yet.</p>' if record.status != "failed" else ""
     else:
         allowed, took = bar.get("within_seconds"), record.seconds("loop_seconds") or record.seconds()
         words = "clears the bar" if passes else "misses the bar"
         if allowed and took:
-            words += f", in {_duration(took)} of the {_duration(float(allowed))} allowed"
-            passes = passes and took <= float(allowed)
+            slow = passes and took > float(allowed)
+            words += (
+                f", {'but too slowly: ' if slow else 'in '}{_duration(took)} of the {_duration(float(allowed))} allowed"
+            )
+            passes = passes and not slow
         verdict = f'<p class="verdict {"pass" if passes else "miss"}">{"✓" if passes else "✕"} {words}</p>'
     ticks = axis.ticks(5)
     scale = "".join(f'<span style="{left(t)}">{_tick(t)}</span>' for t in ticks)
     said = f"{_words(bar['metric'])} {_number(value)}, bar {_number(limit)}, {bar.get('better', 'higher')} is better"
-    note = f'<p class="note">{when}</p>' if when else ""
     return (
-        f'<div class="headline"><div class="big"><div><b>{_number(value)}</b><span>{_e(_words(bar["metric"]))}</span>'
-        f'</div></div><div class="gauge"><div class="rail" role="img" aria-label="{_e(said)}">'
+        f'<div class="headline">{big}<div class="gauge"><div class="rail" role="img" aria-label="{_e(said)}">'
         f'<i class="zone" style="{zone}"></i><i class="bar" style="{left(limit)}"></i>{dots}{diamond}{dot}</div>'
         f'<div class="xs" aria-hidden="true">{scale}</div><p class="keys">{"".join(keys)}</p>{verdict}{note}'
         "</div></div>"
