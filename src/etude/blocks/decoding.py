@@ -24,7 +24,7 @@ class Decoder(Protocol):
     """The number of positions the model has."""
 
     def start(self, batch: int) -> Any:
-        """An empty cache for `batch` sequences; its `length` counts the positions read so far."""
+        """An empty cache for `batch` sequences; `length` counts the positions read, setting it to 0 empties it."""
 
     def advance(self, ids: Tensor, cache: Any) -> Tensor:
         """Read ids (B, T) after what the cache holds, add them to it; logits (B, V) for the next token."""
@@ -105,6 +105,7 @@ def stream(
     generator: torch.Generator | None = None,
     stop: int | None = None,
     keep: int | None = None,
+    cache: Any = None,
 ) -> Iterator[Tensor]:
     """Yield `count` times the next token of every sequence, (B,) int64, as soon as it is known.
 
@@ -118,6 +119,7 @@ def stream(
             are read again from position 0. None means half the context (each token is then read twice at most on
             average and sees at least context/2 others); `context` is the exact sliding window, at a full read
             per token. In 1 … context.
+        cache: what `model.start(B)` gave, to use it again (it is emptied first) while the weights have not changed.
     """
     if prompt.ndim != 2 or prompt.shape[1] < 1:
         raise ValueError(f"the prompt must be (batch, at least one token), got {tuple(prompt.shape)}")
@@ -129,10 +131,13 @@ def stream(
     seen = torch.empty(batch, end + count, dtype=torch.int64, device=prompt.device)  # seen[:, :end] is filled
     seen[:, :end] = prompt[:, -end:]
     done = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
-    cache, new = model.start(batch), seen[:, :end]
+    with torch.no_grad():
+        cache = model.start(batch) if cache is None else cache
+    cache.length = 0
+    new = seen[:, :end]
     for _ in range(count):
         if cache.length + new.shape[1] > context:
-            cache, new = model.start(batch), seen[:, end - keep : end]
+            cache.length, new = 0, seen[:, end - keep : end]
         token = _step(model, new, cache, temperature, top_k, top_p, greedy, generator)
         if stop is not None:
             token = token.masked_fill(done, stop)

@@ -41,7 +41,10 @@ class Markov:
 
 @pytest.mark.parametrize(
     ("p", "expected"),
-    [(0.01, [1]), (0.4, [1]), (0.41, [1, 3]), (0.7, [1, 3]), (0.71, [0, 1, 3]), (0.9, [0, 1, 3]), (0.95, [0, 1, 2, 3]), (1.0, [0, 1, 2, 3])],
+    [
+        (0.01, [1]), (0.4, [1]), (0.41, [1, 3]), (0.7, [1, 3]), (0.71, [0, 1, 3]), (0.9, [0, 1, 3]),
+        (0.95, [0, 1, 2, 3]), (1.0, [0, 1, 2, 3]),
+    ],
 )  # fmt: skip
 def test_top_p_keeps_the_smallest_set_that_reaches_p(p, expected):
     logits = logits_of(0.2, 0.4 + 1e-12, 0.1 - 1e-12, 0.3 + 1e-12)
@@ -67,7 +70,9 @@ def test_top_p_always_leaves_one_token():
     assert kept(keep_top_p(torch.zeros(2, 4), 1e-9)) == [[0], [0]]
 
 
-@pytest.mark.parametrize(("k", "expected"), [(1, [1]), (2, [1, 3]), (3, [0, 1, 3]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])])
+@pytest.mark.parametrize(
+    ("k", "expected"), [(1, [1]), (2, [1, 3]), (3, [0, 1, 3]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])]
+)
 def test_top_k(k, expected):
     assert kept(keep_top_k(logits_of(0.2, 0.4, 0.1, 0.3), k)) == [expected]
 

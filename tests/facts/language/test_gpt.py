@@ -46,7 +46,9 @@ def hugging_face(kind: str = "gpt2", **changes):
 
 def store(model, folder, rename=lambda name: name, extra=None) -> None:
     """Write config.json and model.safetensors as the published files have them (no copy of the tied head)."""
-    config = {key: value for key, value in model.config.to_dict().items() if isinstance(value, str | int | float | bool)}
+    config = {
+        key: value for key, value in model.config.to_dict().items() if isinstance(value, str | int | float | bool)
+    }
     (folder / "config.json").write_text(json.dumps(config))
     weights = {rename(k): v.clone().contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
     save_file(weights | (extra or {}), folder / "model.safetensors")
@@ -100,11 +102,11 @@ def test_gradients_equal_gpt2(tmp_path):
     ours, theirs = load_pretrained(tmp_path)[0].double(), theirs.double()
     ids = torch.randint(31, (2, 16))
     next_token_loss(ours(ids[:, :-1]), ids[:, 1:]).backward()
-    theirs(ids, labels=ids).loss.backward()
+    next_token_loss(theirs(ids[:, :-1]).logits, ids[:, 1:]).backward()
     other = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
         assert parameter.grad is not None
-        assert (parameter.grad - other[name].grad).abs().max() < 1e-6 * max(1, other[name].grad.abs().max()), name
+        assert (parameter.grad - other[name].grad).abs().max() < 1e-10, name
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -114,7 +116,12 @@ def test_greedy_tokens_equal_hugging_face_generate(batch, tmp_path):
     ours, _ = load_pretrained(tmp_path)
     prompt = torch.randint(1, 31, (batch, 4))
     expected = theirs.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=12,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
     )
     assert torch.equal(generate(ours, prompt, 12, greedy=True), expected)
 
@@ -341,3 +348,23 @@ def test_validation_switches_dropout_off_and_back_on():
 def test_width_must_divide():
     with pytest.raises(UserError, match="width 32 is not divisible by 5 heads"):
         GPT(Architecture(**{**SMALL.__dict__, "heads": 5}))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_packed_decoding_equals_the_full_pass(batch, dtype, tolerance):
+    """One token a sequence uses the cache's packed weights, the full pass (48 rows) the other kernel."""
+    model, ids = gpt().to(dtype), torch.randint(31, (batch, 16))
+    with torch.no_grad():
+        full, cache = model(ids).float(), model.start(batch)
+        for _ in range(2):  # an emptied cache serves again
+            cache.length = 0
+            steps = [model.advance(ids[:, t : t + 1], cache).float() for t in range(16)]
+            scale = full.abs().max()
+            assert (torch.stack(steps, 1) - full).abs().max() < tolerance * scale
+
+
+def test_the_cached_pass_keeps_no_graph():
+    model = gpt()
+    logits = model.advance(torch.zeros(2, 3, dtype=torch.int64), model.start(2))
+    assert not logits.requires_grad

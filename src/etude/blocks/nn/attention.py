@@ -101,6 +101,7 @@ class Cache:
 
     `keys` and `values` are (L layers, B, H, S capacity, d); the first `length` positions are filled. A model calls
     `extend` once a layer with the new positions' keys and values and `length += T` once all layers are done.
+    `length = 0` empties it. `packed` is room for weights laid out for `batch` rows (`blocks.nn.transformer.pack`).
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Cache:
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
+        self.packed: dict[nn.Module, Tensor | None] = {}
 
     @property
     def capacity(self) -> int:

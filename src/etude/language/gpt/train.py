@@ -104,7 +104,7 @@ class Config:
 PRESETS = {
     "tiny": Config(layers=2, heads=2, width=32, context=32, batch=4, steps=20, warmup=5),
     "default": Config(),
-    "shakespeare": Config(data="tiny_shakespeare", steps=3000),
+    "shakespeare": Config(data="tiny_shakespeare", batch=32, steps=1000, lr=5e-3, evaluate_every=250),
 }
 
 EXPERIMENTS = (
@@ -192,7 +192,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
             nats = total_nats(model, validation) / characters
             run.log(validation_nats_per_character=nats)
         if run.every(config.sample_every):
-            run.artifact("writing", _write(model, tokens, prompt, run.generator("writing", step)), step=run.step)
+            run.artifact("writing", _write(model, tokens, prompt, run.generator("writing", step)), step=step + 1)
     nats = total_nats(model, validation) / characters
     paragraph = _write(model, tokens, prompt, run.generator("paragraph"), count=500)
     run.artifact("paragraph", paragraph, caption="500 tokens drawn from the trained model at temperature 0.8")
