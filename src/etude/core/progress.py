@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
@@ -14,7 +15,7 @@ class Progress:
 
     def __init__(self, name: str, enabled: bool = True) -> None:
         self.name, self.enabled = name, enabled
-        self.live = enabled and sys.stderr.isatty()
+        self.live = enabled and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self.due = 0.0
         self._bar = None
         self._first = self._begun = 0.0
