@@ -24,7 +24,7 @@ class Decoder(Protocol):
     """The number of positions the model has."""
 
     def start(self, batch: int) -> Any:
-        """An empty cache for `batch` sequences; its `length` counts the positions read, and setting it to 0 empties it."""
+        """An empty cache for `batch` sequences; `length` counts the positions read, setting it to 0 empties it."""
 
     def advance(self, ids: Tensor, cache: Any) -> Tensor:
         """Read ids (B, T) after what the cache holds, add them to it; logits (B, V) for the next token."""

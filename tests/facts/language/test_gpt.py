@@ -348,3 +348,23 @@ def test_validation_switches_dropout_off_and_back_on():
 def test_width_must_divide():
     with pytest.raises(UserError, match="width 32 is not divisible by 5 heads"):
         GPT(Architecture(**{**SMALL.__dict__, "heads": 5}))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_packed_decoding_equals_the_full_pass(batch, dtype, tolerance):
+    """One token a sequence uses the cache's packed weights, the full pass (48 rows) the other kernel."""
+    model, ids = gpt().to(dtype), torch.randint(31, (batch, 16))
+    with torch.no_grad():
+        full, cache = model(ids).float(), model.start(batch)
+        for _ in range(2):  # an emptied cache serves again
+            cache.length = 0
+            steps = [model.advance(ids[:, t : t + 1], cache).float() for t in range(16)]
+            scale = full.abs().max()
+            assert (torch.stack(steps, 1) - full).abs().max() < tolerance * scale
+
+
+def test_the_cached_pass_keeps_no_graph():
+    model = gpt()
+    logits = model.advance(torch.zeros(2, 3, dtype=torch.int64), model.start(2))
+    assert not logits.requires_grad

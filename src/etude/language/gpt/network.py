@@ -129,18 +129,21 @@ class GPT(nn.Module):
         """Logits of the token after each position; raises ValueError when T exceeds the context."""
         return self._logits(self._hidden(ids, None), None)
 
+    @torch.no_grad()
     def start(self, batch: int) -> Cache:
-        """An empty cache for `batch` sequences. Without gradients it also holds a copy of the weights as they are now,
-        laid out for one token a sequence (CPU only)."""
+        """An empty cache for `batch` sequences. It also holds a copy of the weights as they are now, laid out for one
+        token a sequence, where that makes a step faster (on a CPU: more than one sequence, or bfloat16)."""
         of, table = self.of, self.transformer["wte"].weight
         cache = Cache(of.layers, batch, of.heads, of.context, of.width // of.heads, table.dtype, table.device)
-        if not torch.is_grad_enabled():
-            cache.packed = {part: pack(part.weight, batch) for part in self.modules() if isinstance(part, Affine)}
-            cache.packed[self] = pack(table.t(), batch)
+        cache.packed = {part: pack(part.weight, batch) for part in self.modules() if isinstance(part, Affine)}
+        cache.packed[self] = pack(table.t(), batch)
         return cache
 
+    @torch.no_grad()
     def advance(self, ids: Tensor, cache: Cache) -> Tensor:
-        """Read ids (B, T) after the positions in the cache; logits (B, V) of the token after the last one."""
+        """Read ids (B, T) after the positions in the cache; logits (B, V) of the token after the last one.
+
+        Without gradients: the cache is overwritten in place."""
         return self._logits(self._hidden(ids, cache)[:, -1:], cache)[:, 0]
 
     def _hidden(self, ids: Tensor, cache: Cache | None) -> Tensor:
