@@ -63,7 +63,7 @@ class Config:
     """Update rule."""
     learning_rate: Positive = 1e-3
     """Learning rate (peak of the schedule)."""
-    schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
+    schedule: optim.Schedule = "constant"
     """Learning rate over the run."""
     weight_decay: NonNegative = 0.0
     """L2 coefficient λ' in the gradient λ'·w (decoupled for adamw)."""

@@ -12,7 +12,7 @@ Differences:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.optim.optimizer import ParamsT
@@ -27,6 +27,8 @@ def rule(eps: float = 1e-10, weight_decay: float = 0.0) -> Rule:
 
 class AdaGrad(Chain):
     """AdaGrad in torch's names."""
+
+    absent: ClassVar = {"lr_decay": 0.0, "initial_accumulator_value": 0.0, "maximize": False}
 
     def __init__(
         self,
@@ -46,7 +48,7 @@ class AdaGrad(Chain):
 
     def _kernel(self, group: dict[str, Any]) -> Kernel:
         def kernel(bucket: Bucket) -> None:
-            torch._fused_adagrad_(
+            torch._fused_adagrad_(  # pyright: ignore[reportPrivateImportUsage]
                 bucket.parameters,
                 bucket.gradients,
                 bucket.slot("sum"),

@@ -19,7 +19,7 @@ Differences:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.optim.optimizer import ParamsT
@@ -46,7 +46,7 @@ def rule(
 class Adam(Chain):
     """Adam with torch's names and defaults; `decoupled_weight_decay=True` is AdamW."""
 
-    lacks = ("amsgrad", "maximize")
+    absent: ClassVar = {"amsgrad": False, "maximize": False}
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class Adam(Chain):
     def _kernel(self, group: dict[str, Any]) -> Kernel | None:
         if not group["corrected"]:
             return None
-        fused = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+        fused = getattr(torch, "_fused_adamw_" if group["decoupled_weight_decay"] else "_fused_adam_")
         beta1, beta2 = group["betas"]
 
         def kernel(bucket: Bucket) -> None:

@@ -24,11 +24,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+
+from etude.optim.clipping import clip_by_value, global_norm, shrink
 
 State = dict[str, Tensor]
 Rule = Callable[["Signal", Mapping[str, Tensor]], tuple["Signal", State]]
@@ -85,12 +87,12 @@ def l2(strength: float) -> Rule | None:
 
 def clip_value(limit: float) -> Rule:
     """g_i ← max(min(g_i, c), −c)."""
-    return _of_gradient(lambda s: s.gradient.clamp(-limit, limit))
+    return _of_gradient(lambda s: clip_by_value([s.gradient], limit)[0])
 
 
 def clip_norm(limit: float, eps: float = 0.0) -> Rule:
     """g ← g min(1, c / (‖g‖ + ε)); exact with ε = 0, torch's `clip_grad_norm_` with ε = 1e-6. A zero g stays zero."""
-    return _of_gradient(lambda s: s.gradient * (limit / (s.norm() + eps)).clamp(max=1.0))
+    return _of_gradient(lambda s: s.gradient * shrink(s.norm(), limit, eps).to(s.gradient.device, s.gradient.dtype))
 
 
 def accumulate(factor: float, nesterov: bool = False, slot: str = "momentum_buffer") -> Rule | None:
@@ -146,14 +148,6 @@ def decay(strength: float) -> Rule | None:
 # ------------------------------------------------------------------------------------------------- using a rule
 
 
-def global_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """‖g‖₂ over all tensors as one vector (0-dim, on the first one's device; 0 when there is none)."""
-    norms = [torch.linalg.vector_norm(tensor) for tensor in tensors]
-    if not norms:
-        return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
-
-
 def update(
     rule: Rule,
     parameter: Tensor,
@@ -182,15 +176,16 @@ class Chain(torch.optim.Optimizer):
     Raises ValueError for a hyperparameter out of range, RuntimeError for a sparse or complex gradient.
     """
 
-    lacks: tuple[str, ...] = ("amsgrad", "maximize", "centered", "dampening", "lr_decay", "momentum")
-    """torch's switches that this optimizer does not have: a saved group with one of them on is refused."""
+    absent: ClassVar[Mapping[str, float]] = {}
+    """torch's settings that this optimizer lacks, at the value that switches them off. They stand in the groups, so
+    that torch can load our state dict; loading a group where one is on raises ValueError."""
 
     def __init__(
         self, params: ParamsT, rule: Rule | None = None, *, lr: float, fused: bool | None = None, **group: Any
     ):
         nonnegative("lr", lr)
         self._given = rule
-        super().__init__(params, {"lr": lr, **group, "fused": fused})
+        super().__init__(params, {"lr": lr, **group, "fused": fused, **self.absent})
 
     def rule(self, group: dict[str, Any]) -> Rule:
         """The update rule with the hyperparameters of one parameter group."""
@@ -221,7 +216,7 @@ class Chain(torch.optim.Optimizer):
                 raise RuntimeError(f"{type(self).__name__} has no fused kernel for these settings: leave fused at None")
             for bucket in self._buckets(group):
                 if kernel is not None and bucket.fusable:
-                    torch._foreach_add_(bucket.steps, 1)
+                    torch._foreach_add_(bucket.steps, 1)  # pyright: ignore[reportPrivateImportUsage]
                     kernel(bucket)
                 else:
                     self._run(group, bucket, norm)
@@ -274,8 +269,8 @@ class Chain(torch.optim.Optimizer):
         super().__setstate__(state)  # also called by load_state_dict
         for group in self.param_groups:
             group.setdefault("fused", None)
-            for name in self.lacks:
-                if group.get(name):
+            for name, off in self.absent.items():
+                if group.setdefault(name, off) != off:
                     raise ValueError(f"{type(self).__name__} cannot continue {name}={group[name]}")
         for parameter, values in self.state.items():
             if "step" in values:

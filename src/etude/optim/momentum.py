@@ -14,7 +14,7 @@ Differences:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.optim.optimizer import ParamsT
@@ -30,7 +30,7 @@ def rule(momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 0.
 class Momentum(Chain):
     """Heavy ball or Nesterov's form; α and μ are not independent: the step on a constant g tends to α g / (1 − μ)."""
 
-    lacks = ("maximize", "dampening")
+    absent: ClassVar = {"dampening": 0.0, "maximize": False}
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Momentum(Chain):
         momentum = group["momentum"]
 
         def kernel(bucket: Bucket) -> None:
-            torch._fused_sgd_(
+            torch._fused_sgd_(  # pyright: ignore[reportPrivateImportUsage]
                 bucket.parameters,
                 bucket.gradients,
                 bucket.slot("momentum_buffer") if momentum else [],

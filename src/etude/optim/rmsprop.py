@@ -12,7 +12,7 @@ Differences:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.optim.optimizer import ParamsT
 
@@ -26,6 +26,8 @@ def rule(alpha: float = 0.99, eps: float = 1e-8, weight_decay: float = 0.0) -> R
 
 class RMSProp(Chain):
     """RMSProp in torch's names (`alpha` is β). There is no kernel for it: the rule runs block by block."""
+
+    absent: ClassVar = {"centered": False, "momentum": 0.0, "maximize": False}
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ Differences:
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ def rule(weight_decay: float = 0.0) -> Rule:
 class SGD(Chain):
     """θ ← θ − α(g + λθ), with λ = `weight_decay`; the gradient of an added (λ/2)‖θ‖²."""
 
+    absent: ClassVar = {"momentum": 0.0, "dampening": 0.0, "maximize": False}
+
     def __init__(self, params: ParamsT, lr: float = 1e-3, *, weight_decay: float = 0.0, fused: bool | None = None):
         nonnegative("weight_decay", weight_decay)
         super().__init__(params, lr=lr, weight_decay=weight_decay, fused=fused)
@@ -44,7 +46,7 @@ class SGD(Chain):
 
     def _kernel(self, group: dict[str, Any]) -> Kernel:
         def kernel(bucket: Bucket) -> None:
-            torch._fused_sgd_(
+            torch._fused_sgd_(  # pyright: ignore[reportPrivateImportUsage]
                 bucket.parameters,
                 bucket.gradients,
                 [],

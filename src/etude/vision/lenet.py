@@ -70,7 +70,7 @@ class Config:
     """Update rule."""
     learning_rate: Positive = 3e-3
     """Peak learning rate of the schedule."""
-    schedule: Literal["constant", "cosine", "one_cycle"] = "one_cycle"
+    schedule: optim.Schedule = "one_cycle"
     """Learning rate over the run."""
     weight_decay: NonNegative = 0.0
     """L2 coefficient λ' in the gradient λ'·w (decoupled for adamw)."""
@@ -169,7 +169,7 @@ def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
     return {"model": initialise(model, "he" if config.style == "modern" else "lecun")}
 
 
-@method("vision/lenet", paper="LeCun et al. 1998", section="5.1.3.1")
+@method("vision/lenet", paper="LeCun et al. 1998", section="5.1.3.1", threads=1)
 def train(config: Config, run: Run) -> dict[str, float]:
     data = room.images(config.data, config.size)
     run.describe(data.spec)

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -85,8 +86,7 @@ class Standardise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim < 2 or x.shape[1] != len(self.mean):
             raise ValueError(f"expected (N, {len(self.mean)}, ...), got shape {tuple(x.shape)}")
-        shape = (1, -1) + (1,) * (x.ndim - 2)
-        return (_unit(x, self.mean.dtype) - self.mean.view(shape)) * self.scale.view(shape)
+        return (_unit(x, self.mean.dtype) - _per_channel(self.mean, x)) * _per_channel(self.scale, x)
 
     def extra_repr(self) -> str:
         return f"channels={len(self.mean)}"
@@ -95,3 +95,135 @@ class Standardise(nn.Module):
 def _unit(x: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 → [0, 1]; floating stays as it is."""
     return x.to(dtype) / 255 if x.dtype == torch.uint8 else x
+
+
+def batch_norm(
+    x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Moments]:
+    """Algorithm 1 on (N, C, …): x normalised per channel over all other axes, and the batch moments, (C,) each.
+
+    Plain differentiable tensor arithmetic, so it goes through `torch.func.vmap`, `grad` and `functional_call`.
+    """
+    over = moments(x, [axis for axis in range(x.ndim) if axis != 1])
+    y = normalise(x, over, eps, *(None if t is None else _per_channel(t, x) for t in (scale, shift)))
+    return y, Moments(over.mean.flatten(), over.variance.flatten())
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation of (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W); names and state dict as in torch.
+
+    `momentum` η weighs the *new* batch (torch's sense; TensorFlow's 0.99 is 0.01 here); None keeps the plain average of
+    all batches since `reset_running_stats`. `fused=False` uses `batch_norm` above instead of torch's kernel: the same
+    numbers, and differentiable through `torch.func`. Without running statistics (`track_running_stats=False`)
+    evaluation uses the batch too. Raises ValueError when there is one value per channel in training.
+    """
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        fused: bool = True,
+    ):
+        super().__init__()
+        self.num_features, self.eps, self.momentum, self.fused = num_features, eps, momentum, fused
+        self.weight = nn.Parameter(torch.ones(num_features)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(num_features)) if affine else None
+        self.register_buffer("running_mean", torch.zeros(num_features) if track_running_stats else None)
+        self.register_buffer("running_var", torch.ones(num_features) if track_running_stats else None)
+        self.register_buffer("num_batches_tracked", torch.tensor(0) if track_running_stats else None)
+
+    def reset_running_stats(self) -> None:
+        """Forget all batches: mean 0, variance 1, count 0."""
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            self.running_mean.zero_()
+            self.running_var.fill_(1)
+            self.num_batches_tracked.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim < 2 or x.shape[1] != self.num_features:
+            raise ValueError(f"expected (N, {self.num_features}, ...), got shape {tuple(x.shape)}")
+        tracks = self.running_mean is not None
+        learns = self.training or not tracks
+        if learns and x.numel() == self.num_features:
+            raise ValueError(f"batch statistics need more than one value per channel, got shape {tuple(x.shape)}")
+        weight = 0.0
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            weight = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        if self.fused:
+            # torch's kernel updates whatever running buffers it is given when it takes the batch's moments
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, learns, weight, self.eps
+            )
+        if learns:
+            y, batch = batch_norm(x, self.weight, self.bias, self.eps)
+            if self.training:
+                self._absorb(batch, x.numel() // self.num_features, weight)
+            return y
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        running = Moments(_per_channel(self.running_mean, x), _per_channel(self.running_var, x))
+        affine = (None if t is None else _per_channel(t, x) for t in (self.weight, self.bias))
+        return normalise(x, running, self.eps, *affine)
+
+    @torch.no_grad()
+    def _absorb(self, batch: Moments, count: int, weight: float) -> None:
+        """running ← (1 − η) running + η batch, with the unbiased variance."""
+        if self.running_mean is not None and self.running_var is not None:
+            self.running_mean.lerp_(batch.mean.to(self.running_mean), weight)
+            self.running_var.lerp_((batch.variance * (count / (count - 1))).to(self.running_var), weight)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
+
+
+def layer_norm(
+    x: Tensor, dims: int = 1, scale: Tensor | None = None, shift: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """x normalised over its last `dims` axes, example by example; `scale` and `shift` have those axes' shape."""
+    return normalise(x, moments(x, range(-dims, 0)), eps, scale, shift)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axes, which have shape `normalized_shape`; names and state dict as in torch.
+
+    The same in training and evaluation, for any batch. `fused=False` uses `layer_norm` above instead of torch's kernel.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        fused: bool = True,
+    ):
+        super().__init__()
+        shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+        self.normalized_shape, self.eps, self.fused = shape, eps, fused
+        self.weight = nn.Parameter(torch.ones(shape)) if elementwise_affine else None
+        self.bias = nn.Parameter(torch.zeros(shape)) if elementwise_affine and bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if tuple(x.shape[x.ndim - len(self.normalized_shape) :]) != self.normalized_shape:
+            raise ValueError(
+                f"expected (..., {', '.join(map(str, self.normalized_shape))}), got shape {tuple(x.shape)}"
+            )
+        if self.fused:
+            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return layer_norm(x, len(self.normalized_shape), self.weight, self.bias, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.normalized_shape}, eps={self.eps}"
+
+
+def _per_channel(t: Tensor, x: Tensor) -> Tensor:
+    """(C,) as (1, C, 1, …), to broadcast against x."""
+    return t.view(1, -1, *[1] * (x.ndim - 2))
