@@ -78,11 +78,8 @@ class Forge:
 def forge() -> Iterator[Forge]:
     made = Forge()
     yield made
-    assert made.process.stdin is not None
-    assert made.process.stdout is not None
-    made.process.stdin.close()
-    made.process.stdout.close()
-    made.process.wait(10)
+    made.process.kill()
+    made.process.communicate()
 
 
 class Etude:
@@ -90,7 +87,8 @@ class Etude:
 
     def __init__(self, forge: Forge, folder: Path) -> None:
         self.forge, self.folder, self.count = forge, folder, 0
-        self.piece = str(HERE / "piece.py")
+        self.piece, self.choir = str(HERE / "piece.py"), str(HERE / "choir.py")
+        self.environment = {**ENVIRONMENT, "ETUDE_RUNS": str(folder / "runs")}
         self.live: list[Started] = []
 
     def start(self, *words: object, before: str = "", err: str | None = None, **env: str) -> Started:

@@ -53,11 +53,13 @@ def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
     return {"model": nn.Sequential(*hidden, nn.Linear(widths[-1], 1))}
 
 
-def wait() -> None:
-    """Say that the process is ready for a signal, then wait for it."""
-    print("waiting", flush=True)
-    for _ in range(3000):
-        time.sleep(0.01)
+def wait(run: Run) -> None:
+    """Say that the process is ready for a signal and wait for it (PIECE=go: not at all, PIECE=deaf: beyond it)."""
+    if os.environ.get("PIECE") != "go":
+        print("waiting", flush=True)
+        end = time.monotonic() + 60
+        while time.monotonic() < end and (os.environ.get("PIECE") == "deaf" or not run._signal):
+            time.sleep(0.002)
 
 
 @method("tests/piece", paper="none", section="0", threads=1)
@@ -92,12 +94,12 @@ def train(config: Config, run: Run) -> dict[str, float]:
             if config.fault == "nan_log":
                 run.log(odd=float("nan"))
             if config.fault == "wait":
-                wait()
+                wait(run)
             if config.fault == "stop":
                 run.log(stopped=1.0)
                 break
-    if config.fault == "wait_end" and "PIECE_GO" not in os.environ:
-        wait()
+    if config.fault == "wait_end":
+        wait(run)
     run.artifact("history", {"steps": box.history}, caption="steps taken")
     model.eval()
     with torch.no_grad():
