@@ -181,7 +181,7 @@ def mistakes(
     pixels = _pixels(_take(images, order))
     rows = math.ceil(len(order) / columns)
     tile = WIDTH / columns
-    caption = 0.42
+    caption = 0.46
     height = rows * (tile * 0.9 * pixels.shape[1] / pixels.shape[2] + caption)
     figure = Figure(figsize=(WIDTH, height), dpi=_DPI, facecolor=PAPER)
     smooth = "nearest" if max(pixels.shape[1:3]) <= 64 else "antialiased"
@@ -194,11 +194,11 @@ def mistakes(
         shown = image[..., 0] if image.shape[-1] == 1 else image
         axes.imshow(shown, cmap="gray", vmin=0, vmax=255, interpolation=smooth)
         axes.set_axis_off()
-        taken, is_ = _short(names[int(predicted[index])], 12), _short(names[int(truth[index])], 12)
+        taken, is_ = _short(names[int(predicted[index])], 11), _short(names[int(truth[index])], 11)
         line = top - tall - 0.04 / height
-        style: dict[str, Any] = {"va": "top", "fontsize": 8, "parse_math": False}
-        figure.text(left, line, f"{taken}  {_percent(confidence[index])}", color=PALETTE[1], **style)
-        figure.text(left, line - 0.15 / height, f"is {is_}", color=SOFT, **style)
+        style: dict[str, Any] = {"va": "top", "fontsize": 8.5, "parse_math": False}
+        figure.text(left, line, f"{taken} {_percent(confidence[index])}", color=PALETTE[1], **style)
+        figure.text(left, line - 0.155 / height, f"is {is_}", color=SOFT, **style)
     return figure
 
 

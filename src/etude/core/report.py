@@ -37,8 +37,9 @@ PICTURE_BYTES = 400_000  # larger still pictures are re-encoded
 ANIMATION_BYTES = 3_000_000  # larger animations are shown by their first frame
 TEXT_CHARACTERS = 4000  # longer texts are cut, with a note
 TABLE_ROWS = 200
+HUGE = 1e300  # a number beyond this is shown as one that is not finite: no axis could hold it
 
-_Rows = list[tuple[str, str]]
+_Facts = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Series(NamedTuple):
 
     @property
     def finite(self) -> Series:
-        kept = np.isfinite(self.values)
+        kept = np.abs(self.values) < HUGE
         return self if kept.all() else Series(self.name, self.steps[kept], self.values[kept])
 
 
@@ -113,7 +114,7 @@ class _Record:
         self.method = str(described.get("method") or folder.name)
         self.described = described
         self.config: dict[str, Any] = _dict(described.get("config"))
-        self.default_config: dict[str, Any] | None = described.get("default_config")
+        self.default_config: dict[str, Any] | None = _dict(described.get("default_config")) or None
         self.environment = self._json("environment.json", {})
         self.sessions = [s for s in _list(self.environment.get("sessions")) if isinstance(s, dict)]
         self.result = {str(k): v for k, v in self._json("result.json", {}).items() if _is_number(v)}
@@ -125,23 +126,31 @@ class _Record:
         self.failure = self._text("failed")
         self.done = (folder / "done").exists() and self.failure is None
         logged = max((float(s.steps[-1]) for s in self.series), default=0.0)
-        reached = max((float(s.get("to_step") or 0) for s in self.sessions), default=0.0)
+        reached = max((_float(s.get("to_step")) for s in self.sessions), default=0.0)
         self.last_step = int(max(logged, reached))
 
     @property
     def status(self) -> str:
-        """done, failed, interrupted (its last session ended without a verdict) or running."""
+        """done, failed, running (its session has not yet reported) or unfinished (still running, or stopped: the
+        session's last sign of life, ``ended``, does not tell)."""
         if self.failure is not None:
             return "failed"
         if self.done:
             return "done"
-        return "interrupted" if self.sessions and self.sessions[-1].get("ended") else "running"
+        return "unfinished" if self.sessions and self.sessions[-1].get("ended") else "running"
+
+    def seconds(self, kind: str = "seconds") -> float:
+        """Seconds of all sessions together; ``loop_seconds`` counts only from the first step to the last."""
+        return sum(_float(s.get(kind)) for s in self.sessions)
 
     def artifact_file(self, artifact: dict[str, Any]) -> Path | None:
         """The artifact's file, if it exists and lies inside the artifacts folder."""
         base = (self.folder / "artifacts").resolve()
-        path = (base / str(artifact["file"])).resolve()
-        return path if path.is_relative_to(base) and path.is_file() else None
+        try:
+            path = (base / str(artifact["file"])).resolve()
+            return path if path.is_relative_to(base) and path.is_file() else None
+        except (OSError, ValueError):  # a name the file system does not take
+            return None
 
     def _text(self, name: str) -> str | None:
         try:
@@ -188,7 +197,7 @@ def read_metrics(path: Path) -> tuple[list[Series], int]:
                         damaged += bool(line.strip()) and line.endswith("\n")
             for row in rows:
                 step: Any = row.get("step") if isinstance(row, dict) else None
-                if not _is_number(step):
+                if not _is_number(step) or not math.isfinite(step):
                     damaged += 1
                     continue
                 for name, value in row.items():
@@ -234,14 +243,15 @@ def thin(steps: np.ndarray, values: np.ndarray, limit: int = POINTS) -> tuple[np
 
 
 def smooth(values: np.ndarray) -> tuple[np.ndarray, int]:
-    """Centred moving mean over about a fiftieth of the curve, and its width; the window shrinks towards both ends,
-    so the first and the last value stay as they are. Values must be finite."""
+    """Centred moving mean over about a fiftieth of the curve, and its width. The window shrinks symmetrically at the
+    start, so a steep beginning stays where it is; at the end only its right half is missing. Values must be finite."""
     n = len(values)
     half = max(1, n // 100)
     position = np.arange(n)
-    reach = np.minimum(half, np.minimum(position, n - 1 - position))
+    first = position - np.minimum(half, position)
+    last = np.minimum(2 * position - first, n - 1)
     total = np.concatenate([[0.0], np.cumsum(values - values.mean())])
-    return (total[position + reach + 1] - total[position - reach]) / (2 * reach + 1) + values.mean(), 2 * half + 1
+    return (total[last + 1] - total[first]) / (last + 1 - first) + values.mean(), 2 * half + 1
 
 
 @dataclass(frozen=True)
@@ -288,56 +298,56 @@ def value_axis(name: str, values: np.ndarray) -> Axis:
     return Axis(bottom, high + room)
 
 
+_HELD_OUT = re.compile(r"^(test|val|eval)|_(test|valid|val|eval)$")
 _SPLITS = re.compile(r"^(train|training|test|valid|validation|val|eval|evaluation)_|_(train|test|valid|val|eval)$")
 
 
 def _groups(series: Iterable[Series]) -> list[list[Series]]:
-    """Series that share a chart: the same number on different splits (``loss`` with ``test_loss``)."""
+    """Series that share a chart: the same number on different splits (``loss`` with ``test_loss``), training first."""
     groups: dict[str, list[Series]] = {}
     for one in series:
         groups.setdefault(_SPLITS.sub("", one.name), []).append(one)
-    return list(groups.values())
+    return [sorted(group, key=lambda one: bool(_HELD_OUT.search(one.name))) for group in groups.values()]
 
 
-def chart(group: Sequence[Series]) -> str:
+def chart(group: Sequence[Series], span: tuple[float, float] | None = None) -> str:
     """One chart as HTML: an SVG whose plane is stretched to the page (lines keep their width) with labels set as text,
-    so that type stays the same size on a telephone and on a wall."""
+    so that type stays the same size on a telephone and on a wall. ``span`` is the first and last step to show."""
     finite = [one.finite for one in group]
     shown = [one for one in finite if len(one.steps)]
     label = " and ".join(_words(one.name) for one in group)
     if not shown:
         return f'<figure class="chart"><figcaption><b>{_e(label)}</b> <i>no finite value</i></figcaption></figure>'
-    steps = np.concatenate([one.steps for one in group])
-    first, last = float(steps.min()), float(steps.max())
+    first, last = span or (min(float(one.steps[0]) for one in group), max(float(one.steps[-1]) for one in group))
     across = Axis(first, last) if last > first else Axis(first - 1, first + 1)
     up = value_axis(group[0].name, np.concatenate([one.values for one in shown]))
 
     drawn, keys, said = [], [], []
     for i, one in enumerate(finite):
-        bad = group[i].steps[~np.isfinite(group[i].values)]
+        bad = group[i].steps[~(np.abs(group[i].values) < HUGE)]
         drawn += [f'<path class="bad" d="M{_c(across.place(step))} 1000V940"/>' for step in bad[:50]]
         if not len(one.steps):
             continue
         noisy = len(one.steps) >= SMOOTH_FROM
         raw = _path(across, up, *thin(one.steps, one.values))
-        title = ""
+        end, title = _number(one.values[-1]), "last value"
         if noisy:
             mean, width = smooth(one.values)
-            title = f"thin line: every value; thick line: moving mean over {width} values"
+            end, title = _number(mean[-1]), f"moving mean over {width} values, drawn thick over the values themselves"
             drawn.insert(0, f'<path class="raw s{i % 4}" d="{raw}"/>')
             drawn.append(f'<path class="line s{i % 4}" d="{_path(across, up, *thin(one.steps, mean, 300))}"/>')
         else:
             drawn.append(f'<path class="line s{i % 4}" d="{raw}"/>')
             if len(one.steps) <= 40:
                 drawn.append(f'<path class="dots s{i % 4}" d="{_dots(across, up, one.steps, one.values)}"/>')
-        end = _number(one.values[-1])
         keys.append(
             f'<span class="key s{i % 4}" title="{_e(title)}"><b>{_e(_words(one.name))}</b> '
             f'<output data-end="{end}">{end}</output></span>'
         )
         said.append(
-            f"{_words(one.name)}: {_number(one.values[0])} at step {_number(one.steps[0])}, {end} at step "
-            f"{_number(one.steps[-1])}, lowest {_number(one.values.min())}, highest {_number(one.values.max())}"
+            f"{_words(one.name)}: {_number(one.values[0])} at step {_number(one.steps[0])}, "
+            f"{_number(one.values[-1])} at step {_number(one.steps[-1])}, lowest {_number(one.values.min())}, "
+            f"highest {_number(one.values.max())}"
         )
     heights = [(value, 1000 * (1 - float(up.place(value)))) for value in up.ticks(4)]
     places = [(value, 1000 * float(across.place(value))) for value in across.ticks(4) if value == int(value)]
@@ -388,6 +398,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _float(value: Any) -> float:
+    """A finite number as it is, anything else as 0."""
+    return float(value) if _is_number(value) and math.isfinite(value) else 0.0
+
+
 def _words(name: str) -> str:
     return name.replace("_", " ")
 
@@ -427,13 +442,15 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
+        return f"{minutes} min {rest:02d} s" if rest else f"{minutes} min"
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _moment(iso: Any) -> str:
     try:
-        return datetime.fromisoformat(str(iso)).strftime("%-d %B %Y, %H:%M")
+        moment = datetime.fromisoformat(str(iso))
+        zone = moment.strftime(" %Z") if moment.tzinfo else ""
+        return f"{moment.day} {moment:%B %Y, %H:%M}{zone}"
     except ValueError:
         return str(iso or "")
 
@@ -451,15 +468,27 @@ def _value(value: Any) -> str:
     return str(value)
 
 
-_INLINE = re.compile(r"``?(?P<code>[^`\n]+)``?|arXiv:(?P<arxiv>\d{4}\.\d{4,5}|[a-z-]+/\d{7})")
+def _quantity(name: str, value: Any) -> str:
+    """``memory_gb`` and 24 as "memory 24 GB"."""
+    stem, _, unit = name.rpartition("_")
+    if stem and unit in ("gb", "mb"):
+        return f"{_words(stem)} {_value(value)} {unit.upper()}"
+    return f"{_words(name)} {_value(value)}"
+
+
+_INLINE = re.compile(
+    r"``?(?P<code>[^`\n]+)``?|arXiv:(?P<arxiv>\d{4}\.\d{4,5}|[a-z-]+/\d{7})|(?<![\w*])\*(?P<stress>[^\s*][^*\n]*?)\*(?![\w*])"
+)
 
 
 def _inline(text: str) -> str:
-    """Escape, then set `code` and link arXiv identifiers."""
+    """Escape, then set `code` and *stress* and link arXiv identifiers."""
 
     def mark(found: re.Match[str]) -> str:
         if found["code"]:
             return f"<code>{found['code']}</code>"
+        if found["stress"]:
+            return f"<em>{found['stress']}</em>"
         return f'<a href="https://arxiv.org/abs/{found["arxiv"]}">arXiv:{found["arxiv"]}</a>'
 
     return _INLINE.sub(mark, _e(text))
@@ -510,10 +539,11 @@ def _page(record: _Record, contract: Contract) -> str:
         "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
         f"script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
     )
+    pictures = any(a.get("kind", "image") in ("image", "animation") for a in record.artifacts)
     sections = [
         ("headline", "Result", _headline(record, contract)),
-        ("curves", "Curves", _curves(record)),
-        ("pictures", "Pictures", _pictures(record)),
+        ("curves", "Curves", _curves(record, contract)),
+        ("pictures", "Pictures" if pictures or not record.artifacts else "Samples", _pictures(record)),
         ("run", "What was run", _what_was_run(record)),
         ("config", "Settings", _settings(record, contract)),
         ("contract", "The method", _contract(record, contract)),
@@ -544,26 +574,29 @@ def _asset(name: str) -> str:
 
 def _header(record: _Record, contract: Contract) -> str:
     status = record.status
-    mark = {"done": "✓", "failed": "✕", "running": "●", "interrupted": "‖"}[status]
+    mark = {"done": "✓", "failed": "✕", "running": "●", "unfinished": "◐"}[status]
     facts = [f"preset {record.described['preset']}"] if record.described.get("preset") else []
     if record.described.get("seed") is not None:
         facts.append(f"seed {record.described['seed']}")
     started = record.environment.get("started")
     facts += [_moment(started)] if started else []
-    seconds = sum(float(s.get("seconds") or 0) for s in record.sessions)
-    facts += [_duration(seconds)] if seconds else []
+    facts += [_duration(record.seconds())] if record.seconds() else []
     failure = ""
     if record.failure is not None:
         reason = record.failure.strip() or "no reason was recorded"
-        failure = f'<div class="failure"><h2>Why it failed</h2><pre>{_e(_cut(reason))}</pre></div>'
+        first, _, rest = reason.partition("\n")
+        more = f"<details><summary>Traceback</summary><pre>{_e(rest.strip())}</pre></details>" if rest.strip() else ""
+        failure = f'<div class="failure"><h2>Why it failed</h2><p>{_e(first)}</p>{more}</div>'
     progress = ""
     total = record.config.get("steps")
-    if status in ("running", "interrupted") and _is_number(total) and total:
+    if status in ("running", "unfinished") and _is_number(total) and total:
         share = min(1.0, record.last_step / total)
+        ended = record.sessions[-1].get("ended") if record.sessions else None
+        heard = f", last heard of {_moment(ended)}" if ended else ""
         progress = (
             f'<div class="progress" role="img" aria-label="{share:.0%} of the steps done">'
             f'<i style="width:{100 * share:.2f}%"></i></div>'
-            f'<p class="facts">step {_number(record.last_step)} of {_number(total)}</p>'
+            f'<p class="facts">step {_number(record.last_step)} of {_number(total)}{_e(heard)}</p>'
         )
     return (
         f'<header><p class="method"><span>{_e(record.method)}</span>'
@@ -580,8 +613,8 @@ def _headline(record: _Record, contract: Contract) -> str:
         result = {name: float(one.values[-1]) for name, one in latest if len(one.values)}
         when = f"latest, up to step {_number(record.last_step)}"
     if not result:
-        waiting = {"running": "Nothing has been logged yet.", "interrupted": "Nothing was logged before it stopped."}
-        return f'<p class="empty">{waiting.get(record.status, "The run left no metric.")}</p>'
+        yet = record.status in ("running", "unfinished")
+        return f'<p class="empty">{"Nothing has been logged yet." if yet else "The run left no metric."}</p>'
     shown: list[str] = []
     out: list[str] = []
     for bar in _bars(record, contract, result):
@@ -603,7 +636,7 @@ def _bars(record: _Record, contract: Contract, result: dict[str, Any]) -> list[d
     chosen: dict[str, dict[str, Any]] = {}
     for bar in contract.bars:
         metric = bar.get("metric")
-        if metric in result and _is_number(bar.get("bar")):
+        if metric in result and _is_number(bar.get("bar")) and abs(bar["bar"]) < HUGE:
             applies = _applies(record, bar)
             if metric not in chosen or (applies and not chosen[metric]["applies"]):
                 chosen[str(metric)] = {**bar, "applies": applies}
@@ -626,11 +659,21 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _gauge(record: _Record, contract: Contract, bar: dict[str, Any], value: float, when: str) -> str:
-    """The number, large, and a line that shows where it lies: the side that passes is tinted, the bar is a tick."""
+    """The number, large, and a line that shows where it lies: the side that passes is tinted, the bar is a tick.
+
+    A bar that was set for other settings (another data set, often) is named and not drawn: nothing follows from it.
+    """
     limit, lower = float(bar["bar"]), bar.get("better") == "lower"
+    sign = "≤" if lower else "≥"
+    big = f'<div class="big"><div><b>{_number(value)}</b><span>{_e(_words(bar["metric"]))}</span></div></div>'
+    note = f'<p class="note">{when}</p>' if when else ""
+    if not bar["applies"]:
+        elsewhere = f"The recorded bar, {sign} {limit:.6g}, is for the preset <code>{_e(bar.get('preset'))}</code>"
+        return f'{big}<p class="note">{elsewhere}; this run used other settings and is not held against it.</p>{note}'
     published = _published(str(bar.get("published") or ""), limit)
-    seeds = [v for v in _card_values(contract.card, bar) if math.isfinite(v)]
-    marks = [limit, *([value] if math.isfinite(value) else []), *([published] if published is not None else []), *seeds]
+    marks = [limit, *([value] if abs(value) < HUGE else []), *([published] if published is not None else [])]
+    seeds = [v for v in _card_values(contract.card, bar) if abs(v) < HUGE]
+    marks += seeds
     low, high = min(marks), max(marks)
     room = 0.3 * (high - low) or 0.1 * abs(high) or 1.0
     low, high = low - room, high + room
@@ -645,33 +688,30 @@ def _gauge(record: _Record, contract: Contract, bar: dict[str, Any], value: floa
     zone = f"left:0;width:{100 * axis.place(limit):.2f}%" if lower else f"{left(limit)};right:0"
     dots = "".join(f'<i class="seed" style="{left(v)}"></i>' for v in seeds)
     diamond = f'<i class="published" style="{left(published)}"></i>' if published is not None else ""
-    dot = f'<i class="here" style="{left(value)}"></i>' if math.isfinite(value) else ""
-    sign = "≤" if lower else "≥"
+    dot = f'<i class="here" style="{left(value)}"></i>' if abs(value) < HUGE else ""
     keys = [f'<span><i class="here"></i>this run {_number(value)}</span>']
-    keys.append(f'<span><i class="bar"></i>bar {sign} {_number(limit)}</span>')
+    keys.append(f'<span><i class="bar"></i>bar {sign} {limit:.6g}</span>')
     if seeds:
-        keys.append(f'<span><i class="seed"></i>evidence card, {len(seeds)} seeds</span>')
+        keys.append(f'<span><i class="seed"></i>evidence card, {len(seeds)} seed{"s" if len(seeds) > 1 else ""}</span>')
     if bar.get("published"):
         keys.append(f'<span><i class="published"></i>published {_inline(str(bar["published"]))}</span>')
-    if not bar["applies"]:
-        preset = bar.get("preset") or "other settings"
-        verdict = (
-            f'<p class="note">The bar was set for <code>{_e(preset)}</code>; this run used other settings, '
-            "so it is drawn for orientation only.</p>"
-        )
-    elif record.status != "done":
+    if record.status != "done":
         verdict = '<p class="note">The run has not ended: no verdict yet.</p>' if record.status != "failed" else ""
     else:
-        verdict = (
-            '<p class="verdict pass">✓ clears the bar</p>' if passes else '<p class="verdict miss">✕ misses the bar</p>'
-        )
+        allowed, took = bar.get("within_seconds"), record.seconds("loop_seconds") or record.seconds()
+        words = "clears the bar" if passes else "misses the bar"
+        if allowed and took:
+            slow = passes and took > float(allowed)
+            words += (
+                f", {'but too slowly: ' if slow else 'in '}{_duration(took)} of the {_duration(float(allowed))} allowed"
+            )
+            passes = passes and not slow
+        verdict = f'<p class="verdict {"pass" if passes else "miss"}">{"✓" if passes else "✕"} {words}</p>'
     ticks = axis.ticks(5)
     scale = "".join(f'<span style="{left(t)}">{_tick(t)}</span>' for t in ticks)
     said = f"{_words(bar['metric'])} {_number(value)}, bar {_number(limit)}, {bar.get('better', 'higher')} is better"
-    note = f'<p class="note">{when}</p>' if when else ""
     return (
-        f'<div class="headline"><div class="big"><div><b>{_number(value)}</b><span>{_e(_words(bar["metric"]))}</span>'
-        f'</div></div><div class="gauge"><div class="rail" role="img" aria-label="{_e(said)}">'
+        f'<div class="headline">{big}<div class="gauge"><div class="rail" role="img" aria-label="{_e(said)}">'
         f'<i class="zone" style="{zone}"></i><i class="bar" style="{left(limit)}"></i>{dots}{diamond}{dot}</div>'
         f'<div class="xs" aria-hidden="true">{scale}</div><p class="keys">{"".join(keys)}</p>{verdict}{note}'
         "</div></div>"
@@ -699,19 +739,29 @@ def _card_values(card: dict[str, Any] | None, bar: dict[str, Any]) -> list[float
     return []
 
 
-def _curves(record: _Record) -> str:
-    groups = _groups(record.series)
+def _curves(record: _Record, contract: Contract) -> str:
+    wanted = {*record.result, *(bar.get("metric") for bar in contract.bars)}
+    groups = sorted(_groups(record.series), key=lambda group: wanted.isdisjoint(one.name for one in group))
     if not groups:
         return '<p class="empty">No metric has been logged.</p>'
-    charts = [chart(group) for group in groups]
+    # all charts show the same steps, so that one can be read against another
+    span = (min(float(s.steps[0]) for s in record.series), max(float(s.steps[-1]) for s in record.series))
+    charts = [chart(group, span) for group in groups]
     first, rest = charts[:12], charts[12:]
-    few = " few" if len(charts) <= 2 else ""
+    few = " few" if len(charts) in (1, 2, 4) else ""
     out = f'<div class="charts{few}">{"".join(first)}</div>'
     if rest:
         out += f'<details><summary>{len(rest)} more curves</summary><div class="charts">{"".join(rest)}</div></details>'
     smoothed = any(len(s.steps) >= SMOOTH_FROM for s in record.series)
-    note = "Thin lines are the logged values, thick lines a moving mean. " if smoothed else ""
-    return out + f'<p class="note">{note}Horizontal axis: steps.</p>'
+    note = "Thin: every value logged. Thick, and the number beside the name: its moving mean." if smoothed else ""
+    return out + f'<p class="note">Over steps. {note}</p>'
+
+
+class _Tile(NamedTuple):
+    """One thing to show: its HTML, and its height as a multiple of a column's width (None: it takes both columns)."""
+
+    html: str
+    tall: float | None = None
 
 
 def _pictures(record: _Record) -> str:
@@ -721,37 +771,65 @@ def _pictures(record: _Record) -> str:
             record.unreadable.append(f"artifacts/{artifact['file']}")
         else:
             groups.setdefault(str(artifact.get("name") or artifact["file"]), []).append(artifact)
-    if not groups:
-        return '<p class="empty">No picture has been drawn.</p>'
-    shown = []
+    tiles = []
     for name, group in groups.items():
         kind = group[-1].get("kind", "image")
         if kind in ("image", "animation"):
-            shown.append(_strip(record, name, group) if len(group) > 1 else _picture(record, name, group[0]))
+            tiles.append(_strip(record, name, group) if len(group) > 1 else _picture(record, name, group[0]))
         elif kind == "text":
-            shown.append(_texts(record, name, group))
+            tiles.append(_texts(record, name, group))
         else:
-            shown.append(_tables(record, name, group))
-    return f'<div class="pictures">{"".join(shown)}</div>'
+            tiles.append(_data(record, name, group))
+    return _in_columns(tiles) if tiles else '<p class="empty">No picture has been drawn.</p>'
 
 
-def _picture(record: _Record, name: str, artifact: dict[str, Any]) -> str:
-    tag, shape = _image(record, artifact)
-    return f'<figure class="picture {shape}">{tag}<figcaption>{_caption(name, artifact)}</figcaption></figure>'
+def _in_columns(tiles: list[_Tile]) -> str:
+    """Tiles in order: each narrow one goes into the shorter of two columns, each wide one across both."""
+    out: list[str] = []
+    columns: list[list[_Tile]] = [[], []]
+
+    def flush() -> None:
+        if columns[0]:
+            parts = "".join(f"<div>{''.join(tile.html for tile in column)}</div>" for column in columns if column)
+            out.append(f'<div class="pair">{parts}</div>')
+        columns[:] = [[], []]
+
+    for tile in tiles:
+        if tile.tall is None:
+            flush()
+            out.append(tile.html)
+        else:
+            min(columns, key=lambda column: sum((other.tall or 0) + 0.2 for other in column)).append(tile)
+    flush()
+    return f'<div class="pictures">{"".join(out)}</div>'
 
 
-def _strip(record: _Record, name: str, group: list[dict[str, Any]]) -> str:
+def _picture(record: _Record, name: str, artifact: dict[str, Any]) -> _Tile:
+    tag, shape, tall = _image(record, artifact)
+    caption = _caption(name, artifact)
+    if artifact.get("kind") == "animation" and 'src="data:image/gif' not in tag:
+        caption += f" The first frame; the whole animation is artifacts/{_e(artifact['file'])}."
+    html = f'<figure class="picture {shape}">{tag}<figcaption>{caption}</figcaption></figure>'
+    return _Tile(html, None if shape == "wide" else tall)
+
+
+def _strip(record: _Record, name: str, group: list[dict[str, Any]]) -> _Tile:
     """The same picture at several steps: the last one large, all of them small in order."""
-    frames = group
-    if len(group) > FRAMES:
-        frames = [group[round(i * (len(group) - 1) / (FRAMES - 1))] for i in range(FRAMES)]
-    large, shape = _image(record, group[-1])
+    frames = _some(group, FRAMES)
+    large, shape, _ = _image(record, group[-1])
     small = "".join(f"<li>{_image(record, frame)[0]}<span>{_step(frame)}</span></li>" for frame in frames)
-    note = f" {FRAMES} of {len(group)} frames; the others are in the artifacts folder." if frames is not group else ""
-    return (
-        f'<figure class="picture strip {shape}"><div class="stage">{large}</div>'
-        f'<figcaption>{_caption(name, group[-1])}{note}</figcaption><ol class="frames">{small}</ol></figure>'
+    more = f" {FRAMES} of {len(group)} frames; the others are in the artifacts folder." if len(group) > FRAMES else ""
+    return _Tile(
+        f'<figure class="picture strip {shape}"><div class="stage">{large}'
+        f'<figcaption>{_caption(name, group[-1])}{more}</figcaption></div><ol class="frames">{small}</ol></figure>'
     )
+
+
+def _some(items: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """At most ``count`` of these, evenly spread, with the first and the last."""
+    if len(items) <= count:
+        return items
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
 def _step(artifact: dict[str, Any]) -> str:
@@ -764,27 +842,31 @@ def _caption(name: str, artifact: dict[str, Any]) -> str:
     return " ".join(filter(None, parts))
 
 
-def _image(record: _Record, artifact: dict[str, Any]) -> tuple[str, str]:
-    """An <img> with the picture inside it, and its shape: tiny (shown enlarged, with sharp pixels), wide, or plain."""
+def _image(record: _Record, artifact: dict[str, Any]) -> tuple[str, str, float]:
+    """An <img> with the picture inside it, its shape (tiny: shown enlarged, with sharp pixels; wide; or plain), and its
+    height as a multiple of the column's width."""
     path = record.artifact_file(artifact)
     assert path is not None
     data, mime = _encode(path)
     width, height = _size(data)
     said = (_words(str(artifact.get("name") or path.name)), _step(artifact), str(artifact.get("caption") or ""))
     alt = _e(", ".join(filter(None, said)))
-    shape, style = "", ""
+    shape, style, tall = "", "", 1.0
     if width and height:
-        shape = "wide" if width > 1.7 * height and width > 480 else ""
+        tall = height / width
+        shape = "wide" if tall < 0.6 and width > 900 else ""
         if max(width, height) <= 400:
-            times = max(1, 480 // max(width, height))
-            shape, style = "tiny", f' style="width:{width * times}px"'
+            shown = width * max(1, 430 // max(width, height))
+            shape, style, tall = "tiny", f' style="width:{shown}px"', tall * shown / 430
     source = f"data:{mime};base64,{base64.b64encode(data).decode()}"
     size = f' width="{width}" height="{height}"' if width else ""
-    return f'<img src="{source}" alt="{alt}"{size}{style}>', shape
+    sharp = ' class="sharp"' if 0 < max(width, height) <= 96 else ""
+    return f'<img src="{source}" alt="{alt}"{size}{style}{sharp}>', shape, tall
 
 
 def _encode(path: Path) -> tuple[bytes, str]:
-    """The picture's bytes and type; a very large one is made smaller so that the page stays light."""
+    """The picture's bytes and type; a very large one is made smaller, and a very large animation becomes its first
+    frame, so that the page stays light."""
     data = path.read_bytes()
     kinds = {".gif": "image/gif", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
     mime = kinds.get(path.suffix.lower(), "image/png")
@@ -792,15 +874,15 @@ def _encode(path: Path) -> tuple[bytes, str]:
         return data, mime
     from PIL import Image
 
+    smaller = io.BytesIO()
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            picture = picture.convert("RGB")
-            picture.thumbnail((1600, 1600))
-            smaller = io.BytesIO()
-            picture.save(smaller, "WEBP", quality=88)
-    except OSError:
+            still = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+        still.thumbnail((1600, 1600))
+        still.save(smaller, "WEBP", quality=88)
+    except (OSError, ValueError, Image.DecompressionBombError):
         return data, mime
-    return (smaller.getvalue(), "image/webp") if smaller.tell() < len(data) else (data, mime)
+    return (smaller.getvalue(), "image/webp") if mime == "image/gif" or smaller.tell() < len(data) else (data, mime)
 
 
 def _size(data: bytes) -> tuple[int, int]:
@@ -814,7 +896,7 @@ def _size(data: bytes) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(data)) as picture:
             return picture.size
-    except OSError:
+    except (OSError, ValueError, Image.DecompressionBombError):
         return 0, 0
 
 
@@ -823,41 +905,51 @@ def _cut(text: str, limit: int = TEXT_CHARACTERS) -> str:
     return text if left <= 0 else f"{text[:limit].rstrip()} … ({left:,} more characters in the file)"
 
 
-def _texts(record: _Record, name: str, group: list[dict[str, Any]]) -> str:
-    def read(artifact: dict[str, Any], limit: int) -> str:
+def _texts(record: _Record, name: str, group: list[dict[str, Any]]) -> _Tile:
+    """A text, set as a quotation; with several steps the last one in full, up to three before it by their openings."""
+
+    def read(artifact: dict[str, Any]) -> str:
         path = record.artifact_file(artifact)
         assert path is not None
-        return _e(_cut(path.read_text(encoding="utf-8", errors="replace").strip("\n"), limit))
+        return path.read_text(encoding="utf-8", errors="replace").strip("\n")
 
-    earlier = ""
-    if len(group) > 1:
-        before = group[:-1]
-        if len(before) > 4:
-            before = [before[round(i * (len(before) - 1) / 3)] for i in range(4)]
-        items = "".join(f"<li><span>{_step(a)}</span><blockquote>{read(a, 280)}</blockquote></li>" for a in before)
-        earlier = f'<ol class="earlier">{items}</ol>'
-    return (
-        f'<figure class="text wide"><figcaption>{_caption(name, group[-1])}</figcaption>'
-        f"<blockquote>{read(group[-1], TEXT_CHARACTERS)}</blockquote>{earlier}</figure>"
+    items = ""
+    for artifact in _some(group[:-1], 3):
+        text = read(artifact)
+        opening = text if len(text) <= 280 else text[:280].rstrip() + " …"
+        items += f"<li><span>{_step(artifact)}</span><blockquote>{_e(opening)}</blockquote></li>"
+    earlier = f'<ol class="earlier">{items}</ol>' if items else ""
+    return _Tile(
+        f'<figure class="text"><figcaption>{_caption(name, group[-1])}</figcaption>'
+        f"<blockquote>{_e(_cut(read(group[-1])))}</blockquote>{earlier}</figure>"
     )
 
 
-def _tables(record: _Record, name: str, group: list[dict[str, Any]]) -> str:
+def _data(record: _Record, name: str, group: list[dict[str, Any]]) -> _Tile:
+    """A JSON value as a table where it has the shape of one, else folded away as it is."""
     path = record.artifact_file(group[-1])
     assert path is not None
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
-        body = _table(json.loads(text))
+        found = _table(json.loads(text))
     except ValueError:
-        body = None
-    if body is None:
+        found = None
+    tall = None
+    if found is None:
         body = f"<details><summary>{_e(path.name)}</summary><pre>{_e(_cut(text))}</pre></details>"
-    return f'<figure class="data wide"><figcaption>{_caption(name, group[-1])}</figcaption>{body}</figure>'
+    else:
+        head, rows = found
+        if len(rows) <= 16 and max(map(len, rows), default=0) <= 4:
+            tall = 0.09 * (len(rows) + any(head))
+        body = _html_table(head, rows[:TABLE_ROWS])
+        if len(rows) > TABLE_ROWS:
+            body += f'<p class="note">{len(rows) - TABLE_ROWS:,} more rows in the file.</p>'
+    return _Tile(f'<figure class="data"><figcaption>{_caption(name, group[-1])}</figcaption>{body}</figure>', tall)
 
 
-def _table(value: Any) -> str | None:
-    """A JSON value as a table, if it has the shape of one: rows of objects, ``{"columns", "rows"}``, columns of equal
-    length, an object of objects, a matrix, or names and values."""
+def _table(value: Any) -> tuple[list[str], list[list[Any]]] | None:
+    """Head and rows of a JSON value, if it has the shape of a table: rows of objects, ``{"columns", "rows"}``, columns
+    of equal length, an object of objects, a matrix, or names and values."""
     head: list[str] = []
     rows: list[list[Any]] = []
     if isinstance(value, dict) and isinstance(value.get("rows"), list) and isinstance(value.get("columns"), list):
@@ -878,37 +970,41 @@ def _table(value: Any) -> str | None:
         head, rows = ["", ""], [[key, item] for key, item in value.items()]
     else:
         return None
-    more = f'<p class="note">{len(rows) - TABLE_ROWS:,} more rows in the file.</p>' if len(rows) > TABLE_ROWS else ""
-    return _html_table(head, rows[:TABLE_ROWS]) + more
+    return head, rows
 
 
-def _html_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def _html_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     def cell(value: Any) -> str:
         if _is_number(value):
             return f'<td class="n">{_number(value)}</td>'
-        return f"<td>{_e(_value(value)) if value is not None else ''}</td>"
+        text = "" if value is None else _value(value)
+        return f"<td{' class=long' if len(text) > 40 else ''}>{_e(text)}</td>"
 
-    top = "".join(f"<th>{_e(_words(name))}</th>" for name in head) if any(head) else ""
-    top = f"<thead><tr>{top}</tr></thead>" if top else ""
+    def title(i: int) -> str:
+        numbers = any(i < len(row) and _is_number(row[i]) for row in rows)
+        kind = ' class="n"' if numbers else ""
+        return f"<th{kind}>{_e(_words(head[i]))}</th>"
+
+    top = f"<thead><tr>{''.join(map(title, range(len(head))))}</tr></thead>" if any(head) else ""
     body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
     return f'<div class="scroll"><table>{top}<tbody>{body}</tbody></table></div>'
 
 
-def _facts(rows: _Rows) -> str:
+def _facts(rows: _Facts) -> str:
     return '<dl class="facts">' + "".join(f"<dt>{_e(k)}</dt><dd>{v}</dd>" for k, v in rows if v) + "</dl>"
 
 
 def _what_was_run(record: _Record) -> str:
     described, environment, sessions = record.described, record.environment, record.sessions
+    whole, loop = record.seconds(), record.seconds("loop_seconds") or record.seconds()
     out = f'<pre class="command">{_e(described["command"])}</pre>' if described.get("command") else ""
-    seconds = sum(float(s.get("seconds") or 0) for s in sessions)
-    steps = sum(int(s.get("to_step") or 0) - int(s.get("from_step") or 0) for s in sessions)
-    memory = max((float(s.get("peak_memory_mb") or 0) for s in sessions), default=0.0)
-    rows: _Rows = [("seed", _e(described["seed"]))] if described.get("seed") is not None else []
+    steps = sum(_float(s.get("to_step")) - _float(s.get("from_step")) for s in sessions)
+    memory = max((_float(s.get("peak_memory_mb")) for s in sessions), default=0.0)
+    rows: _Facts = [("seed", _e(described["seed"]))] if described.get("seed") is not None else []
     rows += [("started", _e(_moment(environment.get("started"))))]
-    if seconds:
-        rate = f", {_number(float(f'{steps / seconds:.3g}'))} steps a second" if steps > 0 else ""
-        rows.append(("time", f"{_duration(seconds)} for {_number(steps)} steps{rate}"))
+    if whole:
+        rate = f", {_tick(float(f'{steps / loop:.3g}'))} a second" if steps > 0 else ""
+        rows.append(("time", f"{_duration(whole)}; {_number(steps)} steps{rate}"))
     if memory:
         rows.append(("peak memory", f"{_number(round(memory))} MB"))
     last = sessions[-1] if sessions else {}
@@ -918,11 +1014,11 @@ def _what_was_run(record: _Record) -> str:
     rows.append(("device", _e(device)))
     hardware = environment.get("hardware")
     if isinstance(hardware, dict):
-        rows.append(("hardware", _e(" · ".join(f"{_words(str(k))} {_value(v)}" for k, v in hardware.items() if v))))
+        rows.append(("hardware", _e(" · ".join(_quantity(str(k), v) for k, v in hardware.items() if v))))
     versions = _dict(environment.get("versions"))
     rows.append(("versions", _e(" · ".join(f"{k} {v}" for k, v in versions.items()))))
     rows.append(("commit", f"<code>{_e(environment['commit'])}</code>" if environment.get("commit") else ""))
-    common = {k: v for k, v in _dict(described.get("common")).items() if v is not None}
+    common = {k: v for k, v in _dict(described.get("common")).items() if v and k != "seed"}
     rows.append(("flags", _e(" · ".join(f"{_words(str(k))} {_value(v)}" for k, v in common.items()))))
     if record.spec:
         shape = " × ".join(map(str, _list(record.spec.get("shape"))))
@@ -931,9 +1027,17 @@ def _what_was_run(record: _Record) -> str:
         rows.append(("data", _e(" · ".join([*([shape] if shape else []), *([named] if classes else [])]))))
     out += _facts(rows)
     if len(sessions) > 1:
-        head = ["session", "from step", "to step", "seconds", "peak memory mb", "device"]
-        keys = ("from_step", "to_step", "seconds", "peak_memory_mb", "device")
-        table = [[_moment(s.get("started")), *(s.get(key) for key in keys)] for s in sessions]
+        head = ["session", "from step", "to step", "time", "device"]
+        table = [
+            [
+                _moment(s.get("started")),
+                s.get("from_step"),
+                s.get("to_step"),
+                _duration(_float(s.get("seconds"))),
+                s.get("device"),
+            ]
+            for s in sessions
+        ]
         out += f"<p>Resumed {len(sessions) - 1} time{'s' if len(sessions) > 2 else ''}:</p>" + _html_table(head, table)
     return out or '<p class="empty">Nothing was recorded.</p>'
 
@@ -961,7 +1065,9 @@ def _settings(record: _Record, contract: Contract) -> str:
 
 def _contract(record: _Record, contract: Contract) -> str:
     parts: list[str] = []
-    source = " · ".join(filter(None, [contract.paper, f"notes § {contract.section}" if contract.section else ""]))
+    source = " · ".join(
+        filter(None, [contract.paper, f"notes\u00a0§\u00a0{contract.section}" if contract.section else ""])
+    )
     if source:
         parts.append(f"<p>{_inline(source)}</p>")
     if contract.equation:
@@ -971,32 +1077,48 @@ def _contract(record: _Record, contract: Contract) -> str:
             parts.append(f"<h3>{title.capitalize()}</h3>{_prose(text)}")
     if contract.docs:
         parts.append(f"<details><summary>More from the docstring</summary>{_prose(contract.docs)}</details>")
-    if contract.card:
-        parts.append(f"<h3>Evidence card</h3>{_card(contract.card)}")
+    if isinstance(contract.card, dict):
+        parts.append(f"<h3>Evidence</h3>{_evidence(contract.card)}")
     return "".join(parts) or f"<p><code>etude info {_e(record.method)}</code> prints its contract.</p>"
 
 
-def _card(card: dict[str, Any]) -> str:
-    flat = {k: v for k, v in card.items() if not isinstance(v, (dict, list))}
-    out = _facts([(_words(k), _e(_number(v) if _is_number(v) else _value(v))) for k, v in flat.items()])
-    for name, value in card.items():
-        if name == "experiments" and isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
-            kept = [{k: v for k, v in row.items() if not isinstance(v, dict)} for row in value]
-            out += _table(kept) or ""
-    return out
+def _evidence(card: dict[str, Any]) -> str:
+    """The card that `etude verify` wrote: each experiment with its seeds held against its bar."""
+    written = _moment(card.get("written")) if card.get("written") else ""
+    facts = [str(card.get("badge") or ""), written, f"commit {card['commit']}" if card.get("commit") else ""]
+    rows = []
+    for one in map(_dict, _list(card.get("experiments"))):
+        values = [_number(v) if _is_number(v) else "failed" for v in _list(one.get("values"))]
+        seconds = [_float(v) for v in _list(one.get("seconds"))]
+        sign = "≤" if one.get("better") == "lower" else "≥"
+        spread = f" ± {float(one['spread']):.2g}" if _is_number(one.get("spread")) and len(values) > 1 else ""
+        mean = f"{_number(one['mean'])}{spread}" if _is_number(one.get("mean")) else ""
+        bar = f"{sign} {one['bar']:.6g}" if _is_number(one.get("bar")) else ""
+        passed = "✓ clears" if one.get("passed") is True else "✕ misses" if one.get("passed") is False else ""
+        slowest = _duration(max(seconds)) if seconds else ""
+        name = f"{one.get('name') or ''}: {_words(str(one.get('metric') or ''))}"
+        rows.append([name, ", ".join(values), mean, bar, passed, one.get("published") or "", slowest])
+    head = ["experiment", "each seed", "mean", "bar", "", "published", "time"]
+    table = _html_table(head, rows) if rows else ""
+    return f'<p class="note">{_e(" · ".join(filter(None, facts)))}</p>{table}'
 
 
 def _next(record: _Record, contract: Contract) -> str:
     run = shlex.quote(_where(record.folder))
-    file = record.method.rpartition("/")[2]
-    rows = [(f"etude resume {run}", "continue from the last checkpoint, exactly as if it had not stopped")]
-    if record.status in ("done", "failed") and record.failure is None:
-        rows = [(f"etude resume {run}", "check that it is complete, or go on where it stopped")]
-    if contract.samples and record.status != "failed":
+    rows = []
+    if record.status != "done":
+        rows.append((f"etude resume {run}", "go on from the last checkpoint, exactly as if it had not stopped"))
+        if record.status != "failed":
+            rows.append((f"etude show {run}", "write this page again"))
+    elif contract.samples:
         rows.append((f"etude sample {run}", "draw from the trained model"))
-    rows.append((f"etude copy {record.method} my_{file}.py", "take the file and make it yours"))
-    body = "".join(f"<tr><td><code>{_e(command)}</code></td><td>{what}</td></tr>" for command, what in rows)
-    return f'<table class="commands"><tbody>{body}</tbody></table>'
+    if record.status == "done" and contract.bars:
+        rows.append((f"etude verify {record.method}", "run the recorded experiments and hold them against their bars"))
+    rows.append(
+        (f"etude copy {record.method} my_{record.method.rpartition('/')[2]}.py", "take the file and make it yours")
+    )
+    body = "".join(f"<dt><code>{_e(command)}</code></dt><dd>{what}</dd>" for command, what in rows)
+    return f'<dl class="commands">{body}</dl>'
 
 
 def _where(folder: Path) -> str:

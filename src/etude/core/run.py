@@ -104,6 +104,7 @@ class Run:
         self._last_row: dict[str, Any] = {}  # of the step in which the loop was left
         self._rows: list[tuple[int, dict[str, Any]]] = []
         self._latest: dict[str, float] = {}
+        self._found, self._one = torch.zeros(1, device=self.device), torch.ones(1, device=self.device)
         self._suspects: list[tuple[int, torch.Tensor]] = []
         self._signal = 0
         self._busy = self._stop = self._left = self._over = False
@@ -278,25 +279,23 @@ class Run:
         if self.world > 1:
             self._reduce([*(grad for grad in grads if not hasattr(grad, "to_local")), *statistics, *scalars.values()])
             grads = [grad.to_local() if hasattr(grad, "to_local") else grad for grad in grads]
+        if grads:  # one dispatch marks `found` when any element is not finite; the factor 1 leaves gradients as they are
+            torch._amp_foreach_non_finite_check_and_unscale_(grads, self._found, self._one)
         if self.device.type != "cpu":
-            values = [*(torch._foreach_norm(grads) if grads else ()), *(v.detach() for v in scalars.values())]
-            if values:
-                self._suspects.append((self.step, torch.stack([v.to(self.device, torch.float32) for v in values]).sum()))
+            values = [self._found / (1 - self._found), *(value.detach().to(torch.float32).reshape(1) for value in scalars.values())]
+            self._suspects.append((self.step, torch.cat(values).sum()))
             return
         for name, value in scalars.items():
             number = value.item()
             if not math.isfinite(number):
                 raise RunError(f"{name} is {number} at step {self.step}; the update was not made and {self._kept()}")
-        size = _size(grads) if grads else 0.0
         if self._sharded:  # each rank sees its own shards only
-            total = torch.tensor(size)
-            torch.distributed.all_reduce(total)
-            size = total.item()
-        if not math.isfinite(size):
-            bad = [name for (name, _), grad in zip(((n, p) for n, p in named if p.grad is not None), grads) if not grad.isfinite().all()]
-            if bad or self._sharded:  # none when finite values only overflowed in the sum
-                where = f"the gradient of {bad[0]}" if bad else "a gradient on another rank"
-                raise RunError(f"{where} is not finite at step {self.step}; the update was not made and {self._kept()}")
+            torch.distributed.all_reduce(self._found)
+        if self._found.item():
+            names = [name for name, p in named if p.grad is not None]
+            bad = [name for name, grad in zip(names, grads) if not grad.isfinite().all()]
+            where = f"the gradient of {bad[0]}" if bad else "a gradient on another rank"
+            raise RunError(f"{where} is not finite at step {self.step}; the update was not made and {self._kept()}")
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Context for forward passes: bfloat16 where ``--precision bf16`` asks for it, else nothing."""
@@ -396,13 +395,6 @@ def _statistics(modules: tuple[nn.Module, ...]) -> list[torch.Tensor]:
     """Running means and variances of all batch-norm layers."""
     named = [item for module in modules for item in module.named_buffers()]
     return [buffer for name, buffer in named if name.endswith(("running_mean", "running_var"))]
-
-
-def _size(tensors: list[torch.Tensor]) -> float:
-    """A number that is finite when every element is: one sum over small sets (3 dispatches), norms over large ones."""
-    if sum(tensor.numel() for tensor in tensors) < 100_000:
-        return torch.cat([tensor.reshape(-1) for tensor in tensors]).sum().item()
-    return sum([norm.item() for norm in torch._foreach_norm(tensors)])
 
 
 def pick_device(name: str) -> torch.device:

@@ -5,8 +5,8 @@ They lie in `ETUDE_DATA` (default `~/.cache/etude/data`), one folder a dataset, 
 is there and what is wrong with it; `catalogue` describes everything known. Importing this package imports neither torch
 nor numpy. Every fault of the data is a `UserError`: one sentence naming the file and what to do.
 
-The checksum of a packed file is taken while it is unpacked, so checking it costs no second pass (the SHA-256 of MNIST's
-11.6 MB takes about a tenth of its loading time).
+The checksum of a packed file is taken while it is unpacked, so checking costs no second pass: for MNIST's 11.6 MB it is
+10 ms of 350 ms (measured, one core with SHA instructions).
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def names(kind: str | None = None) -> list[str]:
 def images(name: str | os.PathLike[str], size: int | None = None) -> Images:
     """Read a dataset of labelled images, or a folder of class-named image folders.
 
-    Returns tensors: `train.x` and `test.x` uint8 (N, C, H, W), `train.y` and `test.y` int64 (N,), and `spec` with shape,
-    class names, and the training split's mean and standard deviation per channel in [0, 1] units. With `size`, images are
-    resized (bilinear, averaging when shrinking) to size × size. A registered name wins over a folder of that name; write
-    `./name` for the folder. Raises `UserError` naming the file and what to do.
+    Returns tensors: `train.x` and `test.x` uint8 (N, C, H, W), `train.y` and `test.y` int64 (N,), and `spec` with
+    shape, class names, and the training split's mean and standard deviation per channel in [0, 1] units. With `size`,
+    images are resized (bilinear, averaging when shrinking) to size × size. A registered name wins over a folder of that
+    name; write `./name` for the folder. Raises `UserError` naming the file and what to do.
     """
     from etude.data.sets import assemble
 
@@ -155,21 +155,22 @@ def get(
 
 
 def check(names: Iterable[str] | str | None = None) -> list[dict[str, str]]:
-    """Verify the files of the named datasets (default: all): rows {dataset, file, state, detail}.
+    """Verify the files of the named datasets (default: all that are there): rows {dataset, file, state, detail}.
 
     States: "official", "differs" (readable, other bytes than the official file), "partial" (readable, not whole),
     "damaged", "missing", "bundled". Raises `UserError` when a name is unknown or `ETUDE_DATA` points nowhere.
     """
     from etude.data import fetch
 
-    return [row for dataset in _known(names) for row in fetch.check(dataset, _folder(dataset))]
+    chosen = _known(names) if names else [dataset for dataset in DATASETS if _present(dataset)]
+    return [row for dataset in chosen for row in fetch.check(dataset, _folder(dataset))]
 
 
 def catalogue() -> list[dict[str, Any]]:
     """Describe every dataset, JSON-able, without opening a file.
 
-    Keys: name, title, kind, train, test, shape, classes, bytes, licence, citation, home, note, folder and state
-    ("bundled", "here", "other" when sizes differ from the official files, "partly", "missing").
+    Keys: name, state ("bundled", "here", "other" when sizes differ from the official files, "partly", "missing"), kind,
+    title, train, test, shape, classes, bytes, licence, citation, home, note, folder.
     """
     rows = []
     for dataset in DATASETS:
@@ -177,8 +178,9 @@ def catalogue() -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": dataset.name,
-                "title": dataset.title,
+                "state": _state(dataset, folder),
                 "kind": dataset.kind,
+                "title": dataset.title,
                 "train": dataset.train,
                 "test": dataset.test,
                 "shape": list(dataset.shape),
@@ -189,7 +191,6 @@ def catalogue() -> list[dict[str, Any]]:
                 "home": dataset.home,
                 "note": dataset.note,
                 "folder": "" if dataset.bundled else str(folder),
-                "state": _state(dataset, folder),
             }
         )
     return rows
@@ -204,7 +205,7 @@ def _state(dataset: Dataset, folder: Path) -> str:
     if dataset.name == "cifar10_partial":
         return "here" if loose else "missing"
     found = [folder / file.path for file in dataset.files]
-    there = [path.exists() or path.with_suffix("").exists() and path.suffix == ".gz" for path in found]
+    there = [path.exists() or (path.suffix == ".gz" and path.with_suffix("").exists()) for path in found]
     if all(there):
         sizes = [path.exists() and path.stat().st_size == file.bytes for path, file in zip(found, dataset.files)]
         return "here" if all(sizes) else "other"
@@ -213,9 +214,12 @@ def _state(dataset: Dataset, folder: Path) -> str:
     return "partly" if any(there) or loose else "missing"
 
 
-def _known(names: Iterable[str] | str | None) -> list[Dataset]:
-    if names is None:
-        return list(DATASETS)
+def _present(dataset: Dataset) -> bool:
+    state = _state(dataset, _folder(dataset))
+    return state != "missing" and (dataset.name, state) != ("cifar10", "partly")  # that one is cifar10_partial
+
+
+def _known(names: Iterable[str] | str) -> list[Dataset]:
     found = []
     for name in [names] if isinstance(names, str) else names:
         if name not in BY_NAME:
@@ -239,8 +243,11 @@ def _find(name: str | os.PathLike[str], kind: str) -> Dataset | None:
             )
         return dataset
     path = Path(name).expanduser()
-    if name and path.exists():
-        return None
+    try:
+        if name and path.exists():
+            return None
+    except (OSError, ValueError):  # a name too long, a null byte, a folder that may not be looked into
+        pass
     own = {"images": " or a folder of class-named image folders", "text": " or a text file"}.get(kind, "")
     if os.sep in name or "/" in name or name.startswith((".", "~")):
         raise UserError(f"The path {name} does not exist: name a dataset ({', '.join(names(kind))}){own}.")

@@ -22,6 +22,9 @@ from etude.data.stream import Reader
 _LARGEST = 1 << 20
 """No member that etude reads from a zip archive is nearly as large; a decompression bomb is."""
 
+_BROKEN = (EOFError, ValueError, OverflowError, RuntimeError, OSError, struct.error)
+"""What the standard library raises on damaged archives, beside its own errors."""
+
 
 def _refuse_outside(archive: Path, name: str) -> None:
     path = PureWindowsPath(name)  # also splits at '/', and knows drive letters and leading backslashes
@@ -55,7 +58,9 @@ def tar_files(reader: Reader) -> Iterator[tuple[str, int, IO[bytes]]]:
                 opened = archive.extractfile(member)
                 assert opened is not None
                 yield member.name, member.size, opened
-    except (tarfile.TarError, EOFError) as error:
+    except UserError:
+        raise
+    except (tarfile.TarError, *_BROKEN) as error:
         raise reader.fail(f"is a damaged tar archive ({error})") from error
 
 
@@ -67,7 +72,7 @@ def zip_files(path: Path, content: bytes, remedy: str) -> tuple[list[str], Itera
     """
     try:
         archive = zipfile.ZipFile(io.BytesIO(content))
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+    except (zipfile.BadZipFile, *_BROKEN) as error:
         raise UserError(f"{path} is a damaged zip archive ({error}): {remedy}.") from error
     members = []
     for member in archive.infolist():
@@ -83,7 +88,7 @@ def zip_files(path: Path, content: bytes, remedy: str) -> tuple[list[str], Itera
         for member in members:
             try:
                 data = archive.read(member)
-            except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+            except (zipfile.BadZipFile, zlib.error, *_BROKEN) as error:
                 raise UserError(f"{path} is damaged at '{member.filename}' ({error}): {remedy}.") from error
             yield member.filename, data
 

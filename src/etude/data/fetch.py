@@ -27,7 +27,8 @@ def remedy(dataset: Dataset) -> str:
     """What to do when a file of the dataset is missing or damaged, as the end of a sentence."""
     if dataset.files:
         return f"run `etude data get {dataset.name}`, or point ETUDE_DATA at a folder that holds {dataset.name}/"
-    return f"put a whole copy there, or run `etude data get {dataset.folder}` and use --data {dataset.folder}"
+    where = dataset.folder
+    return f"put a whole copy into {where}/ below ETUDE_DATA, or run `etude data get {where}` and use --data {where}"
 
 
 def digest(path: Path) -> str:
@@ -99,12 +100,17 @@ def _download(file: File, url: str, target: Path, progress: Progress | None) -> 
     for stale in target.parent.glob(f"{target.name}.*.part"):  # left by a killed process
         if stale.stat().st_mtime < time.time() - 3600:
             stale.unlink(missing_ok=True)
+    responses: list[requests.Response] = []  # pooch closes none of them when it fails
     by_hand = f"try again later, or put the file at {target} by hand"
     try:
         with part.open("wb") as opened:
             written = _Part(opened, file, url, progress)
-            # identity: a server that packs the transfer again would otherwise have us store something else
-            HTTPDownloader(chunk_size=1 << 16, timeout=60, headers={"Accept-Encoding": "identity"})(url, written, None)
+            HTTPDownloader(
+                chunk_size=1 << 16,
+                timeout=60,
+                headers={"Accept-Encoding": "identity"},  # else a server may pack the transfer once more
+                hooks={"response": lambda response, **_: responses.append(response)},
+            )(url, written, None)
             opened.flush()
             os.fsync(opened.fileno())
         if written.count < file.bytes:
@@ -124,6 +130,8 @@ def _download(file: File, url: str, target: Path, progress: Progress | None) -> 
             f"{target} could not be written ({error.strerror or error}): make room, or choose another ETUDE_DATA."
         ) from error
     finally:
+        for response in responses:
+            response.close()
         part.unlink(missing_ok=True)
 
 

@@ -7,7 +7,6 @@ CRC-32), and the result says that they differ.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import re
 from collections import Counter
@@ -18,6 +17,7 @@ import numpy as np
 
 from etude.core.errors import UserError
 from etude.data.archives import zip_files
+from etude.data.stream import Reader
 
 DRAWERS = 20
 """Drawings of every character, one by each of twenty people."""
@@ -43,12 +43,9 @@ def read(path: Path, characters: int, sha256: str, size: int | None, remedy: str
     """
     from PIL import Image
 
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"omniglot needs {path}, which cannot be read ({error.strerror or error}): {remedy}."
-        ) from error
+    with Reader(path, remedy) as reader:
+        content = reader.read(1 << 30)
+        digest = reader.finish()
     side = size or SIDE
     names, files = zip_files(path, content, remedy)
     places: dict[str, tuple[tuple[str, str], int]] = {}
@@ -67,7 +64,7 @@ def read(path: Path, characters: int, sha256: str, size: int | None, remedy: str
     for name, data in files:
         key, drawer = places[name]
         try:
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
                 grey = image.convert("L")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{path} holds '{name}', which cannot be decoded ({error}): {remedy}.") from error
@@ -76,5 +73,4 @@ def read(path: Path, characters: int, sha256: str, size: int | None, remedy: str
         if side != SIDE:
             grey = grey.resize((side, side), Image.Resampling.BILINEAR)
         np.bitwise_not(np.asarray(grey), out=x[keys[key], drawer])
-    digest = hashlib.sha256(content).hexdigest()
     return Archive(x, tuple(key[0] for key in keys), tuple("/".join(key) for key in keys), digest == sha256)

@@ -247,7 +247,7 @@ DATASETS: tuple[Dataset, ...] = (
         home="https://github.com/karpathy/char-rnn",
         licence="text in the public domain",
         citation="Shakespeare, The Tragedy of Coriolanus, Act 1",
-        note="The first 29,951 characters of tiny_shakespeare, so that a text method has something real to read offline.",
+        note="The first 29,951 characters of tiny_shakespeare, so that text methods run offline on something real.",
     ),
 )
 

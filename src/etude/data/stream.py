@@ -32,6 +32,8 @@ class Reader:
             self._size = self.path.stat().st_size
             head = self._file.read(len(_GZIP))
             self._file.seek(0)
+        except FileNotFoundError as error:
+            raise UserError(f"{self.path} is not there: {remedy}.") from error
         except OSError as error:
             raise UserError(f"{self.path} cannot be read ({error.strerror or error}): {remedy}.") from error
         self._gzip = zlib.decompressobj(31) if head == _GZIP else None

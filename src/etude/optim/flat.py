@@ -20,8 +20,9 @@ What holds:
 Differences from parameters of their own:
 - There is no None gradient: a parameter the loss did not reach has gradient 0, so momentum and decay still move it.
 - `copy.deepcopy(module)` and pickles of it are ordinary modules with parameters of their own: flatten the copy.
-- `module.to(...)`, `.double()` and `load_state_dict(assign=True)` move parameters out of the vector; the next
-  `vector.grad` raises RuntimeError naming the parameter. Move first, flatten last. Sharded parameters cannot be flat.
+- `module.to(...)` and `.double()` move parameters out of the vector; the next `vector.grad` raises RuntimeError naming
+  one. Move first, flatten last. `load_state_dict(assign=True)` makes new parameters, which no optimizer follows.
+- Sharded parameters cannot be flat.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Vector(nn.Parameter):
         for name, parameter, view, place in self._members:
             if parameter.data_ptr() != place:
                 raise RuntimeError(
-                    f"{name} no longer lives in the flat vector (moved by .to(), .double() or assign=True?): "
+                    f"{name} no longer lives in the flat vector (moved by .to() or .double()?): "
                     "move the module first, then flatten it"
                 )
             gradient = parameter.grad

@@ -55,7 +55,7 @@ def newton_step(
 ) -> Tensor:
     """One pure step of the scalar function `loss` at the (n,) vector `theta`, its derivatives by `torch.func`."""
     gradient = torch.func.grad(loss)(theta)
-    hessian = torch.func.hessian(loss)(theta)
+    hessian = torch.func.jacrev(torch.func.grad(loss))(theta)
     return update(rule(hessian, damping, absolute), theta, gradient, {}, 1, lr)[0]
 
 
@@ -99,6 +99,10 @@ def derivatives(loss: Tensor, parameters: list[Tensor]) -> tuple[Tensor, Tensor]
     if not gradient.requires_grad:  # a loss that is linear in every parameter
         return gradient, gradient.new_zeros(count, count)
     rows: Any = torch.autograd.grad(
-        gradient, parameters, torch.eye(count).to(gradient), is_grads_batched=True, materialize_grads=True
+        gradient, parameters, torch.eye(count).to(gradient), is_grads_batched=True, allow_unused=True
     )
-    return gradient.detach(), torch.cat([row.reshape(count, -1) for row in rows], dim=1)
+    columns = [
+        gradient.new_zeros(count, parameter.numel()) if row is None else row.reshape(count, -1)
+        for row, parameter in zip(rows, parameters, strict=True)
+    ]
+    return gradient.detach(), torch.cat(columns, dim=1)

@@ -22,6 +22,7 @@ from etude.optim.chain import (
     over_root,
     update,
 )
+from etude.optim.newton import newton_step
 
 torch.set_num_threads(1)
 
@@ -242,15 +243,24 @@ def test_adagrads_regret_bound():
 
 
 def test_adagrad_beats_sgd_on_sparse_features():
-    """Logistic regression where feature j appears with probability 2^-j: each at its best rate of a grid, 200 steps."""
+    """Logistic regression, 5 % of labels flipped, feature j present with probability 2^-j: distance of the loss to its
+    minimum after 200 steps, each at its best rate of a grid (measured 0.0014 against 0.0048)."""
     generator = torch.Generator().manual_seed(0)
     rates = 2.0 ** -torch.arange(10, dtype=torch.float64)
     x = (torch.rand(2000, 10, dtype=torch.float64, generator=generator) < rates).double()
-    y = (x @ torch.randn(10, dtype=torch.float64, generator=generator) * 3 > 0).double()
+    y = (x @ torch.randn(10, dtype=torch.float64, generator=generator) > 0).double()
+    y = torch.where(torch.rand(2000, dtype=torch.float64, generator=generator) < 0.05, 1 - y, y)
 
-    def final(maker):
+    def full(theta):
+        return nn.functional.binary_cross_entropy_with_logits(x @ theta, y)
+
+    best = torch.zeros(10, dtype=torch.float64)
+    for _ in range(20):
+        best = newton_step(full, best)
+
+    def excess(maker):
         losses = []
-        for lr in (0.03, 0.1, 0.3, 1.0, 3.0):
+        for lr in (0.1, 0.3, 1.0, 3.0, 10.0):
             theta = nn.Parameter(torch.zeros(10, dtype=torch.float64))
             optimizer = maker([theta], lr=lr)
             for step in range(200):
@@ -258,11 +268,12 @@ def test_adagrad_beats_sgd_on_sparse_features():
                 optimizer.zero_grad()
                 nn.functional.binary_cross_entropy_with_logits(x[rows] @ theta, y[rows]).backward()
                 optimizer.step()
-            losses.append(nn.functional.binary_cross_entropy_with_logits(x @ theta, y).item())
+            losses.append((full(theta) - full(best)).item())
+        assert min(losses) not in (losses[0], losses[-1])
         return min(losses)
 
-    ours, plain = final(AdaGrad), final(SGD)
-    assert ours < 0.9 * plain  # measured 0.86 of it
+    ours, plain = excess(AdaGrad), excess(SGD)
+    assert 0 < ours < 0.5 * plain
 
 
 def test_logistic_regression_on_separable_data_has_no_minimiser():
