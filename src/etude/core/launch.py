@@ -264,6 +264,7 @@ def _make_folder(entry: Entry, common: Common, out: Path | None, described: str)
     folder = out or runs_folder() / name / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{common.seed}"
     if out is not None and (folder / "config.json").exists():
         raise UserError(f"--out {folder} already holds a run; continue it with 'etude resume {folder}' or name another folder")
+    made = False
     try:
         made = not folder.exists()
         if out is not None and not made and any(folder.iterdir()):
@@ -279,6 +280,8 @@ def _make_folder(entry: Entry, common: Common, out: Path | None, described: str)
                 folder, made = folder.with_name(f"{stamp}-{again}"), True
         checkpoint.write_text(folder / "config.json", described)
     except OSError as error:
+        if made:
+            _remove(folder, made)
         raise UserError(f"the run folder {folder} cannot be written ({error.strerror}); name another with --out") from error
     return folder, made
 
