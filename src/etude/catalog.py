@@ -174,7 +174,10 @@ def find(name: str) -> Entry:
         path = Path(name)
         if not path.is_file():
             raise UserError(f"there is no file {name}; 'etude copy METHOD {name}' would make one to start from")
-        entry = _read(path.resolve())
+        try:
+            entry = _read(path.resolve())
+        except (OSError, ValueError, SyntaxError) as error:  # UnicodeDecodeError is a ValueError
+            raise UserError(f"{name} is no method file that can be read ({error})") from error
         if entry is None:
             raise UserError(f"{name} holds no function decorated with @method(…); 'etude copy METHOD FILE' shows the form")
         return entry

@@ -246,10 +246,10 @@ def resume(words: list[str]) -> int:
     from etude.core import launch
 
     folder = launch.find_run(options.run)
+    entry = catalog.find(launch.read_config(folder)["method"])
     if (folder / "done").is_file():
         print(f"{folder} has already finished; nothing to continue", file=sys.stderr)
     finished = launch.resume(folder)
-    entry = catalog.find(launch.read_config(folder)["method"])
     _closing(finished, entry, catalog.load_method(entry))
     return 0
 

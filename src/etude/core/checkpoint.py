@@ -94,7 +94,7 @@ def load(folder: Path) -> tuple[int, dict[str, Any], list[str]]:
     complaints: list[str] = []
     for path in reversed(list_checkpoints(folder)):
         try:
-            return int(path.name.removeprefix(PREFIX)), read(path), complaints
+            return step_of(path), read(path), complaints
         except UserError as error:
             complaints.append(str(error))
     if complaints:
@@ -109,7 +109,7 @@ def read(path: Path) -> dict[str, Any]:
 
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
-        whole = manifest["step"] == int(path.name.removeprefix(PREFIX)) and all(
+        whole = manifest["step"] == step_of(path) and all(
             _fingerprint(path / name) == manifest["files"][name] for name in ("tensors.safetensors", "state.json")
         )
         if not whole:
@@ -120,6 +120,11 @@ def read(path: Path) -> dict[str, Any]:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
         raise UserError(f"checkpoint {path} is damaged or not a checkpoint of etude ({error})") from error
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint folder."""
+    return int(path.name.removeprefix(PREFIX))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -205,7 +205,7 @@ def _finish(entry: Entry, run: Run, loop: Any, threads: int) -> Finished:
     except Exception as error:
         with contextlib.suppress(Exception):
             run.flush()  # the curve up to the failure belongs in the report
-        shown = _disk_error(error, folder) if isinstance(error, OSError) else error
+        shown = _plain(error, folder)
         with contextlib.suppress(OSError):  # on a full disk the sentence on the terminal must do
             detail = "" if isinstance(shown, RunError) else "\n" + traceback.format_exc()
             reason = str(shown) if isinstance(shown, RunError) else f"{type(shown).__name__}: {shown}"
@@ -264,6 +264,7 @@ def _make_folder(entry: Entry, common: Common, out: Path | None, described: str)
     folder = out or runs_folder() / name / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{common.seed}"
     if out is not None and (folder / "config.json").exists():
         raise UserError(f"--out {folder} already holds a run; continue it with 'etude resume {folder}' or name another folder")
+    made = False
     try:
         made = not folder.exists()
         if out is not None and not made and any(folder.iterdir()):
@@ -279,6 +280,8 @@ def _make_folder(entry: Entry, common: Common, out: Path | None, described: str)
                 folder, made = folder.with_name(f"{stamp}-{again}"), True
         checkpoint.write_text(folder / "config.json", described)
     except OSError as error:
+        if made:
+            _remove(folder, made)
         raise UserError(f"the run folder {folder} cannot be written ({error.strerror}); name another with --out") from error
     return folder, made
 
@@ -320,14 +323,17 @@ def _command(entry: Entry, module: ModuleType, config: Any, common: Common, pres
     }
 
 
-def _disk_error(error: OSError, folder: Path) -> Exception:
-    """A sentence for what the file system refused in the run folder, or the error itself when it is another one."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+def _plain(error: Exception, folder: Path) -> Exception:
+    """A sentence for what a full or closed disk or a lost rank does, or the error itself when it is another one."""
+    resume = f"etude resume {folder}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         found = checkpoint.list_checkpoints(folder / "checkpoints")
-        kept = f"the checkpoint of step {int(found[-1].name.removeprefix(checkpoint.PREFIX))} is kept" if found else "no checkpoint was written"
-        return RunError(f"the disk that holds {folder} is full ({error.strerror}); {kept}; free space and run: etude resume {folder}")
-    if error.filename is not None and Path(error.filename).is_relative_to(folder):
-        return RunError(f"{error.filename} cannot be written any more ({error.strerror}); put that right and run: etude resume {folder}")
+        kept = f"the checkpoint of step {checkpoint.step_of(found[-1])} is kept" if found else "no checkpoint was written"
+        return RunError(f"the disk of {folder} is full ({error.strerror}); {kept}; free space and run: {resume}")
+    if isinstance(error, OSError) and error.filename and Path(error.filename).is_relative_to(folder):
+        return RunError(f"{error.filename} cannot be written any more ({error.strerror}); put that right and run: {resume}")
+    if type(error).__name__ == "DistBackendError" or (type(error) is RuntimeError and "gloo" in str(error)):
+        return RunError(f"another rank has stopped or cannot be reached, so this one stops too; run on with: {resume}")
     return error
 
 

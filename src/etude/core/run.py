@@ -101,6 +101,7 @@ class Run:
         self._saved: dict[str, Any] = {}
         self._parameters: dict[tuple[int, ...], tuple[list[tuple[str, nn.Parameter]], list[torch.Tensor], tuple[nn.Module, ...]]] = {}
         self._row: dict[str, Any] = {}
+        self._last_row: dict[str, Any] = {}  # of the step in which the loop was left
         self._rows: list[tuple[int, dict[str, Any]]] = []
         self._latest: dict[str, float] = {}
         self._found, self._one = torch.zeros(1, device=self.device), torch.ones(1, device=self.device)
@@ -216,7 +217,7 @@ class Run:
                     save_due = now + SAVE_SECONDS
             self.save()
         except GeneratorExit:  # a `break` or an error in the loop's body: `finish` knows which
-            self._left = True
+            self._left, self._last_row, self._row = True, self._row, {}
             raise
         finally:
             self._busy = False
@@ -226,21 +227,29 @@ class Run:
             raise Interrupted(self._signal or signal.SIGTERM)
 
     def finish(self) -> None:
-        """Save the end, after the method has returned; a loop left by `break` has completed its last step."""
+        """Called after the method has returned: save the end, and what was logged after the loop."""
         self._busy = True  # a signal no longer cuts this short
-        if self._left:
-            self.step += 1
-            self._left, self._over, self._state_step = False, True, -1
+        self._close()
         if self._row:
             self._rows.append((self.step, self._row))
             self._row = {}
         self.save()
 
     def stopped(self) -> str:
-        """Called when Ctrl-C or SIGTERM came outside the loop or ended it: save what is not saved yet, say what is."""
-        if self._left:  # in the evaluation after a `break`: the state is complete
-            self.finish()
-        return f"stopped with the state of step {self._state_step} saved" if self._state_step >= 0 else "stopped before the first step"
+        """Called when Ctrl-C or SIGTERM has ended the method: save what is not saved yet, and say what is."""
+        self._close()
+        if self._state_step < 0:
+            return "stopped before the first step"
+        return f"stopped with the state of step {self._state_step} saved"
+
+    def _close(self) -> None:
+        """A loop left by `break` has completed its last step: count it and save."""
+        if self._left:
+            self._left, self._over, self._state_step = False, True, -1
+            self.step += 1
+            if self._last_row:
+                self._rows.append((self.step, self._last_row))
+            self.save()
 
     def every(self, interval: int) -> bool:
         """True in each `interval`-th step and in the last one; 0 means only in the last."""
