@@ -167,7 +167,7 @@ def benchmarks_page(rows: list[dict[str, Any]]) -> str:
     """Every recorded race, by the room whose script measured it."""
     parts = [
         "# Benchmarks",
-        "Ours against the peer library, runs alternating A B A B in one process tree. Above 1 means that ours is faster.",
+        "Ours against the peer library, runs alternating A B A B in one process tree; above 1 ours is faster.",
     ]
     if not rows:
         parts.append("None recorded yet; `etude bench` runs them from a source checkout.")
