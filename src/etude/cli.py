@@ -39,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `etude list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        return _say_error(f"{error.filename}: {error.strerror}" if error.filename else error, 1)
 
 
 def _dispatch(words: list[str]) -> int:
@@ -56,8 +58,8 @@ def _dispatch(words: list[str]) -> int:
     return VERBS[words[0]][1](words[1:])
 
 
-def _say_error(error: Exception, code: int) -> int:
-    print(f"etude: {error}", file=sys.stderr)
+def _say_error(error: Exception | str, code: int) -> int:
+    print(f"etude: {error}".replace("\n", " "), file=sys.stderr)
     return code
 
 
@@ -92,6 +94,11 @@ class _Parser(argparse.ArgumentParser):
         return known
 
     def error(self, message: str) -> NoReturn:
+        wrong, _, choices = message.partition(" (choose from ")
+        if choices:  # "argument action: invalid choice: 'chek' (choose from 'list', 'get', 'check')"
+            word = wrong.rpartition(": ")[2].strip("'")
+            known = [choice.strip(" ')") for choice in choices.split(",")]
+            raise UserError(f"{self.prog}: '{word}' is none of {', '.join(known)}{nearest(word, known)} ({self.prog} --help)")
         raise UserError(f"{self.prog}: {message} ({self.prog} --help)")
 
 
@@ -394,6 +401,9 @@ def show(words: list[str]) -> int:
 
 @verb("sample", "draw from a trained run: etude sample RUN [--count N …]")
 def sample(words: list[str]) -> int:
+    if words and words[0] in ("-h", "--help"):
+        print("usage: etude sample RUN [--FLAG VALUE …]\n\n'etude sample RUN --help' shows the flags of that run's method; RUN may be 'latest'")
+        return 0
     if not words or words[0].startswith("-"):
         raise UserError("name the run to draw from, as in: etude sample latest")
     from etude.core import launch
@@ -435,6 +445,8 @@ def verify(words: list[str]) -> int:
     options = parser.parse_args(words)
     from etude.core import evidence
 
+    if options.seeds is not None and options.seeds < 1:
+        raise UserError(f"--seeds is {options.seeds}; it must be a whole number at least 1")
     chosen = [entry for entry in _matching(options.pattern) if entry.experiments]
     if not chosen:
         raise UserError(f"no method matching '{options.pattern}' has recorded experiments")
@@ -483,31 +495,55 @@ def data(words: list[str]) -> int:
     parser = _Parser("data")
     parser.add_argument("action", choices=("list", "get", "check"))
     parser.add_argument("names", nargs="*", help="datasets (default for check: all that are present)")
+    parser.add_argument("--from", dest="base", metavar="URL", help="for get: a mirror laid out as URL/<dataset>/<file>")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(words)
     from rich.table import Table
 
     from etude import data as room
 
-    if options.action == "get":
-        if not options.names:
-            raise UserError("name what to fetch, as in: etude data get mnist ('etude data list' shows all)")
-        room.get(options.names)
-        options.action = "check"
-    rows = room.catalogue() if options.action == "list" else room.check(options.names)
+    if options.action == "get" and not options.names:
+        raise UserError("name what to fetch, as in: etude data get mnist ('etude data list' shows all)")
+    if options.action == "list":
+        rows = room.catalogue()
+        shown = [{name: row[name] for name in ("name", "state", "kind")} | {"MB": _megabytes(row["bytes"]), "title": row["title"]} for row in rows]
+    else:
+        rows = shown = _fetch(options.names, options.base) if options.action == "get" else room.check(options.names)
     if options.json:
         _print_json(rows)
     else:
         table = Table(box=None, pad_edge=False, header_style="dim")
-        for heading in rows[0] if rows else ():
+        for heading in shown[0] if shown else ():
             table.add_column(heading)
-        for row in rows:
+        for row in shown:
             table.add_row(*(str(value).replace("[", "\\[") for value in row.values()))
         console = _console()
         console.print(table)
         console.print(f"\n[dim]datasets lie in {room.home()} (set ETUDE_DATA to change)[/]", soft_wrap=True)
-    bad = [row for row in rows if row.get("state") in ("damaged", "missing")]
-    return 1 if options.action == "check" and bad else 0
+    return 1 if options.action != "list" and any(row["state"] in ("damaged", "missing") for row in rows) else 0
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f}" if size else ""
+
+
+def _fetch(names: list[str], base: str | None) -> list[dict[str, str]]:
+    """Download with one bar a file (plain silence when the output is not a terminal)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    from etude import data as room
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
+        tasks: dict[str, Any] = {}
+
+        def progress(file: str, done: int, total: int) -> None:
+            if file not in tasks:
+                tasks[file] = bars.add_task(file, total=total)
+            bars.update(tasks[file], completed=done)
+
+        return room.get(names, base=base, progress=progress)
 
 
 @verb("copy", "take a method's file and make it yours: etude copy METHOD FILE.py")

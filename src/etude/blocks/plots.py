@@ -196,9 +196,9 @@ def mistakes(
         axes.set_axis_off()
         taken, is_ = _short(names[int(predicted[index])], 11), _short(names[int(truth[index])], 11)
         line = top - tall - 0.04 / height
-        style: dict[str, Any] = {"va": "top", "fontsize": 9.5, "parse_math": False}
-        figure.text(left, line, f"{taken}  {_percent(confidence[index])}", color=PALETTE[1], **style)
-        figure.text(left, line - 0.165 / height, f"is {is_}", color=SOFT, **style)
+        style: dict[str, Any] = {"va": "top", "fontsize": 8.5, "parse_math": False}
+        figure.text(left, line, f"{taken} {_percent(confidence[index])}", color=PALETTE[1], **style)
+        figure.text(left, line - 0.155 / height, f"is {is_}", color=SOFT, **style)
     return figure
 
 

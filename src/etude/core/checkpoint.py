@@ -71,15 +71,17 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
         files = {name: _fingerprint(part / name) for name in ("tensors.safetensors", "state.json")}
         _write(part / "manifest.json", json.dumps({"format": 1, "step": step, "files": files}).encode())
         _sync_folder(part)
-        if final.exists():  # a finished run saved again at the same step: the old one goes only when the new is whole
-            shutil.rmtree(final)
+        _remove(final)  # there is one when a run goes on from before a damaged checkpoint and comes to its step again
         part.replace(final)
         _sync_folder(folder)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    # newer ones were passed over as damaged when the run was resumed; half-written ones were left by a kill
+    found = list_checkpoints(folder)
+    at = found.index(final) + 1
+    for old in [*found[: max(at - keep, 0)], *found[at:], *folder.glob(".part-*")]:
+        _remove(old)
     return final
 
 
@@ -97,7 +99,7 @@ def load(folder: Path) -> tuple[int, dict[str, Any], list[str]]:
             complaints.append(str(error))
     if complaints:
         raise UserError("; ".join(complaints) + "; no whole checkpoint is left, so start the run again")
-    raise UserError(f"{folder.parent} has no checkpoint yet, so there is nothing to continue; start the run again")
+    raise UserError(f"{folder.parent} has no checkpoint yet; 'etude resume {folder.parent}' runs it from the start")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -114,9 +116,9 @@ def read(path: Path) -> dict[str, Any]:
             raise UserError(f"checkpoint {path} is damaged (its checksum does not match)")
         tensors = safetensors.torch.load_file(path / "tensors.safetensors")
         return _decode(json.loads((path / "state.json").read_bytes()), tensors)
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
         raise UserError(f"checkpoint {path} is damaged or not a checkpoint of etude ({error})") from error
 
 
@@ -138,7 +140,17 @@ def state_of(thing: Any) -> Any:
 
 
 def restore(thing: Any, state: Any) -> None:
-    """Put a saved state back into a tracked object, in place."""
+    """Put a saved state back into a tracked object, in place. Raises UserError when it does not fit."""
+    try:
+        _restore(thing, state)
+    except (RuntimeError, KeyError, IndexError, ValueError) as error:  # torch says in several lines which shapes differ
+        if isinstance(error, UserError):
+            raise
+        reason = " ".join(str(error).split())
+        raise UserError(f"the checkpoint does not fit this {type(thing).__name__} ({reason}); was the method's file changed?") from error
+
+
+def _restore(thing: Any, state: Any) -> None:
     if isinstance(thing, torch.nn.Module):
         own = thing.state_dict()
         actual = {_plain(name): name for name in own}
@@ -163,7 +175,7 @@ def write_text(path: Path, text: str) -> None:
     try:
         part.write_text(text, encoding="utf-8")
         part.replace(path)
-    except OSError:
+    except BaseException:
         with contextlib.suppress(OSError):
             part.unlink()
         raise
@@ -174,32 +186,49 @@ def write_text(path: Path, text: str) -> None:
 
 def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor], seen: dict[tuple, str]) -> Any:
     """Replace every array in the tree by its name in `tensors`; two names of one tensor (tied weights) share it."""
+    while path in tensors:  # {"a.b": …} beside {"a": {"b": …}}, or 1 beside "1"
+        path += "'"
     if isinstance(value, torch.Tensor):
         value = value.detach()
         key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
         if value.numel() == 0 or key not in seen:
             seen[key] = path
-            tensors[path] = value.cpu().contiguous()
+            _store(value.cpu().contiguous(), path, tensors, seen)
         coded: dict[str, Any] = {"~tensor": seen[key]}
-        if not value.is_contiguous():  # channels_last moments must come back channels_last
+        dense = torch.empty_like(value, device="meta").stride() == value.stride()
+        if dense and not value.is_contiguous():  # channels_last moments must come back channels_last
             coded["stride"] = list(value.stride())
         return coded
     if isinstance(value, np.ndarray):
-        tensors[path] = torch.from_numpy(np.ascontiguousarray(value)).reshape(value.shape)
+        if not _is_number(value.dtype):
+            raise TypeError(f"a checkpoint holds arrays of numbers; '{path}' is an array of {value.dtype}")
+        _store(torch.from_numpy(np.require(value, requirements=["C", "W"])).reshape(value.shape), path, tensors, seen)
         return {"~array": path}
-    if isinstance(value, np.generic):
-        return value.item()
+    if isinstance(value, np.generic) and _is_number(value.dtype):  # float32 arithmetic must stay float32 arithmetic
+        return {"~scalar": [value.dtype.str, value.item()]}
     if isinstance(value, dict):
-        coded_items = {name: _encode(item, f"{path}.{name}" if path else str(name), tensors, seen) for name, item in value.items()}
+        items = [(name, _encode(item, f"{path}.{name}" if path else str(name), tensors, seen)) for name, item in value.items()]
         if all(isinstance(name, str) and not name.startswith("~") for name in value):
-            return coded_items
-        return {"~items": [[name, item] for name, item in coded_items.items()]}
+            return dict(items)
+        return {"~items": [[_encode(name, f"{path}.{name}", tensors, seen), item] for name, item in items]}
     if isinstance(value, (list, tuple)):
-        items = [_encode(item, f"{path}.{index}", tensors, seen) for index, item in enumerate(value)]
-        return items if isinstance(value, list) else {"~tuple": items}
+        parts = [_encode(item, f"{path}.{index}", tensors, seen) for index, item in enumerate(value)]
+        return parts if isinstance(value, list) else {"~tuple": parts}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"a checkpoint holds arrays, numbers, text, lists and dicts; '{path}' is a {type(value).__name__}")
+
+
+def _is_number(dtype: np.dtype) -> bool:
+    return dtype.kind in "biuf" and dtype.itemsize <= 8 and dtype.isnative
+
+
+def _store(value: torch.Tensor, path: str, tensors: dict[str, torch.Tensor], seen: dict[tuple, str]) -> None:
+    if value.dtype == torch.complex128:
+        raise TypeError(f"a checkpoint holds real arrays; '{path}' is a tensor of {value.dtype}")
+    home = ("storage", value.untyped_storage().data_ptr())
+    tensors[path] = value.clone() if home in seen else value  # safetensors refuses views that overlap
+    seen[home] = path
 
 
 def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -214,10 +243,13 @@ def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return tensor
     if "~array" in value:
         return tensors[value["~array"]].numpy()
+    if "~scalar" in value:
+        kind, number = value["~scalar"]
+        return np.dtype(kind).type(number)
     if "~tuple" in value:
         return tuple(_decode(item, tensors) for item in value["~tuple"])
     if "~items" in value:
-        return {name: _decode(item, tensors) for name, item in value["~items"]}
+        return {_decode(name, tensors): _decode(item, tensors) for name, item in value["~items"]}
     return {name: _decode(item, tensors) for name, item in value.items()}
 
 
@@ -256,7 +288,8 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     try:
         safetensors.torch.save_file(tensors, path)
     except safetensors.SafetensorError as error:
-        raise OSError(_errno_in(str(error)), str(error)) from error
+        number = _errno_in(str(error))
+        raise OSError(number, os.strerror(number), str(path)) from error
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
@@ -275,6 +308,14 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint folder, or a file that stands where one should."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync_folder(path: Path) -> None:

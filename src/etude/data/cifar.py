@@ -175,7 +175,7 @@ def jpeg(path: Path, remedy: str) -> tuple[Arrays, Arrays]:
             if match is None or match[2] not in CIFAR or int(match[3]) >= splits[match[1]][1]:
                 raise reader.fail(f"holds '{name}', which is no image of CIFAR-10")
             try:
-                with Image.open(io.BytesIO(member.read())) as image:
+                with Image.open(io.BytesIO(member.read()), formats=("JPEG",)) as image:
                     pixels = np.asarray(image.convert("RGB"))
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 raise reader.fail(f"holds '{name}', which cannot be decoded ({error})") from error

@@ -27,7 +27,8 @@ def remedy(dataset: Dataset) -> str:
     """What to do when a file of the dataset is missing or damaged, as the end of a sentence."""
     if dataset.files:
         return f"run `etude data get {dataset.name}`, or point ETUDE_DATA at a folder that holds {dataset.name}/"
-    return f"put a whole copy there, or run `etude data get {dataset.folder}` and use --data {dataset.folder}"
+    where = dataset.folder
+    return f"put a whole copy into {where}/ below ETUDE_DATA, or run `etude data get {where}` and use --data {where}"
 
 
 def digest(path: Path) -> str:

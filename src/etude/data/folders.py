@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 ENDINGS = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm", ".pbm", ".pnm"))
 """File name endings that are read as images; other files are counted and left alone."""
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+"""What a file may hold whatever it is called; Pillow would start Ghostscript for a PostScript file."""
 _TEST_NAMES = ("test", "val", "valid")
 _GREY = ("1", "L", "LA", "La", "I", "F")
 
@@ -134,7 +136,7 @@ def _opened(path: Path) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             warnings.simplefilter("ignore", UserWarning)  # harmless metadata complaints
-            with Image.open(path) as image:
+            with Image.open(path, formats=_FORMATS) as image:
                 image.load()
                 return ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
@@ -148,7 +150,7 @@ def _shape(path: Path) -> tuple[bool, tuple[int, int]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=_FORMATS) as image:
                 turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 swap the sides
                 width, height = image.size[::-1] if turned else image.size
                 return image.mode.startswith("I;16") or image.mode in _GREY, (height, width)

@@ -64,7 +64,7 @@ def read(path: Path, characters: int, sha256: str, size: int | None, remedy: str
     for name, data in files:
         key, drawer = places[name]
         try:
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
                 grey = image.convert("L")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{path} holds '{name}', which cannot be decoded ({error}): {remedy}.") from error

@@ -51,10 +51,16 @@ def test_the_split_does_not_move_when_images_are_added_and_is_disjoint(tmp_path)
             test[name] = {path.name for path in held}
         return test
 
-    before = names(fill(tmp_path, count=40))
-    after = names(fill(tmp_path, count=60))
+    def touch(first, last):  # the split looks at names only
+        for name in ("cat", "dog"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            for number in range(first, last):
+                (tmp_path / name / f"{number:03d}.png").touch()
+        return names(tmp_path)
+
+    before, after = touch(0, 200), touch(200, 500)
     for name in before:
-        assert before[name] == {file for file in after[name] if int(file[:3]) < 40}
+        assert before[name] == {file for file in after[name] if int(file[:3]) < 200}
     paths = folders._listed(tmp_path)[0]["cat"]
     assert folders._divided("cat", paths, 0, 0.2) == folders._divided("cat", paths[::-1], 0, 0.2)
     assert folders._divided("cat", paths, 0, 0.2) != folders._divided("cat", paths, 1, 0.2)
@@ -147,15 +153,20 @@ def test_sizes_that_differ_need_a_size(tmp_path):
         data.images(tmp_path, size=0)
 
 
-@pytest.mark.parametrize("damage", ["cut", "text", "empty", "header"])
+@pytest.mark.parametrize("damage", ["cut", "text", "empty", "header", "postscript"])
 def test_a_broken_image_is_named(tmp_path, damage):
     fill(tmp_path, count=6, size=(64, 64))
     broken = tmp_path / "dog" / "003.png"
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(broken)
     whole = broken.read_bytes()
-    broken.write_bytes({"cut": whole[: len(whole) // 2], "text": b"hello", "empty": b"", "header": whole[:20]}[damage])
-    with pytest.raises(UserError, match=r"The image .*dog/003\.png cannot be read \(.*\): repair or remove it\."):
+    contents = {"cut": whole[: len(whole) // 2], "text": b"hello", "empty": b"", "header": whole[:20]}
+    contents["postscript"] = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n%%EOF\n"
+    broken.write_bytes(contents[damage])
+    reason = "cannot identify.*" if damage == "postscript" else ".*"  # never handed to Ghostscript
+    with pytest.raises(
+        UserError, match=rf"The image .*dog/003\.png cannot be read \({reason}\): repair or remove it\."
+    ):
         data.images(tmp_path)
 
 

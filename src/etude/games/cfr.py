@@ -1,0 +1,252 @@
+"""CFR and CFR+: two regret matchers play each other to a Nash equilibrium
+
+Paper: Zinkevich, Johanson, Bowling, Piccione, "Regret Minimization in Games with Incomplete Information", NIPS 2007;
+    CFR+: Tammelin, "Solving Large Imperfect Information Games Using CFR+", 2014, arXiv:1407.5042. Section 11.4.2 of
+    the notes (Nash equilibrium, exploitability), and the solver that their section 11.4.4 names.
+
+Equation: π_i(I) is the product of player i's own action probabilities on the way to information set I, and v(I, a) the
+    *counterfactual* value of action a there: the sum over the histories h of I of π_{−i}(h), the probability with which
+    chance and the opponent allow h, times what player i wins after h and a when both go on by σ. Then
+        R^T(I, a) = Σ_{t ≤ T} v^t(I, a) − Σ_b σ^t(I, b) v^t(I, b)            counterfactual regret (Section 3)
+        σ^{T+1}(I, a) = R⁺(I, a) / Σ_b R⁺(I, b),  R⁺ = max(R, 0)             regret matching; uniform if all R⁺ are 0
+        σ̄(I, a) = Σ_t w_t π_i^t(I) σ^t(I, a) / Σ_t w_t π_i^t(I)              the average strategy: the answer
+    CFR: w_t = 1. CFR+: R becomes R⁺ after every update, and w_t = max(t − delay, 0).
+    Exploitability ½ Σ_i max_{π'_i} u_i(π'_i, σ̄_{−i}) is O(1/√T).
+
+Algorithm:
+    1. σ uniform, R = 0
+    2. for t = 1 … T, for each player i in turn:
+    3.     v(s) ← Σ over the ends of the game whose last own sequence is s: chance · utility to i · π_{−i}
+    4.     for each information set I of i, the deepest first:
+    5.         V ← Σ_a σ(I, a) v(I, a);  R(I, a) ← R(I, a) + v(I, a) − V;  CFR+: R ← max(R, 0)
+    6.         add V to v of the sequence that leads to I
+    7.     for each I, the shallowest first:
+    8.         average(I, a) ← average(I, a) + w_t π_i(I) σ(I, a)
+    9.         σ(I, ·) ← regret matching of R(I, ·);  π_i after (I, a) ← π_i(I) σ(I, a)
+    10. σ̄ ← average, normalised in each information set; its exploitability by exact best responses
+
+Differences:
+    - The players update in turn, the second against the first's new strategy, as CFR+ and OpenSpiel do and as Burch,
+      Moravčík, Schmid (arXiv:1810.11542) prove sound; Zinkevich et al. update both at once (`--no-alternating`).
+    - The game is flattened once into its sequence form (`etude.blocks.tree`). Summing chance and the opponent out of
+      the ends (line 3) gives the regrets that the paper's recursion over histories gives, without the histories.
+    - The *average* strategy is the answer. The last one need not converge; `last_exploitability` shows it.
+    - E141 (notes 11.4.2): an equilibrium does not "ensure you will not lose"; it ensures the value of the game, which
+      is 0 only when averaged over the seats. The first player of Kuhn poker loses 1/18 a hand at every equilibrium.
+    - Exploitability is measured; the sum of regrets, which only bounds it from above, is never shown in its place.
+
+Expect: TODO
+
+Command: `etude run games/cfr --preset leduc_plus`, then `etude sample games/cfr`. Your own game (the seven functions of
+    `etude.blocks.games.Game`): `etude run games/cfr --game path/to/my_game.py:Name`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from torch import nn
+
+from etude.blocks.games import load_game
+from etude.blocks.tree import (
+    Tree,
+    compiled,
+    deal,
+    expected_value,
+    exploitability,
+    flatten,
+    hand_text,
+    normalised,
+    reach,
+    strategy_figure,
+    strategy_text,
+    table,
+    uniform,
+)
+from etude.catalog import Experiment, method
+from etude.core.checkpoint import Box
+from etude.core.config import Count, Whole
+from etude.core.errors import UserError
+from etude.core.randomness import fold
+from etude.core.run import Loaded, Run
+from etude.core.spec import Spec
+
+
+@dataclass(frozen=True)
+class Config:
+    game: str = "kuhn"
+    """kuhn, leduc, liars_dice, or a game of your own as path/to/file.py:Name (the file is run)."""
+    variant: Literal["cfr", "cfr_plus"] = "cfr"
+    """cfr (2007), or cfr_plus: regrets stay nonnegative and later strategies weigh more."""
+    iterations: Count = 1000
+    """Number of iterations; in each both players update."""
+    alternating: bool = True
+    """The players update in turn, the second against the first's new strategy; otherwise both at once."""
+    delay: Whole = 0
+    """Iterations at the start that are left out of the average strategy."""
+    evaluations: Count = 10
+    """Measurements of exploitability per factor of ten in iterations, even on a logarithmic axis."""
+    hands: Whole = 5000
+    """Hands dealt at the end by the average strategy, to see its value in play (0: none)."""
+    limit: Count = 10_000_000
+    """Refuse a game with more histories than this."""
+
+
+PRESETS = {
+    "tiny": Config(iterations=50, hands=200),
+    "default": Config(),
+    "leduc": Config(game="leduc", iterations=50),
+    "leduc_plus": Config(game="leduc", variant="cfr_plus", iterations=10_000),
+    "liars_dice": Config(game="liars_dice", variant="cfr_plus"),
+}
+
+EXPERIMENTS = (Experiment("kuhn", preset="default", metric="exploitability", bar=0.001, better="lower"),)
+
+
+def tables(tree: Tree) -> Box:
+    """Line 1: what CFR keeps, float64 arrays by sequence. No regret yet, everybody plays uniformly."""
+    size, strategy = tree.sequences[2], uniform(tree)
+    return Box(regret=np.zeros(size), average=np.zeros(size), strategy=strategy, reach=reach(tree, strategy))
+
+
+@compiled
+def _iterate(
+    first, parent, row, column, weight, sets, sequences,
+    R, average, strategy, reach, done, count, plus, delay, alternating,
+):  # fmt: skip
+    v, old = np.zeros(len(reach)), reach.copy()
+    theirs = reach if alternating else old
+    for t in range(done + 1, done + count + 1):
+        share = max(t - delay, 0) if plus else min(max(t - delay, 0), 1)
+        if not alternating:
+            old[:] = reach
+        for me in range(2):
+            for s in range(sequences[me], sequences[me + 1]):  # line 3
+                worth = 0.0
+                for z in range(row[s], row[s + 1]):
+                    worth += weight[z] * theirs[column[z]]
+                v[s] = worth
+            for i in range(sets[me + 1] - 1, sets[me] - 1, -1):  # lines 4-6
+                V = 0.0
+                for s in range(first[i], first[i + 1]):
+                    V += strategy[s] * v[s]
+                for s in range(first[i], first[i + 1]):
+                    R[s] += v[s] - V
+                    if plus:
+                        R[s] = max(R[s], 0.0)
+                v[parent[i]] += V
+            for i in range(sets[me], sets[me + 1]):  # lines 7-9
+                positive = 0.0
+                for s in range(first[i], first[i + 1]):
+                    average[s] += share * reach[s]
+                    positive += max(R[s], 0.0)
+                for s in range(first[i], first[i + 1]):
+                    strategy[s] = max(R[s], 0.0) / positive if positive > 0.0 else 1.0 / (first[i + 1] - first[i])
+                    reach[s] = reach[parent[i]] * strategy[s]
+
+
+def iterate(
+    tree: Tree, held: Box, done: int, count: int = 1, variant: str = "cfr", delay: int = 0, alternating: bool = True
+) -> None:
+    """Iterations ``done + 1 … done + count`` of CFR or CFR+, in place in `held` (lines 2-9)."""
+    arrays = (tree.first, tree.parent, tree.row, tree.column, tree.weight, tree.sets, tree.sequences)
+    kept = (held.regret, held.average, held.strategy, held.reach)
+    _iterate(count * tree.size, *arrays, *kept, done, count, variant == "cfr_plus", delay, alternating)
+
+
+def schedule(iterations: int, per_decade: int) -> list[int]:
+    """The iterations after which exploitability is measured: even on a logarithmic axis, and the last."""
+    powers = range(int(per_decade * np.log10(iterations)) + 1)
+    return sorted({min(round(10 ** (k / per_decade)), iterations) for k in powers} | {iterations})
+
+
+def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
+    """No network: the strategy is a table."""
+    return {}
+
+
+@method("games/cfr", paper="NIPS 2007; arXiv:1407.5042", section="11.4.2, 11.4.4", threads=1)
+def train(config: Config, run: Run) -> dict[str, float]:
+    if config.delay >= config.iterations:
+        raise UserError(f"--delay {config.delay} leaves no iteration of {config.iterations} for the average strategy")
+    game = load_game(config.game)
+    tree = flatten(game, config.limit)
+    due = schedule(config.iterations, config.evaluations)
+    held = tables(tree)  # line 1
+    seen = Box(curve=np.zeros((len(due), 3)), fingerprint=tree.fingerprint)
+    memory = (tree.nbytes + sum(part.nbytes for part in held.state_dict().values())) / tree.histories
+    run.say(
+        f"{config.game}: {tree.histories:,} histories, {tree.sets[2]:,} information sets,"
+        f" {tree.sequences[2]:,} sequences; {memory:.0f} bytes a history"
+    )
+    run.describe(Spec(extra={"game": config.game, "histories": tree.histories, "information_sets": tree.sets[2]}))
+    run.track(solution=held, seen=seen)
+    if seen.fingerprint != tree.fingerprint:
+        raise UserError(f"the game {config.game} has changed since this run began; start a new run")
+    for step in run.steps(config.iterations):
+        iterate(tree, held, step, 1, config.variant, config.delay, config.alternating)  # lines 2-9
+        if step + 1 in due:  # line 10
+            average = normalised(tree, held.average)
+            now, last = exploitability(tree, average), exploitability(tree, held.strategy)
+            seen.curve[due.index(step + 1)] = step + 1, now, last
+            run.log(exploitability=now, last_exploitability=last, value=expected_value(tree, average))
+    average = normalised(tree, held.average)
+    found = {"exploitability": exploitability(tree, average), "value": expected_value(tree, average)}
+    if config.hands:
+        rng = np.random.default_rng(fold(run.seed, 0, 0, "hands"))
+        won = np.array([deal(game, tree, average, rng)[1] for _ in range(config.hands)])
+        found |= {"played_value": won.mean(), "played_error": won.std() / np.sqrt(len(won))}
+    rows = table(tree, average)
+    run.artifact("strategy", {"game": config.game, "rows": rows}, "The average strategy by information set.")
+    run.artifact("readable", strategy_text(tree, average, len(rows)), "The same as text, first decisions first.")
+    run.artifact("first_moves", strategy_figure(tree, average), "What the players do, by what they know.")
+    run.artifact("curve", curve_figure(seen.curve, config.game), "Exploitability by iteration, both axes logarithmic.")
+    return found
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Settings of `etude sample`."""
+
+    count: Count = 5
+    """Hands to deal."""
+    seed: Whole = 0
+    """Seed of the deal."""
+    rows: Whole = 24
+    """Information sets to show (the first decisions of either player come first)."""
+
+
+def sample(loaded: Loaded, options: Sample, folder: Path) -> str:
+    """Deal hands by the average strategy, move by move, and show the strategy."""
+    game = load_game(loaded.config.game)
+    tree = flatten(game, loaded.config.limit)
+    if loaded.state["seen"]["fingerprint"] != tree.fingerprint:
+        raise UserError(f"the game {loaded.config.game} has changed since this run began; start a new run")
+    strategy = normalised(tree, np.asarray(loaded.state["solution"]["average"]))
+    strategy_figure(tree, strategy).savefig(folder / "strategy.png", dpi=144, bbox_inches="tight")
+    rng = np.random.default_rng(options.seed)
+    hands = [hand_text(f"hand {n + 1}", *deal(game, tree, strategy, rng)) for n in range(options.count)]
+    summary = (
+        f"exploitability {exploitability(tree, strategy):.6g}, value to player 0 {expected_value(tree, strategy):.6f}"
+    )
+    text = "\n".join([*hands, summary, "", strategy_text(tree, strategy, options.rows)])
+    (folder / "hands.txt").write_text(text, encoding="utf-8")
+    return text
+
+
+def curve_figure(curve: np.ndarray, name: str) -> Any:
+    """A matplotlib Figure of `curve` (N, 3): iteration, exploitability of the average and of the last strategy."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    t, average, last = np.maximum(curve, 1e-17).T  # an equilibrium found exactly has a place on a logarithmic axis too
+    axes.loglog(t, last, color="C1", alpha=0.5, label="last strategy")
+    axes.loglog(t, average, color="C0", label="average strategy")
+    axes.loglog(t, average[0] / np.sqrt(t), "k:", label="slope of 1/√iterations")
+    axes.set(xlabel="iterations", ylabel="exploitability", title=name)
+    axes.legend(frameon=False)
+    return figure
