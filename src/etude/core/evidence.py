@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from etude import catalog
 from etude.catalog import Entry, Experiment
@@ -33,7 +33,8 @@ def verify(entry: Entry, seeds: int | None = None, only: str | None = None, keep
         raise UserError(f"{entry.name} has no experiment '{only}' (it has {', '.join(e.name for e in experiments)})")
     oracle = _oracle(entry)
     _say(f"{entry.name}: oracle {oracle['tests']} tests {'passed' if oracle['passed'] else 'FAILED'}")
-    rows = [_experiment(entry, experiment, seeds, keep) for experiment in chosen]
+    known: dict[tuple[Any, ...], Outcome | None] = {}  # two bars on one run need one run
+    rows = [_experiment(entry, experiment, seeds, keep, known) for experiment in chosen]
     broken = not oracle["passed"] or any(value is None for row in rows for value in row["values"])
     passed = all(row["passed"] for row in rows) and oracle["tests"] > 0
     card = {
@@ -77,24 +78,32 @@ def bench(pattern: str | None, run: bool = True) -> list[dict[str, Any]]:
     return rows
 
 
-def _experiment(entry: Entry, experiment: Experiment, seeds: int | None, keep: Path | None) -> dict[str, Any]:
+class Outcome(NamedTuple):
+    """What one finished run left: its metrics, seconds between first and last step, peak memory."""
+
+    metrics: dict[str, float]
+    seconds: float
+    memory_mb: float
+
+
+def _experiment(
+    entry: Entry, experiment: Experiment, seeds: int | None, keep: Path | None, known: dict[tuple[Any, ...], Outcome | None]
+) -> dict[str, Any]:
     chosen = experiment.seeds[:seeds]
     values: list[float | None] = []
     seconds, memory = [], []
     command = ["etude", "run", entry.name, "--preset", experiment.preset, *_words(experiment.flags)]
     for seed in chosen:
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = (keep or Path(scratch)) / f"{entry.name.replace('/', '-')}-{experiment.name}-{seed}"
-            words = [sys.executable, "-m", *command, "--seed", str(seed), "--out", str(folder), "--quiet"]
-            finished = subprocess.run(words, check=False, capture_output=True, text=True)
-            if finished.returncode:
-                values.append(None)
-                _say(f"{entry.name} {experiment.name} seed {seed}: failed: {finished.stderr.strip()[-300:]}")
-                continue
-            values.append(json.loads((folder / "result.json").read_text(encoding="utf-8"))[experiment.metric])
-            sessions = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["sessions"]
-            seconds.append(round(sum(session["loop_seconds"] for session in sessions), 2))
-            memory.append(max(session["peak_memory_mb"] for session in sessions))
+        key = (*command, seed)
+        if key not in known:
+            known[key] = _run(entry, f"{experiment.name}-{seed}", [*command, "--seed", str(seed)], keep)
+        outcome = known[key]
+        if outcome is None:
+            values.append(None)
+            continue
+        values.append(outcome.metrics[experiment.metric])
+        seconds.append(outcome.seconds)
+        memory.append(outcome.memory_mb)
         limit = f" of {experiment.within_seconds:g}" if experiment.within_seconds else ""
         _say(f"{entry.name} {experiment.name} seed {seed}: {experiment.metric} {values[-1]:.5g}  ({seconds[-1]:.1f}{limit} s)")
     measured = [value for value in values if value is not None]
@@ -116,6 +125,21 @@ def _experiment(entry: Entry, experiment: Experiment, seeds: int | None, keep: P
         "peak_memory_mb": memory,
         "passed": len(measured) == len(chosen) and all(map(experiment.clears, measured)) and in_time,
     }
+
+
+def _run(entry: Entry, label: str, command: list[str], keep: Path | None) -> Outcome | None:
+    """Run one command in a process of its own; None, with the reason said, when it fails."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = (keep or Path(scratch)) / f"{entry.name.replace('/', '-')}-{label.replace(' ', '-')}"
+        words = [sys.executable, "-m", *command, "--out", str(folder), "--quiet"]
+        finished = subprocess.run(words, check=False, capture_output=True, text=True)
+        if finished.returncode:
+            _say(f"{shlex.join(command)}: failed: {finished.stderr.strip()[-300:]}")
+            return None
+        metrics = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        sessions = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["sessions"]
+        seconds = round(sum(session["loop_seconds"] for session in sessions), 2)
+        return Outcome(metrics, seconds, max(session["peak_memory_mb"] for session in sessions))
 
 
 def _oracle(entry: Entry) -> dict[str, Any]:
