@@ -137,10 +137,11 @@ def evidence(entry: Entry) -> str:
         rows.append(cells)
     heads = ("experiment", "metric", "mean ± sd", "seeds", "bar", "cleared", "published", "seconds", "MB")
     hardware, oracle = card["hardware"], card["oracle"]
+    machine = f"{prose(str(hardware.get('cpu', '?')))}, {hardware.get('cores', '?')} cores"
+    machine += f", {prose(hardware['gpu'])}" if "gpu" in hardware else ""
     told = (
-        f"Badge **{card['badge']}**, written {card['written']} at commit `{card['commit']}` on {prose(str(hardware.get('cpu', '?')))} "
-        f"({hardware.get('cores', '?')} cores{', ' + prose(hardware['gpu']) if 'gpu' in hardware else ''}), "
-        f"torch {prose(card['versions'].get('torch', '?'))}. "
+        f"Badge **{card['badge']}**, written {card['written']} at commit `{card['commit']}` "
+        f"on {machine}, torch {prose(card['versions'].get('torch', '?'))}. "
         f"Oracle: {oracle['tests']} tests of `{oracle['file']}` {'passed' if oracle['passed'] else '**failed**'}."
     )
     notes = "".join(
@@ -164,10 +165,10 @@ def index_page(entries: list[Entry]) -> str:
 
 def benchmarks_page(rows: list[dict[str, Any]]) -> str:
     """Every recorded race, by the room whose script measured it."""
-    parts = ["# Benchmarks"]
-    parts.append(
-        "Ours against the peer library, runs alternating A B A B in one process tree; a ratio above 1 means ours is faster."
-    )
+    parts = [
+        "# Benchmarks",
+        "Ours against the peer library, runs alternating A B A B in one process tree; above 1 ours is faster.",
+    ]
     if not rows:
         parts.append("None recorded yet; `etude bench` runs them from a source checkout.")
     for room in sorted({row["room"] for row in rows}):
