@@ -292,8 +292,16 @@ def test_completion(etude, tmp_path) -> None:
 
 def test_verify_writes_a_card_and_fails_on_a_miss(etude, tmp_path) -> None:
     before = """
-from etude import catalog
+import os, types
+from etude import catalog, cli
 from etude.core import evidence
+def forked(words, **settings):
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os._exit(cli.main(words[3:]))
+    return types.SimpleNamespace(returncode=os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), stderr="", stdout="")
+evidence.subprocess = types.SimpleNamespace(run=forked)
 row = {{"name": "a", "preset": "tiny", "metric": "{metric}", "bar": 1.5, "seeds": (5,), "flags": {{"steps": 2, "shift": 0}}}}
 catalog.Entry.experiments = property(lambda entry: [row])
 evidence._oracle = lambda entry: {{"file": "x", "tests": 3, "passed": True}}

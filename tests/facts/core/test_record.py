@@ -74,7 +74,8 @@ def test_other_ranks_write_nothing(tmp_path) -> None:
 
 
 def picture(folder, entry) -> np.ndarray:
-    return np.asarray(Image.open(folder / "artifacts" / entry["file"]))
+    with Image.open(folder / "artifacts" / entry["file"]) as image:
+        return np.asarray(image)
 
 
 def test_artifacts_and_their_index(tmp_path) -> None:
@@ -104,7 +105,8 @@ def test_artifacts_and_their_index(tmp_path) -> None:
     assert np.array_equal(picture(tmp_path, found["one"]), grey)
     assert np.array_equal(picture(tmp_path, found["colour"]), (colour.permute(1, 2, 0) * 255 + 0.5).byte().numpy())
     assert picture(tmp_path, found["figure"]).shape[2] in (3, 4)
-    assert Image.open(tmp_path / "artifacts" / "moving.gif").n_frames == 2  # type: ignore[attr-defined]
+    with Image.open(tmp_path / "artifacts" / "moving.gif") as moving:
+        assert moving.n_frames == 2  # type: ignore[attr-defined]
     assert json.loads((tmp_path / "artifacts" / "table.json").read_text()) == {"a": [1, 2]}
     # a filmstrip, and a picture drawn again after a resume
     for step in (100, 200, 100, 200):
