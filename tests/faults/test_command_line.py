@@ -290,6 +290,36 @@ def test_completion(etude, tmp_path) -> None:
     assert checked.stderr == ""
 
 
+def test_verify_writes_a_card_and_fails_on_a_miss(etude, tmp_path) -> None:
+    before = """
+import os, types
+from etude import catalog, cli
+from etude.core import evidence
+def forked(words, **settings):
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os._exit(cli.main(words[3:]))
+    return types.SimpleNamespace(returncode=os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), stderr="", stdout="")
+evidence.subprocess = types.SimpleNamespace(run=forked)
+row = {{"name": "a", "preset": "tiny", "metric": "{metric}", "bar": 1.5, "seeds": (5,), "flags": {{"steps": 2, "shift": 0}}}}
+catalog.Entry.experiments = property(lambda entry: [row])
+evidence._oracle = lambda entry: {{"file": "x", "tests": 3, "passed": True}}
+"""
+    results = {"ETUDE_RESULTS": str(tmp_path / "results")}
+    done = etude("verify", "vision/lenet", "--json", before=before.format(metric="test_accuracy"), **results)
+    assert done.code == 1
+    (card,) = json.loads(done.out)
+    assert card == json.loads((tmp_path / "results" / "vision" / "lenet.json").read_text())
+    assert {"name", "badge", "commit", "oracle", "experiments", "hardware", "versions"} <= card.keys()
+    assert card["badge"] == "runs"
+    (row,) = card["experiments"]
+    assert row["command"] == "etude run vision/lenet --preset tiny --steps 2 --shift 0"
+    assert (row["passed"], row["bar"], row["seeds"], len(row["values"])) == (False, 1.5, [5], 1)
+    assert 0 <= row["mean"] == row["values"][0] <= 1
+    assert json.loads(etude("list", "lenet", "--json", **results).out)[0]["badge"] == "runs"
+
+
 # ------------------------------------------------------------------------------------------------------------ progress
 
 
