@@ -1,7 +1,8 @@
 """Gradients with respect to the input of any network, and the pictures and checks made from them
 
-Equation: for logits z = model(x) and a score s(z), the map is ∂s/∂x, nothing else. Guided (Springenberg et al.,
-    arXiv:1412.6806, section 3.4): at each ReLU with input u and incoming gradient δ, δ·1[u>0]·1[δ>0] goes on.
+Equation: for logits z = model(x) and a vector v(z) at the output, the map is vᵀ ∂z/∂x, nothing else.
+    Guided (Springenberg et al., arXiv:1412.6806, section 3.4): at each ReLU with input u and incoming gradient δ,
+    δ·1[u>0]·1[δ>0] goes on.
 
 `input_gradient` runs the model in eval mode on detached copies of its parameters (so it computes no gradient of them,
 and they are laid out channels_last for a CPU's convolutions), under a `TorchFunctionMode` that sees every ReLU whether
@@ -34,39 +35,46 @@ _SIGNED = LinearSegmentedColormap.from_list("etude_signed", [PALETTE[0], PAPER, 
 
 
 def input_gradient(
-    model: nn.Module, x: Tensor, score: Callable[[Tensor], Tensor], guided: bool = False
+    model: nn.Module, x: Tensor, start: Callable[[Tensor], Tensor], guided: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """∂ score(model(x)) / ∂x and the logits: shapes of x and (N, K), detached.
+    """Backpropagate `start(logits)` to the input: the gradient, shape of x, and the logits (N, K), both detached.
 
-    x is floating (N, …), in the units the model takes; `score` maps logits (N, K), K ≥ 2, to a 0-dim tensor. With a sum
-    over the batch as score each image's gradient is its own: batch norm uses its running estimates, and a layer that
-    has none is refused. ``guided`` lets only positive gradients enter each ReLU. Raises ValueError where x is not
-    floating, the output is not (N, K), the output does not depend on x, the items of the batch are coupled, or
-    ``guided`` is asked of a model in which no ReLU is seen.
+    x is floating (N, …), in the units the model takes; `start` is given the logits, K ≥ 2, and returns what enters at
+    each of them, (N, K): 1 at one logit for its gradient. Each image's gradient is its own: batch norm uses its running
+    estimates, and a layer that has none is refused. ``guided`` lets only positive gradients enter each ReLU. Raises
+    ValueError where x is not floating, the output is not (N, K) or does not depend on x, the items of the batch are
+    coupled, or ``guided`` is asked of a model in which no ReLU is seen.
     """
     if not x.is_floating_point():
-        raise ValueError(f"x is {x.dtype}; it must be floating, in the units the model takes (uint8 pixels: x.float() / 255)")
+        raise ValueError(
+            f"x is {x.dtype}; it must be floating, in the units the model takes (uint8 pixels: x.float() / 255)"
+        )
     model = getattr(model, "_orig_mod", model)  # torch.compile: a compiled graph would hide its ReLUs
     if len(x) > 1:
         for name, part in model.named_modules():
             if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None:
-                raise ValueError(f"{name} normalises by the statistics of the batch, which couples its images; give one image at a time")
+                raise ValueError(f"{name} normalises by the batch, which couples its images; give one image at a time")
     with torch.inference_mode(False), torch.enable_grad(), _evaluating(model), _Lens(guided) as lens:
-        leaf = x.detach().clone().requires_grad_()
+        leaf = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
         held = {name: _laid_out(value) for name, value in model.named_parameters()}
         held |= {name: value.detach().clone() for name, value in model.named_buffers()}
-        logits = torch.func.functional_call(model, held, (leaf.clone(),))  # a clone: a model may work in place
+        logits = torch.func.functional_call(model, held, (leaf.clone(),))  # x stays, should the model work in place
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] < 2:
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"{type(model).__name__} returns {found} for {len(x)} images; it must return logits (N, classes)")
+            raise ValueError(
+                f"{type(model).__name__} returns {found} for {len(x)} images; it must return logits (N, classes)"
+            )
         if guided and not lens.relus:
             raise ValueError(
-                f"no ReLU is seen in {type(model).__name__}, so guided backpropagation would be the plain gradient; use saliency"
+                f"no ReLU is seen in {type(model).__name__}; the guided map would be the plain gradient, so use saliency"
             )
-        value = score(logits)
-        (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True) if value.requires_grad else (None,)
+        gradient = None
+        if logits.requires_grad:
+            (gradient,) = torch.autograd.grad(logits, leaf, start(logits.detach()), allow_unused=True)
     if gradient is None:
-        raise ValueError(f"the output of {type(model).__name__} does not depend on x by a gradient; does it detach or round its input?")
+        raise ValueError(
+            f"the output of {type(model).__name__} has no gradient at x; does it detach or round its input?"
+        )
     return gradient.contiguous(), logits.detach()
 
 
@@ -77,11 +85,20 @@ def chosen(logits: Tensor, target: Tensor | int | None) -> Tensor:
         return logits.detach().argmax(1)
     picked = torch.as_tensor(target, device=logits.device)
     if picked.is_floating_point() or picked.dtype == torch.bool or picked.shape not in ((), (count,)):
-        raise ValueError(f"target is {picked.dtype} {tuple(picked.shape)}; it must be class numbers ({count},) or one class number")
+        raise ValueError(
+            f"target is {picked.dtype} {tuple(picked.shape)}; it must be class numbers ({count},) or one class number"
+        )
     picked = picked.long().expand(count)
     if count and not 0 <= int(picked.min()) <= int(picked.max()) < classes:
-        raise ValueError(f"target holds classes {int(picked.min())} to {int(picked.max())}; the model has 0 to {classes - 1}")
+        raise ValueError(
+            f"target holds classes {int(picked.min())} to {int(picked.max())}; the model has 0 to {classes - 1}"
+        )
     return picked
+
+
+def unit(logits: Tensor, target: Tensor | int | None) -> Tensor:
+    """1 at the target's logit of each image and 0 elsewhere, (N, K): what starts the gradient of one logit."""
+    return torch.zeros_like(logits).scatter_(1, chosen(logits, target)[:, None], 1)
 
 
 class _Lens(TorchFunctionMode):
@@ -96,9 +113,10 @@ class _Lens(TorchFunctionMode):
         if func is torch.conv2d and (fast := _one_channel(*args, **kwargs)) is not None:
             return fast
         out = func(*args, **kwargs)
-        if self.guided and func in _RELUS and out.requires_grad:
+        if self.guided and func in _RELUS:
             self.relus += 1
-            out.register_hook(_positive)  # on this call's own tensor: it goes when the graph goes
+            if out.requires_grad:
+                out.register_hook(_positive)  # on this call's own tensor: it goes when the graph goes
         return out
 
 
@@ -126,7 +144,13 @@ class _OneChannel(torch.autograd.Function):
 
 
 def _one_channel(
-    input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+    input: Tensor,
+    weight: Tensor,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
 ) -> Tensor | None:
     """The convolution by `_OneChannel` where that applies, else None."""
     if input.ndim != 4 or weight.shape[1] != 1 or groups != 1 or input.device.type != "cpu" or isinstance(padding, str):

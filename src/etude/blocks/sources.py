@@ -2,7 +2,8 @@
 
 `source` is a run folder, a method's name (its latest run), or ``fresh``: a network trained in the first steps of the
 run itself, so that the method works from nothing. A model object has no place in config.json: in Python it goes to the
-method's own functions (``fgsm(model, x, y, eps)``, ``saliency(model, x)``) and their ``explain``, which take any module.
+method's own functions (``fgsm(model, x, y, eps)``, ``saliency(model, x)``) and their ``explain``: they
+take any module.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Source:
     """One of these steps: updates the model and returns the loss, 0-dim."""
 
     def choose(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
-        """`count` test images (or all there are) in an order drawn by `seed`: float (N, C, H, W) in [0, 1], int64 (N,)."""
+        """`count` test images (or all) in an order drawn by `seed`: float (N, C, H, W) in [0, 1], int64 (N,)."""
         order = torch.randperm(len(self.data.test.y), generator=generator(seed, -1, 0, "examined images"))[:count]
         return self.data.test.x[order].float() / 255, self.data.test.y[order]
 
@@ -68,16 +69,22 @@ def resolve(run: Run, source: str, data: str, network: str = "lenet", steps: int
     try:
         folder = Path(held.folder) if held.folder else launch.find_run(source)
     except UserError as error:
-        raise UserError(f"--source {source}: {error}; or take --source fresh, which trains a small network first") from error
+        raise UserError(
+            f"--source {source}: {error}; or take --source fresh, which trains a small network first"
+        ) from error
     if folder.resolve() == run.folder.resolve():
         raise UserError(f"--source {source} is this run itself; name a method or the folder of an earlier run")
     loaded = launch.load(folder)
     if held.folder and loaded.step != held.step:
-        raise UserError(f"{folder} was at step {held.step} when this run began and is at {loaded.step} now; start a new run")
+        raise UserError(
+            f"{folder} was at step {held.step} when this run began and is at {loaded.step} now; start a new run"
+        )
     held.folder, held.step = str(folder.resolve()), loaded.step
     spec = loaded.spec
     if "model" not in loaded.modules or len(spec.shape) != 3 or len(spec.classes) < 2:
-        raise UserError(f"--source {source} is a run of {loaded.name}, which holds no classifier of images (such as vision/lenet)")
+        raise UserError(
+            f"--source {source} is a run of {loaded.name}, which holds no classifier of images (such as vision/lenet)"
+        )
     name = data or str(getattr(loaded.config, "data", ""))
     found = room.images(name)
     if found.spec.shape != spec.shape and spec.shape[1] == spec.shape[2]:

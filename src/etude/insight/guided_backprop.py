@@ -15,8 +15,8 @@ Algorithm:
 Differences:
 - E44[B]: negative gradients are zeroed *in addition* to the ReLU's own gate, 1[u > 0]; the notes name only the former
   (which alone is the "deconvnet").
-- E44[B]: a sharp map is no proof of understanding. Line 3 reports it with every run: where `sanity_last` stays high, the
-  map hardly depends on what the network has learnt in its last layer. It resembles an edge detector; read it as such.
+- E44[B]: a sharp map is no proof of understanding. Line 3 is reported with every run: where `sanity_last` stays high,
+  the map hardly depends on what the network has learnt in its last layer: it resembles an edge detector.
 - The rule holds for every ReLU that a module calls (nn.ReLU, also one used many times, F.relu, torch.relu, x.relu(), in
   place or not), found while the model runs; nothing is hooked onto it. Other activations pass their plain gradient. A
   model in which no ReLU is seen is refused, for there the map is just the gradient.
@@ -24,7 +24,8 @@ Differences:
 
 Expect: TODO
 Command: `etude run insight/guided_backprop --source vision/lenet` after `etude run vision/lenet`; alone:
-    `etude run insight/guided_backprop`. In Python, any module: `guided_backprop(model, x, target)`, and `explain(model, x)`.
+    `etude run insight/guided_backprop`. In Python, any module: `guided_backprop(model, x, target)`, and
+    `explain(model, x)` for the picture.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from etude.blocks.attribution import (
     probabilities,
     rank_correlation,
     shuffled,
+    unit,
     verdicts,
 )
 from etude.blocks.sources import resolve
@@ -88,7 +90,15 @@ PRESETS = {
     "mnist": Config(data="mnist", train_steps=938, images=2000, batch=250),
 }
 
-EXPERIMENTS = (Experiment("mnist", preset="mnist", metric="sanity_last", bar=0.5, notes="high is the finding of Adebayo et al.: not a merit"),)
+EXPERIMENTS = (
+    Experiment(
+        "mnist",
+        preset="mnist",
+        metric="sanity_last",
+        bar=0.5,
+        notes="high is the finding of Adebayo et al.: not a merit",
+    ),
+)
 
 
 def guided_backprop(model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
@@ -98,7 +108,7 @@ def guided_backprop(model: nn.Module, x: Tensor, target: Tensor | int | None = N
     classes. The model returns logits (N, K ≥ 2) and is left as it was: nothing is hooked, no flag changes, no gradient
     of its parameters is computed. Raises ValueError if it uses no ReLU.
     """
-    return input_gradient(model, x, lambda z: z.gather(1, chosen(z, target)[:, None]).sum(), guided=True)[0]
+    return input_gradient(model, x, lambda z: unit(z, target), guided=True)[0]
 
 
 def explain(
@@ -168,8 +178,8 @@ def train(config: Config, run: Run) -> dict[str, float]:
         mean = torch.tensor(source.data.spec.mean, device=run.device).view(1, -1, 1, 1)
         figure = _picture(model, image, config.target, names, config.erased, mean, true)
         caption = (
-            f"{source.label}: image, guided map, plain gradient (red raises the logit, blue lowers it), the image with the "
-            f"{config.erased:.0%} largest pixels of the guided map erased, and what is seen before and after."
+            f"{source.label}: image, guided map, plain gradient (red raises the logit, blue lowers it), the image with "
+            f"the {config.erased:.0%} largest pixels of the guided map erased, and what is seen before and after."
         )
         run.artifact("maps", figure, caption)
         aim = chosen(probabilities(model, image), config.target)
@@ -180,9 +190,13 @@ def train(config: Config, run: Run) -> dict[str, float]:
             alike = rank_correlation(heat(columns["trained"][:, None]), heat(columns[f"{name} shuffled"][:, None]))
             for lines, value in zip(said, alike.tolist()):
                 lines.append(f"{name}: ρ = {value:.2f}")
-        caption = "The check: guided maps of the network, of one with its last layer shuffled, and with all weights shuffled."
+        caption = (
+            "The check: guided maps of the network, of one with its last layer shuffled, and with all weights shuffled."
+        )
         run.artifact("sanity", panel(columns, said), caption)
-    sanity = {name: getattr(seen, name) / seen.images for name in ("guided_last", "guided_all", "plain_last", "plain_all")}
+    sanity = {
+        name: getattr(seen, name) / seen.images for name in ("guided_last", "guided_all", "plain_last", "plain_all")
+    }
     return {
         "accuracy": seen.right / seen.images,
         "sanity_last": sanity["guided_last"],

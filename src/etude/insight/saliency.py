@@ -21,8 +21,9 @@ Differences:
 - Maps keep their sign (blue: a brighter pixel lowers the logit; red: raises it); colour images show the heat map.
 
 Expect: TODO
-Command: `etude run insight/saliency --source vision/lenet` after `etude run vision/lenet`; alone: `etude run insight/saliency`.
-    In Python, any module: `saliency(model, x, target)`, and `explain(model, x)` for the picture.
+Command: `etude run insight/saliency --source vision/lenet` after `etude run vision/lenet`;
+    alone: `etude run insight/saliency`. In Python, any module: `saliency(model, x, target)`, and `explain(model, x)` for
+    the picture.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from etude.blocks.attribution import (
     probabilities,
     rank_correlation,
     shuffled,
+    unit,
     verdicts,
 )
 from etude.blocks.sources import Network, resolve
@@ -94,7 +96,7 @@ def saliency(model: nn.Module, x: Tensor, target: Tensor | int | None = None) ->
     classes. The model returns logits (N, K ≥ 2), not probabilities: behind a softmax the map would also show how the
     other classes fall. It is left as it was, and no gradient of its parameters is computed.
     """
-    return input_gradient(model, x, lambda z: z.gather(1, chosen(z, target)[:, None]).sum())[0]
+    return input_gradient(model, x, lambda z: unit(z, target))[0]
 
 
 def explain(
@@ -150,9 +152,10 @@ def train(config: Config, run: Run) -> dict[str, float]:
         maps = saliency(model, image, config.target)
         without = erase(image, heat(maps), config.erased, mean)
         said = verdicts(probabilities(model, image), probabilities(model, without), names, true)
+        asked = "predicted class" if config.target is None else f"class {names[config.target]}"
         caption = (
-            f"{source.label}: the image, the gradient of the {'predicted' if config.target is None else 'asked'} class's logit "
-            f"(red raises it, blue lowers it), the image with its {config.erased:.0%} most salient pixels erased, and what is seen."
+            f"{source.label}: the image, the gradient of the logit of the {asked} (red raises it, blue lowers it), the "
+            f"image with its {config.erased:.0%} most salient pixels erased, and what is seen before and after."
         )
         run.artifact("maps", panel({"image": image, "saliency": one_plane(maps), "erased": without}, said), caption)
     return {

@@ -3,8 +3,8 @@
 Paper: Goodfellow, Shlens, Szegedy, Explaining and Harnessing Adversarial Examples, 2014, arXiv:1412.6572. The threat
     model (a ball of radius ε, and projection onto it): Madry et al., 2017, arXiv:1706.06083.
 
-Equation: x* = clip(x + ε · sign(∇_x L(z(x), y)), low, high)                      (ℓ∞; the paper's section 4, and the clip)
-          x* = clip(x + ε · ∇_x L / ‖∇_x L‖₂, low, high)                          (ℓ2)
+Equation: x* = clip(x + ε · sign(∇_x L(z(x), y)), low, high)   (ℓ∞; section 4 of the paper, and the clip)
+          x* = clip(x + ε · ∇_x L / ‖∇_x L‖₂, low, high)       (ℓ2)
     with L the cross-entropy of the true class y. With a target class t the step goes down: x* = clip(x − ε · sign(∇_x
     L(z(x), t))). Against a linear classifier of two classes this is the worst case of the whole ball, with loss
     softplus(−y(w·x) + ε‖w‖₁), y = ±1 (ℓ2: ε‖w‖₂); against others it is a lower bound of the worst case.
@@ -18,15 +18,16 @@ Differences:
 - E124[B]: the result is clipped to the range of the pixels, and sign(0) = 0: a pixel without influence stays.
 - ε is in pixel units, [0, 1]: networks standardise inside, and x outside [low, high] is refused, as standardised images
   would be.
-- The gradient is that of log Σ_{k≠y} exp z_k − z_y, which is the gradient of the cross-entropy divided by the
-  probability 1 − p_y of the other classes, so sign and direction are the same; but where the network is so sure that
-  1 − p_y is 0 in floating point, the cross-entropy has no gradient and the attack would seem to fail.
+- ∂L/∂z = p − e_y is divided by 1 − p_y, the probability of the other classes: the same sign and direction. Where the
+  network is so sure that 1 − p_y is 0 in floating point, the cross-entropy has no gradient and the attack would seem
+  to fail; this one does not.
 - One gradient serves all ε of a curve (the step is the same). One step is not the strongest attack: the accuracies here
   bound the robust accuracy from above.
 
 Expect: TODO
-Command: `etude run robustness/fgsm --source vision/lenet` after `etude run vision/lenet`; alone: `etude run robustness/fgsm`.
-    In Python, any module: `fgsm(model, x, y, eps)`, and `explain(model, x, y, eps)` for the picture.
+Command: `etude run robustness/fgsm --source vision/lenet` after `etude run vision/lenet`;
+    alone: `etude run robustness/fgsm`. In Python, any module: `fgsm(model, x, y, eps)`, and `explain(model, x, y, eps)`
+    for the picture.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from etude.blocks.plots import curves
 from etude.blocks.sources import Network, resolve
 from etude.catalog import Experiment, method
 from etude.core.checkpoint import Box
-from etude.core.config import Count, Positive, Probability, Whole
+from etude.core.config import Count, Probability, Whole
 from etude.core.errors import UserError
 from etude.core.run import Run
 
@@ -81,7 +82,9 @@ PRESETS = {
     "tiny": Config(train_steps=30, train_batch=32, images=40, batch=20, eps=(0.1, 0.25)),
     "default": Config(),
     "mnist": Config(data="mnist", network="mlp", train_steps=2344, images=10_000, batch=500, eps=(0.05, 0.1, 0.25)),
-    "mnist_softmax": Config(data="mnist", network="softmax", train_steps=2344, images=10_000, batch=500, eps=(0.05, 0.1, 0.25)),
+    "mnist_softmax": Config(
+        data="mnist", network="softmax", train_steps=2344, images=10_000, batch=500, eps=(0.05, 0.1, 0.25)
+    ),
     "mnist_lenet": Config(data="mnist", train_steps=938, images=10_000, batch=500, eps=(0.05, 0.1, 0.25)),
 }
 
@@ -106,16 +109,15 @@ EXPERIMENTS = (
 def direction(model: nn.Module, x: Tensor, y: Tensor | int, targeted: bool = False, norm: Norm = "linf") -> Tensor:
     """Lines 1-2: the step of radius 1 that raises the loss of class y (lowers it when targeted) fastest; shape of x.
 
-    x is floating (N, …) in the units the model takes, y int64 (N,) or one class number; the model returns logits (N, K),
-    K ≥ 2, and is left as it was. An image whose gradient is 0 gets 0.
+    x is floating (N, …) in the units the model takes, y int64 (N,) or one class number; the model returns logits
+    (N, K), K ≥ 2, and is left as it was. An image whose gradient is 0 gets 0.
     """
 
-    def loss(logits: Tensor) -> Tensor:
+    def rise(logits: Tensor) -> Tensor:  # (p − e_y) / (1 − p_y): the softmax of the other classes, −1 at y
         true = chosen(logits, y)[:, None]
-        rest = logits.scatter(1, true, -torch.inf)
-        return (rest.logsumexp(1) - logits.gather(1, true)[:, 0]).sum()
+        return logits.scatter(1, true, -torch.inf).softmax(1).scatter_(1, true, -1.0)
 
-    gradient, _ = input_gradient(model, x, loss)
+    gradient, _ = input_gradient(model, x, rise)
     if norm == "linf":
         step = gradient.sign_()
     else:
@@ -148,8 +150,8 @@ def fgsm(
         least, most = (float(value) for value in torch.aminmax(x.detach()))
         if not (low <= least and most <= high):
             raise ValueError(
-                f"x lies in [{least:g}, {most:g}], not in [{low:g}, {high:g}]; give pixels and standardise inside the model, "
-                "or pass low and high"
+                f"x lies in [{least:g}, {most:g}], not in [{low:g}, {high:g}]; give pixels and standardise inside "
+                "the model, or pass low and high"
             )
     return (x.detach() + eps * direction(model, x, y, targeted, norm)).clamp_(low, high)
 
@@ -163,7 +165,13 @@ def project(delta: Tensor, eps: float, norm: Norm = "linf") -> Tensor:
 
 
 def explain(
-    model: nn.Module, x: Tensor, y: Tensor, eps: float, names: Sequence[str] = (), targeted: bool = False, norm: Norm = "linf"
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    names: Sequence[str] = (),
+    targeted: bool = False,
+    norm: Norm = "linf",
 ) -> Figure:
     """A picture for any module: image, change, attacked image, and the predictions before and after.
 
@@ -171,10 +179,14 @@ def explain(
     """
     attacked = fgsm(model, x, y, eps, targeted, norm=norm)
     before, after = probabilities(model, x), probabilities(model, attacked)
-    return _picture(x, attacked, before, after, names or [str(k) for k in range(before.shape[1])], None if targeted else y)
+    return _picture(
+        x, attacked, before, after, names or [str(k) for k in range(before.shape[1])], None if targeted else y
+    )
 
 
-def _picture(x: Tensor, attacked: Tensor, before: Tensor, after: Tensor, names: Sequence[str], truth: Tensor | None) -> Figure:
+def _picture(
+    x: Tensor, attacked: Tensor, before: Tensor, after: Tensor, names: Sequence[str], truth: Tensor | None
+) -> Figure:
     change = attacked - x
     if x.shape[1] == 1:
         drawn = change[:, 0]

@@ -1,4 +1,4 @@
-"""Facts about `--source`: which network is found, that it is the trained one, and one clear sentence when there is none."""
+"""Facts about `--source`: which network is found, that it is the trained one, and one sentence when there is none."""
 
 from __future__ import annotations
 

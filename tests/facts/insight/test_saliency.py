@@ -24,7 +24,11 @@ def _one_thread() -> None:
 def test_a_linear_model_shows_its_weight_row() -> None:
     """∂(Wx + b)_c / ∂x = W_c, for every image alike."""
     linear = nn.Linear(12, 4, dtype=torch.float64)
-    model, x, target = nn.Sequential(nn.Flatten(), linear), torch.rand(5, 3, 2, 2, dtype=torch.float64), torch.tensor([3, 0, 1, 1, 2])
+    model, x, target = (
+        nn.Sequential(nn.Flatten(), linear),
+        torch.rand(5, 3, 2, 2, dtype=torch.float64),
+        torch.tensor([3, 0, 1, 1, 2]),
+    )
     assert torch.equal(saliency(model, x, target), linear.weight[target].view(5, 3, 2, 2))
     assert torch.equal(saliency(model, x, 2), linear.weight[2].view(1, 3, 2, 2).expand(5, 3, 2, 2))
     assert torch.equal(saliency(model, x), linear.weight[model(x).argmax(1)].view(5, 3, 2, 2))

@@ -52,10 +52,9 @@ def test_the_clip_keeps_the_worst_case_of_ball_and_box() -> None:
     model, x = logistic(w), torch.rand(9, 3, dtype=torch.float64)
     corners = torch.cartesian_prod(*[torch.tensor([-eps, eps], dtype=torch.float64)] * 3)
     for y in (0, 1):
-        losses = torch.stack([
-            F.cross_entropy(model((x + corner).clamp(0, 1)), torch.full((9,), y), reduction="none") for corner in corners
-        ])  # fmt: skip
-        found = F.cross_entropy(model(fgsm(model, x, y, eps)), torch.full((9,), y), reduction="none")
+        truth = torch.full((9,), y)
+        losses = torch.stack([F.cross_entropy(model((x + c).clamp(0, 1)), truth, reduction="none") for c in corners])
+        found = F.cross_entropy(model(fgsm(model, x, y, eps)), truth, reduction="none")
         torch.testing.assert_close(found, losses.max(0).values)
 
 
@@ -140,7 +139,9 @@ def test_a_target_gains_probability_and_the_robust_loss_is_not_below_the_clean_o
     for eps in (0.01, 0.1, 0.5):
         attacked = fgsm(model, x, y, eps)
         with torch.no_grad():
-            worse = F.cross_entropy(model(attacked), y, reduction="none") - F.cross_entropy(model(x), y, reduction="none")
+            worse = F.cross_entropy(model(attacked), y, reduction="none") - F.cross_entropy(
+                model(x), y, reduction="none"
+            )
         assert float(worse.min()) >= -1e-6
         assert float(worse.max()) > 0
     wanted = (y + 2) % 5
