@@ -30,8 +30,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
     """x·W + b: x (..., I), W (I, O), b (O) → (..., O), differentiable once by oneDNN's kernels on a CPU.
 
-    torch sends float32 products on a CPU to MKL, which on AMD processors leaves AVX-512 unused: oneDNN, which torch
-    ships too, is there about twice as fast at the same precision. Everywhere else (bfloat16 goes to
+    torch sends float32 products on a CPU to MKL. On the AMD EPYC where this was measured oneDNN, which torch ships
+    too, is about twice as fast at the same precision (other processors were not measured). Everywhere else (bfloat16 goes to
     oneDNN by itself) this is `torch.addmm`.
 
     Args:
