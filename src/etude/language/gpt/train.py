@@ -25,7 +25,7 @@ Differences:
     - GPT-2, section 2.3: the residual projections start 1/√(2N) smaller, N counting blocks (two residual branches in
       each; the paper says "N is the number of residual layers").
     - From scratch the activation is the exact gelu, three to four times faster (forward and backward, one CPU
-      thread) than the tanh form GPT-2 was published with; published weights keep the activation their config.json names.
+      thread) than the tanh form GPT-2 was published with; published weights keep the one their config.json names.
     - Past the context the last half of the window is read again from position 0, because learned absolute positions
       cannot slide (`etude.blocks.decoding.stream`).
 
