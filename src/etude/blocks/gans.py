@@ -330,7 +330,7 @@ class ImageStage:
 
 @torch.no_grad()
 def drawn(generator: nn.Module, z: Tensor) -> Tensor:
-    """Samples (N, …) of noise (N, latent) on the CPU, by running batch statistics; the generator stays in training mode."""
+    """Samples (N, …) of noise (N, latent), on the CPU, by the running batch statistics; then training mode again."""
     generator.eval()
     samples = torch.cat([generator(part) for part in z.split(500)]).cpu()
     generator.train()

@@ -62,9 +62,9 @@ class Config:
     """ring (eight Gaussians in the plane), a dataset (digits, mnist, …) or a folder of class-named image folders."""
     objective: Literal["non_saturating", "minimax", "least_squares", "pearson"] = "non_saturating"
     """The losses of the two players."""
-    instance_noise: NonNegative = 1.0
+    instance_noise: NonNegative = 0.5
     """Deviation σ of the noise added to real and generated samples at the start (0: none)."""
-    noise_until: Probability = 0.8
+    noise_until: Probability = 0.5
     """Share of the steps after which σ has fallen to 0."""
     steps: Count = 3000
     """Number of updates of the generator."""

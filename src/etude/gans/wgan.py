@@ -2,7 +2,7 @@
 
 Paper: Arjovsky, Chintala, Bottou, Wasserstein GAN, 2017, arXiv:1701.07875.
 
-Equation: W(p, q) = inf_γ E_(x,y)~γ ‖x − y‖ = sup_{‖f‖_L ≤ 1} E_p f(x) − E_q f(y)   (Kantorovich-Rubinstein; eq. 2)
+Equation: W(p, q) = inf_γ E_(x,y)~γ ‖x − y‖ = sup_{‖f‖_L ≤ 1} E_p f(x) − E_q f(y)   (Kantorovich-Rubinstein)
     Over all f that are K-Lipschitz the supremum is K·W. Weights in [−c, c] make f K-Lipschitz for some K that depends
     on c and the network only, so the best critic estimates K·W and its slope is that of the distance up to the factor K.
 
