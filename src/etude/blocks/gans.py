@@ -210,7 +210,7 @@ def _judge_size(images: Tensor) -> Tensor:
     return F.interpolate(images, (JUDGE_SIZE, JUDGE_SIZE), mode="bilinear", antialias=images.shape[-1] > JUDGE_SIZE)
 
 
-def teach(judge: nn.Module, x: Tensor, y: Tensor, device: torch.device, steps: int = JUDGE_STEPS) -> None:
+def teach(judge: nn.Module, x: Tensor, y: Tensor, device: torch.device, steps: int) -> None:
     """Train our LeNet on images (N, C, H, W) uint8 and classes (N,); the same result for every seed of the run."""
     initialise(judge, "he", generator=None if device.type != "cpu" else torch.Generator().manual_seed(0))
     optimizer = optim.make("adam", judge.parameters(), lr=3e-3)
@@ -293,13 +293,13 @@ class ImageStage:
         if self.held.taught:
             return
         train, test = self.data.train, self.data.test
-        teach(judge, train.x, train.y, run.device)
+        teach(judge, train.x, train.y, run.device, JUDGE_STEPS)
         seen, classes = judgement(judge, test.x[: self.most].to(run.device))
         accuracy = (classes == test.y[: self.most]).double().mean().item()
         real, _ = judgement(judge, train.x[: self.most].to(run.device))
         self.held.mean, self.held.covariance = gaussian(real)
         floor = frechet(self.held.mean, self.held.covariance, *gaussian(seen))
-        run.say(f"judge: LeNet, test accuracy {accuracy:.4f}; its Fréchet distance from training to test images {floor:.3g}")
+        run.say(f"judge: LeNet, test accuracy {accuracy:.4f}; Fréchet distance of training and test images {floor:.3g}")
         run.log(judge_accuracy=accuracy, lenet_frechet_floor=floor)
         self.held.first = self.measure(generator)["lenet_frechet_distance"]
         self.held.taught = True
@@ -330,7 +330,7 @@ class ImageStage:
 
 @torch.no_grad()
 def drawn(generator: nn.Module, z: Tensor) -> Tensor:
-    """Samples (N, …) of noise (N, latent) on the CPU, by the running batch statistics; the generator stays in training."""
+    """Samples (N, …) of noise (N, latent), on the CPU, by the running batch statistics; then training mode again."""
     generator.eval()
     samples = torch.cat([generator(part) for part in z.split(500)]).cpu()
     generator.train()
@@ -382,7 +382,8 @@ def draw(loaded: Loaded, options: Sample, folder: Path) -> str:
     if loaded.spec.shape == (2,):
         scatter(samples).savefig(folder / "samples.png", dpi=144)
         scores = ring_scores(samples)
-        return f"{said}{scores['modes']:.0f} of {MODES} modes covered, {scores['share']:.1%} within 3σ\n{folder}/samples.png"
+        said += f"{scores['modes']:.0f} of {MODES} modes covered, {scores['share']:.1%} within 3σ"
+        return f"{said}\n{folder}/samples.png"
     images = unit(samples)
     plots.grid(images).save(folder / "samples.png")
     _, classes = judgement(loaded.modules["judge"], images)

@@ -1,7 +1,7 @@
 """GAN: a generator learns to fool a discriminator that learns to tell it from the data
 
-Paper: Goodfellow, Pouget-Abadie, Mirza, Xu, Warde-Farley, Ozair, Courville, Bengio, Generative Adversarial Networks, 2014,
-    arXiv:1406.2661. Mao et al., Least Squares GAN, 2016, arXiv:1611.04076. Instance noise: Sønderby et al., 2016,
+Paper: Goodfellow, Pouget-Abadie, Mirza, Xu, Warde-Farley, Ozair, Courville, Bengio, Generative Adversarial Networks,
+    2014, arXiv:1406.2661. Mao et al., Least Squares GAN, 2016, arXiv:1611.04076. Instance noise: Sønderby et al., 2016,
     arXiv:1610.04490; Arjovsky & Bottou, 2017, arXiv:1701.04862. Networks for images: Radford et al., DCGAN, 2015,
     arXiv:1511.06434.
 
@@ -23,12 +23,13 @@ Algorithm: (the paper's, with k = `discriminator_steps`)
 Differences:
 - Losses are written on the score: −log sigmoid(a) = softplus(−a), so no logarithm of a rounded 0 appears.
 - The paper's G descends log(1 − D), whose slope in a is −D → 0 where D wins; `non_saturating` (default; also the
-  paper's, end of section 3) has −(1 − D) → −1 there. Optimizer: Adam; the paper uses momentum.
-- E112 (notes 8.6.3): the optimality condition is pointwise, p/D − q/(1 − D) = 0; as a difference of expectations it is one
-  number and fixes nothing.
+  paper's, end of section 3) has −(1 − D) → −1 there. Optimizer: Adam, its rate falling linearly on the ring; the
+  paper uses momentum.
+- E112 (notes 8.6.3): the condition on D* is pointwise, p/D − q/(1 − D) = 0; as a difference of expectations it is
+  one number and fixes nothing.
 - E113: V(D*, G) = 2·JSD − log 4, not JSD. Its least value is −1.386294, and with disjoint supports it is 0.
-- E114: for images, DCGAN's strided and transposed convolutions with batch norm; real and generated images pass through D
-  as two batches, so neither is normalised by the other's statistics.
+- E114: for images, DCGAN's strided and transposed convolutions with batch norm; real and generated images pass
+  through D as two batches, so neither is normalised by the other's statistics.
 - Instance noise blurs real *and* generated samples in both players' steps; σ falls linearly to 0 (`noise_until`).
 
 Expect: TODO
@@ -61,24 +62,26 @@ class Config:
     """ring (eight Gaussians in the plane), a dataset (digits, mnist, …) or a folder of class-named image folders."""
     objective: Literal["non_saturating", "minimax", "least_squares", "pearson"] = "non_saturating"
     """The losses of the two players."""
-    instance_noise: NonNegative = 0.0
+    instance_noise: NonNegative = 0.5
     """Deviation σ of the noise added to real and generated samples at the start (0: none)."""
     noise_until: Probability = 0.5
     """Share of the steps after which σ has fallen to 0."""
-    steps: Count = 5000
+    steps: Count = 3000
     """Number of updates of the generator."""
     discriminator_steps: Count = 1
     """Updates of the discriminator before each of the generator (the paper's k)."""
-    batch: Count = 256
+    batch: Count = 128
     """Samples of each kind in a mini-batch (of each rank)."""
-    latent: Count = 16
+    latent: Count = 2
     """Dimensions of the noise z ~ N(0, I)."""
-    width: Count = 128
+    width: Count = 64
     """Hidden units (ring), or maps next to the image, doubled towards 4×4 (images)."""
     size: Count = 32
     """Side of the images in pixels: 8, 16, 32, 64, …"""
-    learning_rate: Positive = 1e-3
-    """Adam's learning rate, of both players."""
+    learning_rate: Positive = 4e-3
+    """Adam's learning rate at the start, of both players; DCGAN uses 2e-4 for images."""
+    schedule: optim.Schedule = "linear"
+    """Learning rate over the run; linear falls to 0, so that the players come to rest."""
     beta1: Fraction = 0.5
     """Adam's decay of the gradient's mean."""
     beta2: Fraction = 0.999
@@ -87,13 +90,13 @@ class Config:
     """Steps between measurements and pictures (0: only at the end)."""
 
 
-IMAGES = {"batch": 64, "latent": 64, "width": 32, "learning_rate": 2e-4}
+IMAGES = {"instance_noise": 0.0, "batch": 64, "latent": 64, "width": 32, "learning_rate": 2e-4, "schedule": "constant"}
 
 PRESETS = {
     "tiny": Config(steps=20, batch=32, width=32),
     "default": Config(),
     "digits": Config(data="digits", size=16, steps=1000, evaluate_every=250, **IMAGES),
-    "mnist": Config(data="mnist", steps=1500, evaluate_every=250, **IMAGES),
+    "mnist": Config(data="mnist", steps=1000, evaluate_every=100, **IMAGES),
 }
 
 EXPERIMENTS = ()
@@ -168,11 +171,14 @@ def train(config: Config, run: Run) -> dict[str, float]:
     settings = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
     G_optimizer, D_optimizer = optim.Adam([flat(run, G)], **settings), optim.Adam([flat(run, D)], **settings)
     run.track(generator=G, discriminator=D, generator_optimizer=G_optimizer, discriminator_optimizer=D_optimizer)
+    rate = optim.schedule(config.schedule, config.learning_rate, config.steps)
     data.begin(G, config.latent, modules.get("judge"))
 
     loss, m, k = OBJECTIVES[config.objective], config.batch, config.discriminator_steps
     scores: dict[str, float] = {}
     for step in run.steps(config.steps):
+        for optimizer in (G_optimizer, D_optimizer):
+            optim.set_lr(optimizer, rate(step))
         sigma = anneal(config.instance_noise, step, config.noise_until * config.steps)
         for x in data.real(step, k * m).split(m):
             z = torch.randn(m, config.latent, device=run.device)

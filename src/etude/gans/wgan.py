@@ -2,9 +2,9 @@
 
 Paper: Arjovsky, Chintala, Bottou, Wasserstein GAN, 2017, arXiv:1701.07875.
 
-Equation: W(p, q) = inf_γ E_(x,y)~γ ‖x − y‖ = sup_{‖f‖_L ≤ 1} E_p f(x) − E_q f(y)   (Kantorovich-Rubinstein; equation 2)
-    Over all f that are K-Lipschitz the supremum is K·W. Weights in [−c, c] make f K-Lipschitz for some K that depends on
-    c and the network only, so the best critic estimates K·W and its slope is that of the distance up to the factor K.
+Equation: W(p, q) = inf_γ E_(x,y)~γ ‖x − y‖ = sup_{‖f‖_L ≤ 1} E_p f(x) − E_q f(y)   (Kantorovich-Rubinstein)
+    Over all f that are K-Lipschitz the supremum is K·W. Weights in [−c, c] make f K-Lipschitz for some K that depends
+    on c and the network only, so the best critic estimates K·W and its slope is that of the distance up to the factor K.
 
 Algorithm: (the paper's Algorithm 1)
 1. for each step:
@@ -16,10 +16,10 @@ Algorithm: (the paper's Algorithm 1)
 7.     take noise z;  g_θ ← −∇_θ mean f_w(G_θ(z));  θ ← θ − α RMSProp(θ, g_θ)
 
 Differences:
-- E119 (notes, Algorithm 27): the critic sees f(G(z)), not f(G(x)); it *ascends*; it takes n_critic = 5 steps to one of the
-  generator; the optimizer is RMSProp, since the critic's loss is not stationary (the paper's section 4).
-- E118 (notes 8.6.5.2): far apart, JSD is at its maximum log 2, V is 0 and the gradient vanishes; it is not the JSD that is
-  near zero. The Wasserstein distance keeps its slope.
+- E119 (notes, Algorithm 27): the critic sees f(G(z)), not f(G(x)); it *ascends*; it takes n_critic = 5 steps to one
+  of the generator; the optimizer is RMSProp, since the critic's loss is not stationary (the paper's section 4).
+- E118 (notes 8.6.5.2): far apart, JSD is at its maximum log 2, V is 0 and the gradient vanishes; it is not the JSD
+  that is near zero. The Wasserstein distance keeps its slope.
 - E117: clipping makes f Lipschitz with an unknown constant K; it does not make it '1-Lipschitz', and continuous it was.
 - The generator rests while the critic learns, so its n_critic batches come from one forward pass (for images: batch
   norm takes the statistics of them together). Clipping covers every parameter of the critic, as in the authors' code.
@@ -49,27 +49,29 @@ from etude.vision.lenet import LeNet
 class Config:
     data: str = "ring"
     """ring (eight Gaussians in the plane), a dataset (digits, mnist, …) or a folder of class-named image folders."""
-    steps: Count = 2000
+    steps: Count = 1200
     """Number of updates of the generator."""
     critic_steps: Count = 5
     """Updates of the critic before each of the generator (n_critic)."""
     clip: Positive = 0.1
     """Every weight of the critic stays in [−clip, clip]; the paper uses 0.01 for images."""
-    batch: Count = 256
+    batch: Count = 128
     """Samples of each kind in a mini-batch (of each rank)."""
-    latent: Count = 16
+    latent: Count = 2
     """Dimensions of the noise z ~ N(0, I)."""
-    width: Count = 128
+    width: Count = 64
     """Hidden units (ring), or maps next to the image, doubled towards 4×4 (images)."""
     size: Count = 32
     """Side of the images in pixels: 8, 16, 32, 64, …"""
-    learning_rate: Positive = 5e-4
-    """RMSProp's learning rate, of both players; the paper uses 5e-5 for images."""
+    learning_rate: Positive = 2e-3
+    """RMSProp's learning rate at the start, of both players; the paper uses 5e-5 for images."""
+    schedule: optim.Schedule = "linear"
+    """Learning rate over the run; linear falls to 0, so that the players come to rest."""
     evaluate_every: Whole = 200
     """Steps between measurements and pictures (0: only at the end)."""
 
 
-IMAGES = {"clip": 0.01, "batch": 64, "latent": 64, "width": 32, "learning_rate": 5e-5}
+IMAGES = {"clip": 0.01, "batch": 64, "latent": 64, "width": 32, "learning_rate": 5e-5, "schedule": "constant"}
 
 PRESETS = {
     "tiny": Config(steps=10, batch=32, width=32),
@@ -110,11 +112,14 @@ def train(config: Config, run: Run) -> dict[str, float]:
     theta, w = flat(run, G), flat(run, f)
     G_optimizer, f_optimizer = (optim.RMSProp([vector], lr=config.learning_rate) for vector in (theta, w))
     run.track(generator=G, critic=f, generator_optimizer=G_optimizer, critic_optimizer=f_optimizer)
+    rate = optim.schedule(config.schedule, config.learning_rate, config.steps)
     data.begin(G, config.latent, modules.get("judge"))
 
     m, n = config.batch, config.critic_steps
     scores: dict[str, float] = {}
     for step in run.steps(config.steps):
+        for optimizer in (G_optimizer, f_optimizer):
+            optim.set_lr(optimizer, rate(step))
         with torch.no_grad(), run.autocast():
             samples = G(torch.randn(n * m, config.latent, device=run.device)).float()
         for x, y in zip(data.real(step, n * m).split(m), samples.split(m)):  # lines 2-3

@@ -87,7 +87,7 @@ def test_interpolates_lie_between_the_pair():
 
 
 def test_norm_of_each_sample_at_the_interpolate():  # E120
-    """f = ½‖x‖² has slope x̂: mean over samples of (‖x̂‖ − 1)², not the norm over the batch, a channel, or at the data."""
+    """f = ½‖x‖² has slope x̂: mean over samples of (‖x̂‖ − 1)², not the norm over the batch or a channel."""
     torch.manual_seed(0)
     x, y = (torch.randn(5, 2, 3, 3, dtype=torch.float64) for _ in range(2))
     epsilon = torch.rand(5, dtype=torch.float64)
