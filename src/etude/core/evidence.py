@@ -149,7 +149,7 @@ def _oracle(entry: Entry) -> dict[str, Any]:
     path = root / "tests" / "facts" / room / f"test_{name}.py" if root else None
     if root is None or path is None or not path.is_file():
         return {"file": None, "tests": 0, "passed": True}
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
+    words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(path)]
     finished = subprocess.run(words, check=False, capture_output=True, text=True, cwd=root)
     counted = re.search(r"(\d+) passed", finished.stdout)
     return {
