@@ -4,9 +4,10 @@ Equation: for logits z = model(x) and a vector v(z) at the output, the map is v�
     Guided (Springenberg et al., arXiv:1412.6806, section 3.4): at each ReLU with input u and incoming gradient δ,
     δ·1[u>0]·1[δ>0] goes on.
 
-`input_gradient` runs the model in eval mode on detached parameters (so it computes no gradient of them), under a `TorchFunctionMode` that sees every ReLU whether
-it is a module, a function, a method, in place, or one module used many times. When it returns, or raises, the model is
-as it was: no hook, the same training flags, requires_grad flags, gradients, parameters and buffers.
+`input_gradient` runs the model in eval mode on detached parameters (so it computes no gradient of them), under a
+`TorchFunctionMode` that sees every ReLU whether it is a module, a function, a method, in place, or one module used many
+times. When it returns, or raises, the model is as it was: no hook, the same training flags, requires_grad flags,
+gradients, parameters and buffers.
 """
 
 from __future__ import annotations
@@ -54,12 +55,14 @@ def input_gradient(
             if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None:
                 raise ValueError(f"{name} normalises by the batch, which couples its images; give one image at a time")
     lens = _Lens(guided)
+    conv = any(isinstance(part, nn.Conv2d) and part.in_channels == 1 for part in model.modules())
+    seeing: Any = lens if guided or conv else contextlib.nullcontext()  # the lens costs a little at every call
     with torch.inference_mode(False), torch.enable_grad(), _evaluating(model):
         leaf = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
         held = {name: value.detach() for name, value in model.named_parameters()}
         held |= {name: value.detach().clone() for name, value in model.named_buffers()}
         image = leaf.clone()  # x stays, should the model work in place
-        with lens:
+        with seeing:
             logits = torch.func.functional_call(model, held, (image,))
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] < 2:
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -73,7 +76,7 @@ def input_gradient(
         gradient = None
         if logits.requires_grad:
             above = start(logits.detach())
-            with lens:  # a checkpointed part runs forward again in here
+            with seeing:  # a checkpointed part runs forward again in here
                 (gradient,) = torch.autograd.grad(logits, leaf, above, allow_unused=True)
     if gradient is None:
         raise ValueError(
