@@ -11,12 +11,12 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from race import race, report
 from torch import Tensor, nn
 
 from etude.insight.guided_backprop import guided_backprop
 from etude.insight.saliency import saliency
 from etude.vision.lenet import LeNet
+from race import race, report
 
 BAR, CLOSE = 1.5, 1e-5
 

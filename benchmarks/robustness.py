@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable
 
 import torch
-from race import race, report
 from torch import Tensor
 
 from etude.basics.mlp import MLP
 from etude.robustness.fgsm import fgsm
 from etude.vision.lenet import LeNet
+from race import race, report
 
 BAR, EPS = 1.0, 0.1
 

@@ -152,7 +152,9 @@ def restore(thing: Any, state: Any) -> None:
         if isinstance(error, UserError):
             raise
         reason = " ".join(str(error).split())
-        raise UserError(f"the checkpoint does not fit this {type(thing).__name__} ({reason}); was the method's file changed?") from error
+        raise UserError(
+            f"the checkpoint does not fit this {type(thing).__name__} ({reason}); was the method's file changed?"
+        ) from error
 
 
 def _restore(thing: Any, state: Any) -> None:
@@ -161,7 +163,9 @@ def _restore(thing: Any, state: Any) -> None:
         actual = {_plain(name): name for name in own}
         unknown = sorted(set(state) ^ set(actual))
         if unknown:
-            raise UserError(f"the checkpoint and the network disagree on '{unknown[0]}'; was the method's file changed?")
+            raise UserError(
+                f"the checkpoint and the network disagree on '{unknown[0]}'; was the method's file changed?"
+            )
         thing.load_state_dict({actual[name]: _scatter(value, own[actual[name]]) for name, value in state.items()})
     elif isinstance(thing, torch.optim.Optimizer):
         parameters = [p for group in thing.param_groups for p in group["params"]]
@@ -212,7 +216,10 @@ def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor], seen: dict[
     if isinstance(value, np.generic) and _is_number(value.dtype):  # float32 arithmetic must stay float32 arithmetic
         return {"~scalar": [value.dtype.str, value.item()]}
     if isinstance(value, dict):
-        items = [(name, _encode(item, f"{path}.{name}" if path else str(name), tensors, seen)) for name, item in value.items()]
+        items = [
+            (name, _encode(item, f"{path}.{name}" if path else str(name), tensors, seen))
+            for name, item in value.items()
+        ]
         if all(isinstance(name, str) and not name.startswith("~") for name in value):
             return dict(items)
         return {"~items": [[_encode(name, f"{path}.{name}", tensors, seen), item] for name, item in items]}
@@ -336,5 +343,3 @@ def _sync_folder(path: Path) -> None:
 def _fingerprint(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-

@@ -63,7 +63,11 @@ def bench(pattern: str | None, run: bool = True) -> list[dict[str, Any]]:
         raise UserError("benchmarks run from a source checkout; 'etude bench --recorded' shows the recorded ratios")
     folder = catalog.results_folder() / "bench"
     scripts = sorted((root / "benchmarks").glob("*.py")) if root else []
-    rooms = [path.stem for path in scripts if path.stem != "race"] if run else [path.stem for path in sorted(folder.glob("*.json"))]
+    rooms = (
+        [path.stem for path in scripts if path.stem != "race"]
+        if run
+        else [path.stem for path in sorted(folder.glob("*.json"))]
+    )
     chosen = [room for room in rooms if pattern is None or pattern.partition("/")[0] == room]
     if not chosen:
         raise UserError(f"there is no benchmark for '{pattern}' (there are {', '.join(rooms) or 'none'})")
@@ -71,9 +75,13 @@ def bench(pattern: str | None, run: bool = True) -> list[dict[str, Any]]:
     for room in chosen:
         if run:
             assert root is not None
-            finished = subprocess.run([sys.executable, str(root / "benchmarks" / f"{room}.py")], check=False, stdout=sys.stderr)
+            finished = subprocess.run(
+                [sys.executable, str(root / "benchmarks" / f"{room}.py")], check=False, stdout=sys.stderr
+            )
             if finished.returncode:
-                raise RunError(f"benchmarks/{room}.py failed (exit code {finished.returncode}); its message stands above")
+                raise RunError(
+                    f"benchmarks/{room}.py failed (exit code {finished.returncode}); its message stands above"
+                )
         rows += json.loads((folder / f"{room}.json").read_text(encoding="utf-8"))
     return rows
 
@@ -87,7 +95,11 @@ class Outcome(NamedTuple):
 
 
 def _experiment(
-    entry: Entry, experiment: Experiment, seeds: int | None, keep: Path | None, known: dict[tuple[Any, ...], Outcome | None]
+    entry: Entry,
+    experiment: Experiment,
+    seeds: int | None,
+    keep: Path | None,
+    known: dict[tuple[Any, ...], Outcome | None],
 ) -> dict[str, Any]:
     chosen = experiment.seeds[:seeds]
     values: list[float | None] = []
@@ -105,7 +117,9 @@ def _experiment(
         seconds.append(outcome.seconds)
         memory.append(outcome.memory_mb)
         limit = f" of {experiment.within_seconds:g}" if experiment.within_seconds else ""
-        _say(f"{entry.name} {experiment.name} seed {seed}: {experiment.metric} {values[-1]:.5g}  ({seconds[-1]:.1f}{limit} s)")
+        _say(
+            f"{entry.name} {experiment.name} seed {seed}: {experiment.metric} {values[-1]:.5g}  ({seconds[-1]:.1f}{limit} s)"
+        )
     measured = [value for value in values if value is not None]
     in_time = experiment.within_seconds is None or all(second <= experiment.within_seconds for second in seconds)
     return {
@@ -182,7 +196,18 @@ def examine() -> list[dict[str, str]]:
     import shutil
 
     rows = [_row("python", "ok" if sys.version_info >= (3, 11) else "fix", sys.version.split()[0])]
-    for package in ("torch", "numpy", "numba", "tyro", "rich", "safetensors", "pillow", "matplotlib", "scikit-learn", "pooch"):
+    for package in (
+        "torch",
+        "numpy",
+        "numba",
+        "tyro",
+        "rich",
+        "safetensors",
+        "pillow",
+        "matplotlib",
+        "scikit-learn",
+        "pooch",
+    ):
         try:
             rows.append(_row(package, "ok", importlib.metadata.version(package)))
         except importlib.metadata.PackageNotFoundError:
@@ -190,7 +215,11 @@ def examine() -> list[dict[str, str]]:
     for extra, packages in catalog.EXTRAS.items():
         there = catalog.extra_installed(extra)
         users = sum(extra in entry.needs for entry in catalog.entries().values())
-        detail = ", ".join(packages) if there else f"not installed ({users} methods use it); run: pip install 'etude[{extra}]'"
+        detail = (
+            ", ".join(packages)
+            if there
+            else f"not installed ({users} methods use it); run: pip install 'etude[{extra}]'"
+        )
         rows.append(_row(f"extra {extra}", "ok" if there else "note", detail))
     import torch
 

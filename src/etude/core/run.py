@@ -99,7 +99,9 @@ class Run:
         self.record = record.Record(folder, writes=self.rank == 0)
         self._tracked: dict[str, Any] = {}
         self._saved: dict[str, Any] = {}
-        self._parameters: dict[tuple[int, ...], tuple[list[tuple[str, nn.Parameter]], list[torch.Tensor], tuple[nn.Module, ...]]] = {}
+        self._parameters: dict[
+            tuple[int, ...], tuple[list[tuple[str, nn.Parameter]], list[torch.Tensor], tuple[nn.Module, ...]]
+        ] = {}
         self._row: dict[str, Any] = {}
         self._last_row: dict[str, Any] = {}  # of the step in which the loop was left
         self._rows: list[tuple[int, dict[str, Any]]] = []
@@ -186,7 +188,9 @@ class Run:
         by `break` ends it.
         """
         if self._saved:
-            raise RunError(f"the checkpoint holds '{next(iter(self._saved))}', which the method did not track; was its file changed?")
+            raise RunError(
+                f"the checkpoint holds '{next(iter(self._saved))}', which the method did not track; was its file changed?"
+            )
         row, self._row = self._row, {}
         if row and self.step != self._resumed:  # logged before the loop; a resumed run has it on record
             self._rows.append((self.step, row))
@@ -279,10 +283,15 @@ class Run:
         if self.world > 1:
             self._reduce([*(grad for grad in grads if not hasattr(grad, "to_local")), *statistics, *scalars.values()])
             grads = [grad.to_local() if hasattr(grad, "to_local") else grad for grad in grads]
-        if grads:  # one dispatch marks `found` when any element is not finite; the factor 1 leaves gradients as they are
+        if (
+            grads
+        ):  # one dispatch marks `found` when any element is not finite; the factor 1 leaves gradients as they are
             torch._amp_foreach_non_finite_check_and_unscale_(grads, self._found, self._one)
         if self.device.type != "cpu":
-            values = [self._found / (1 - self._found), *(value.detach().to(torch.float32).reshape(1) for value in scalars.values())]
+            values = [
+                self._found / (1 - self._found),
+                *(value.detach().to(torch.float32).reshape(1) for value in scalars.values()),
+            ]
             self._suspects.append((self.step, torch.cat(values).sum()))
             return
         for name, value in scalars.items():
@@ -346,7 +355,11 @@ class Run:
             seeder.manual_seed(key)
 
     def _kept(self) -> str:
-        return f"the checkpoint of step {self._state_step} is kept" if self._state_step >= 0 else "no checkpoint had been written yet"
+        return (
+            f"the checkpoint of step {self._state_step} is kept"
+            if self._state_step >= 0
+            else "no checkpoint had been written yet"
+        )
 
     def flush(self) -> None:
         """Read the buffered tensors, refuse NaN, and append the rows to metrics.jsonl."""
@@ -360,7 +373,11 @@ class Run:
         if not rows:
             return
         waiting = [v for _, row in rows for v in row.values() if isinstance(v, torch.Tensor)]
-        read = iter(torch.stack([v.double() if v.device.type == "cuda" else v.float() for v in waiting]).tolist() if waiting else [])
+        read = iter(
+            torch.stack([v.double() if v.device.type == "cuda" else v.float() for v in waiting]).tolist()
+            if waiting
+            else []
+        )
         lines = []
         for step, row in rows:
             for name, value in row.items():
@@ -407,5 +424,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used here; 'etude doctor' lists the devices of this machine") from error
+        raise UserError(
+            f"--device {name} cannot be used here; 'etude doctor' lists the devices of this machine"
+        ) from error
     return device
