@@ -202,7 +202,8 @@ def load_method(entry: Entry) -> ModuleType:
         return importlib.import_module(".".join(("etude", *parts)))
     module_name = f"etude_user_{entry.path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, entry.path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # dataclasses look their module up
     try:
@@ -286,7 +287,8 @@ def _read(path: Path) -> Entry | None:
         return None
     end = source.find("\ndef ", start)
     decorator = ast.parse(source[start + 2 : end]).body[0]
-    assert isinstance(decorator, ast.Expr) and isinstance(decorator.value, ast.Call)
+    assert isinstance(decorator, ast.Expr)
+    assert isinstance(decorator.value, ast.Call)
     name = ast.literal_eval(decorator.value.args[0])
     values = {str(k.arg): ast.literal_eval(k.value) for k in decorator.value.keywords}
     opening = source.find('"""')

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import os
 import shutil
@@ -238,9 +239,8 @@ def _evidence_table(entry: catalog.Entry) -> Any:
 def run(words: list[str]) -> int:
     if not words or words[0].startswith("-"):
         if words and words[0] in ("-h", "--help"):
-            print(
-                "usage: etude run METHOD [--preset P] [--out DIR] [--FLAG VALUE …]\n\n'etude run METHOD --help' shows its flags; 'etude list' the methods"
-            )
+            print("usage: etude run METHOD [--preset P] [--out DIR] [--FLAG VALUE …]\n")
+            print("'etude run METHOD --help' shows its flags; 'etude list' the methods")
             return 0
         raise UserError("name the method to run, as in: etude run vision/lenet ('etude list' shows all)")
     entry = catalog.find(words[0])
@@ -301,7 +301,7 @@ def parse_settings(entry: catalog.Entry, module: Any, words: list[str]) -> Any:
     from etude.core.config import check
     from etude.core.run import Common
 
-    preset = next((b for a, b in zip(words, words[1:]) if a == "--preset"), None) or next(
+    preset = next((b for a, b in itertools.pairwise(words) if a == "--preset"), None) or next(
         (word.partition("=")[2] for word in words if word.startswith("--preset=")), "default"
     )
     if preset not in module.PRESETS:
@@ -611,9 +611,9 @@ def doctor(words: list[str]) -> int:
     parser = _Parser("doctor")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(words)
-    from etude.core import evidence
+    from etude.doctor import examine
 
-    rows = evidence.examine()
+    rows = examine()
     if options.json:
         _print_json(rows)
     else:
@@ -632,7 +632,9 @@ def completion(words: list[str]) -> int:
     parser = _Parser("completion")
     parser.add_argument("shell", choices=("bash", "zsh", "fish"))
     shell = parser.parse_args(words).shell
-    bash = "_etude() { local IFS=$'\\n'; COMPREPLY=( $(etude __complete \"${COMP_WORDS[@]:1:COMP_CWORD}\") ); }\ncomplete -o default -F _etude etude"
+    words_so_far = '"${COMP_WORDS[@]:1:COMP_CWORD}"'
+    bash = f"_etude() {{ local IFS=$'\\n'; COMPREPLY=( $(etude __complete {words_so_far}) ); }}\n"
+    bash += "complete -o default -F _etude etude"
     print(
         {
             "bash": bash,

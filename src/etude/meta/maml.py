@@ -33,6 +33,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -236,7 +237,7 @@ class Convolutional(nn.Module):
     def __init__(self, ways: int, width: int) -> None:
         super().__init__()
         channels = [1, width, width, width, width]
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(channels, channels[1:]))
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(channels))
         self.norms = nn.ModuleList(ReferenceNorm(width) for _ in range(4))
         self.out = nn.Linear(width, ways)
 
