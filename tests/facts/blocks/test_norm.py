@@ -86,8 +86,8 @@ def test_standardise_names_mistakes():
 
 def test_standardising_makes_gradient_descent_at_least_ten_times_shorter():
     """Logistic regression on breast cancer, two raw features of different scale, each at its rate 1/λ_max(H): within
-    ten times the steps that take the standardised problem to 1e-3 of its minimum (measured 12), the raw one is not there
-    (measured: nor after 6,000)."""
+    ten times the steps that take the standardised problem to 1e-3 of its minimum (measured 12) the raw one is not
+    there (measured: nor after 6,000)."""
     data = load_breast_cancer()
     raw, y = torch.from_numpy(data.data[:, [0, 4]]), torch.from_numpy(data.target).double()
 
