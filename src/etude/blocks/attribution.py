@@ -1,7 +1,7 @@
 """Gradients with respect to the input of any network, and the pictures and checks made from them
 
 Equation: for logits z = model(x) and a vector v(z) at the output, the map is vᵀ ∂z/∂x, nothing else.
-    Guided (Springenberg et al., arXiv:1412.6806, section 3.4): at each ReLU with input u and incoming gradient δ,
+    Guided (Springenberg et al., arXiv:1412.6806): at each ReLU with input u and incoming gradient δ,
     δ·1[u>0]·1[δ>0] goes on.
 
 `input_gradient` runs the model in eval mode on detached parameters (so it computes no gradient of them), under a

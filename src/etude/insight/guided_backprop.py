@@ -1,7 +1,7 @@
 """Guided backpropagation: only positive evidence passes each ReLU on the way back
 
 Paper: Springenberg, Dosovitskiy, Brox, Riedmiller, Striving for Simplicity: The All Convolutional Net, 2014,
-    arXiv:1412.6806, section 3.4. The critique: Adebayo et al., Sanity Checks for Saliency Maps, 2018, arXiv:1810.03292.
+    arXiv:1412.6806. The critique: Adebayo et al., Sanity Checks for Saliency Maps, 2018, arXiv:1810.03292.
 
 Equation: at a ReLU with input u and gradient δ arriving from above, what goes on downwards is δ · 1[u > 0] · 1[δ > 0].
     Everything else is backpropagation of the logit z_c to the pixels, as in insight/saliency.
@@ -22,7 +22,7 @@ Differences:
   model in which no ReLU is seen is refused, for there the map is just the gradient.
 - Weights are shuffled (each parameter's entries permuted) instead of drawn anew, since that works for every module.
 
-Expect: LeNet on the bundled digits, seeds 0-2: likeness of the guided maps 0.73 to 0.77 with the last layer shuffled (the
+Expect: LeNet on the bundled digits, seeds 0-2: likeness of guided maps 0.73 to 0.77 with the last layer shuffled (the
     plain gradient: 0.24 to 0.35), 0.20 to 0.26 with all weights shuffled (0.12 to 0.19).
 Command: `etude run insight/guided_backprop --source vision/lenet` after `etude run vision/lenet`; alone:
     `etude run insight/guided_backprop`. In Python, any module: `guided_backprop(model, x, target)`, and
@@ -97,7 +97,7 @@ EXPERIMENTS = (
         preset="default",
         metric="sanity_last",
         bar=0.5,
-        published="guided maps are insensitive to the higher layers' weights (arXiv:1810.03292, figures 2 and 4)",
+        published="guided maps are insensitive to the higher layers' weights (arXiv:1810.03292)",
         notes="High is not a merit: it shows that the map does not depend on what the last layer has learnt.",
     ),
 )

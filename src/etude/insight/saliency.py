@@ -22,7 +22,7 @@ Differences:
 
 Expect: LeNet on the bundled digits, seeds 0-2: erasing the 10 % most salient pixels lowers the probability of the
     predicted class by 0.04 to 0.11, erasing 10 % at random by 0.00 to 0.04; likeness 0.24 to 0.35 with the last layer
-    shuffled, 0.12 to 0.19 with all weights.
+    shuffled, 0.12 to 0.19 with all weights. MNIST, seed 0: 0.174 and 0.017, likeness 0.29 and 0.20.
 Command: `etude run insight/saliency --source vision/lenet` after `etude run vision/lenet`;
     alone: `etude run insight/saliency`. In Python, any module: `saliency(model, x, target)`;
     `explain(model, x)` for the picture.

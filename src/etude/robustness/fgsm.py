@@ -26,7 +26,7 @@ Differences:
 
 Expect: MNIST, 10,000 test images, seed 0, one thread: softmax regression (92.5 % clean) has 100 % error at ε = .25 with
     mean confidence 95 %; a 256-128 network (98.3 %) 82.5 / 37.9 / 0.5 % accuracy at ε = .05 / .1 / .25, 18 s with its
-    training; LeNet (98.4 %) 83.8 / 57.1 / 9.5 %, 36 s. The default, LeNet on the bundled digits: 97.8 % → 5 % at ε = .3.
+    training; LeNet (98.4 %) 83.8 / 57.1 / 9.5 %, 36 s. The default, LeNet on the bundled digits: 97.8 → 5 % at ε = .3.
 Command: `etude run robustness/fgsm --source vision/lenet` after `etude run vision/lenet`;
     alone: `etude run robustness/fgsm`. In Python, any module: `fgsm(model, x, y, eps)`, and
     `explain(model, x, y, eps)` for the picture.
