@@ -99,7 +99,14 @@ PRESETS = {
     "mnist": Config(data="mnist", steps=1000, evaluate_every=100, **IMAGES),
 }
 
-EXPERIMENTS = ()
+EXPERIMENTS = (
+    Experiment("ring", preset="default", metric="modes", bar=7, notes="of 8; covered: 1/32 of the samples within 3σ"),
+    Experiment("ring, share", preset="default", metric="share", bar=0.8, notes="within 3σ; the data has 0.989"),
+    Experiment("ring, minimax", preset="default", metric="modes", bar=7, flags={"objective": "minimax"}),
+    Experiment("ring, least squares", preset="default", metric="modes", bar=7, flags={"objective": "least_squares"}),
+    Experiment("mnist", preset="mnist", metric="frechet_ratio", bar=0.25, better="lower", within_seconds=300),
+    Experiment("mnist, classes", preset="mnist", metric="classes", bar=9, seeds=(0,), within_seconds=300),
+)
 
 
 class Objective(NamedTuple):
