@@ -270,9 +270,9 @@ class Run:
         """After backward, before clipping and update: average over ranks, and stop the run on NaN or Inf.
 
         Gradients of all parameters of `modules`, their batch-norm statistics and the named 0-dim `scalars` are averaged
-        in one flat all-reduce (FSDP2 reduces its own gradients). On CPU a non-finite scalar or gradient raises RunError at once, so the update
-        never happens; on an accelerator the check is kept on the device and read at the next flush, always
-        before a checkpoint is written, so the last checkpoint is good in either case.
+        in one flat all-reduce (FSDP2 reduces its own gradients). On CPU a non-finite scalar or gradient raises RunError
+        at once, so the update never happens; on an accelerator the check is kept on the device and read at the next
+        flush, always before a checkpoint is written, so the last checkpoint is good in either case.
         """
         key = tuple(map(id, modules))
         if key not in self._parameters:
@@ -282,10 +282,9 @@ class Run:
         grads = [p.grad for _, p in named if p.grad is not None]
         if self.world > 1:
             self._reduce([*(grad for grad in grads if not hasattr(grad, "to_local")), *statistics, *scalars.values()])
-            grads = [grad.to_local() if hasattr(grad, "to_local") else grad for grad in grads]
-        if (
-            grads
-        ):  # one dispatch marks `found` when any element is not finite; the factor 1 leaves gradients as they are
+            grads = [getattr(grad, "to_local", lambda grad=grad: grad)() for grad in grads]
+        # one dispatch marks `found` when any element is not finite; the factor 1 leaves gradients as they are
+        if grads:
             torch._amp_foreach_non_finite_check_and_unscale_(grads, self._found, self._one)
         if self.device.type != "cpu":
             values = [
