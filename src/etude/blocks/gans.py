@@ -154,8 +154,10 @@ def dcgan_init(module: nn.Module) -> None:
             if layer.bias is not None:
                 layer.bias.zero_()
         elif isinstance(layer, (BatchNorm, nn.GroupNorm)):
-            nn.init.normal_(layer.weight, 1.0, 0.02)
-            nn.init.zeros_(layer.bias)
+            assert layer.weight is not None
+            assert layer.bias is not None
+            layer.weight.normal_(1.0, 0.02)
+            layer.bias.zero_()
 
 
 def _doublings(size: int) -> int:
