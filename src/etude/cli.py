@@ -402,7 +402,7 @@ def show(words: list[str]) -> int:
 @verb("sample", "draw from a trained run: etude sample RUN [--count N …]")
 def sample(words: list[str]) -> int:
     if words and words[0] in ("-h", "--help"):
-        print("usage: etude sample RUN [--FLAG VALUE …]\n\n'etude sample RUN --help' shows the flags of that run's method; RUN may be 'latest'")
+        print("usage: etude sample RUN [--FLAG VALUE …]\n\n'etude sample RUN --help' shows the flags of that run's method")
         return 0
     if not words or words[0].startswith("-"):
         raise UserError("name the run to draw from, as in: etude sample latest")

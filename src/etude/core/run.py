@@ -99,7 +99,8 @@ class Run:
         self.record = record.Record(folder, writes=self.rank == 0)
         self._tracked: dict[str, Any] = {}
         self._saved: dict[str, Any] = {}
-        self._parameters: dict[tuple[int, ...], tuple[list[tuple[str, nn.Parameter]], list[torch.Tensor], tuple[nn.Module, ...]]] = {}
+        # named parameters and batch-norm statistics of the modules that `average` was called with
+        self._parameters: dict[tuple[int, ...], tuple[list[tuple[str, nn.Parameter]], list[torch.Tensor], Any]] = {}
         self._row: dict[str, Any] = {}
         self._last_row: dict[str, Any] = {}  # of the step in which the loop was left
         self._rows: list[tuple[int, dict[str, Any]]] = []
@@ -186,7 +187,8 @@ class Run:
         by `break` ends it.
         """
         if self._saved:
-            raise RunError(f"the checkpoint holds '{next(iter(self._saved))}', which the method did not track; was its file changed?")
+            name = next(iter(self._saved))
+            raise RunError(f"the checkpoint holds '{name}', which the method did not track; was its file changed?")
         row, self._row = self._row, {}
         if row and self.step != self._resumed:  # logged before the loop; a resumed run has it on record
             self._rows.append((self.step, row))
@@ -266,9 +268,9 @@ class Run:
         """After backward, before clipping and update: average over ranks, and stop the run on NaN or Inf.
 
         Gradients of all parameters of `modules`, their batch-norm statistics and the named 0-dim `scalars` are averaged
-        in one flat all-reduce (FSDP2 reduces its own gradients). On CPU a non-finite scalar or gradient raises RunError at once, so the update
-        never happens; on an accelerator the check is kept on the device and read at the next flush, always
-        before a checkpoint is written, so the last checkpoint is good in either case.
+        in one flat all-reduce (FSDP2 reduces its own gradients). On CPU a non-finite scalar or gradient raises RunError
+        at once, so the update never happens; on an accelerator the check is kept on the device and read at the next
+        flush, always before a checkpoint is written, so the last checkpoint is good in either case.
         """
         key = tuple(map(id, modules))
         if key not in self._parameters:
@@ -346,7 +348,9 @@ class Run:
             seeder.manual_seed(key)
 
     def _kept(self) -> str:
-        return f"the checkpoint of step {self._state_step} is kept" if self._state_step >= 0 else "no checkpoint had been written yet"
+        if self._state_step < 0:
+            return "no checkpoint had been written yet"
+        return f"the checkpoint of step {self._state_step} is kept"
 
     def flush(self) -> None:
         """Read the buffered tensors, refuse NaN, and append the rows to metrics.jsonl."""
