@@ -22,12 +22,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from race import race, report
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from etude.core.run import Common, Run
 from etude.vision.lenet import LeNet
+from race import race, report
 
 Step = tuple[nn.Module, list[tuple[Tensor, Tensor]]]
 
@@ -103,7 +103,9 @@ def overhead(name: str, problem: Callable[[], Step], segment: int, bar: float, s
         "peer_seconds": statistics.median(theirs for theirs, _ in pairs),
         "overhead_us_per_step": round(1e6 * statistics.median(mine - theirs for theirs, mine in pairs), 1),
     }
-    print(f"{name:<40} {row['ratio']:.3f}x  overhead {row['overhead_us_per_step']} µs a step", file=sys.stderr, flush=True)
+    print(
+        f"{name:<40} {row['ratio']:.3f}x  overhead {row['overhead_us_per_step']} µs a step", file=sys.stderr, flush=True
+    )
     return row
 
 

@@ -14,11 +14,11 @@ import types
 from typing import Any
 
 import torch
-from race import race, report
 from torch import nn
 from torch.nn import functional as F
 
 from etude.meta.maml import Convolutional, Regressor, Task, answer, episodes, meta_loss, plain, sinusoids
+from race import race, report
 
 
 def _learn2learn() -> Any:

@@ -28,6 +28,7 @@ class Decoder(Protocol):
 
     def advance(self, ids: Tensor, cache: Any) -> Tensor:
         """Read ids (B, T) after what the cache holds, add them to it; logits (B, V) for the next token."""
+        ...
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:

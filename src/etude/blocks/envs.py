@@ -133,7 +133,7 @@ class Worlds:
         transition = Transition(before, action, reward, reached, terminated, truncated, self._every)
         if skipped:
             real = ~resetting
-            transition = Transition(*(column[real] for column in transition))
+            transition = Transition._make(column[real] for column in transition)
         self.steps += len(transition.reward)
         return transition
 
@@ -164,8 +164,9 @@ class Worlds:
 
         An environment whose inner state cannot be read or written exactly is restarted instead: its unfinished
         episodes are dropped, new ones start from a seed that is a function of (seed, purpose, rank, steps so far),
-        and `note` says so. So is the state of another rank. Gymnasium's classic-control and toy-text worlds continue exactly; so does any environment
-        whose unwrapped object has `state_dict` and `load_state_dict` (its random generator is handled here).
+        and `note` says so. So is the state of another rank. Gymnasium's classic-control and toy-text worlds continue
+        exactly; so does any environment whose unwrapped object has `state_dict` and `load_state_dict` (its random
+        generator is handled here).
         """
         self.steps, self.episodes, self._finished = state["steps"], state["episodes"], list(state["finished"])
         mine = state["rank"] == self._rank  # other ranks must not live through rank 0's episodes again
@@ -269,7 +270,8 @@ def film(
 @contextlib.contextmanager
 def _no_window() -> Iterator[None]:
     """Pictures need no screen: without one SDL is told so, or it complains and may refuse."""
-    if any(os.environ.get(name) for name in ("SDL_VIDEODRIVER", "DISPLAY", "WAYLAND_DISPLAY")) or sys.platform != "linux":
+    screen = any(os.environ.get(name) for name in ("SDL_VIDEODRIVER", "DISPLAY", "WAYLAND_DISPLAY"))
+    if screen or sys.platform != "linux":
         yield
         return
     before = os.environ.get("SDL_VIDEODRIVER")

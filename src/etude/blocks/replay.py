@@ -17,7 +17,7 @@ from torch import Tensor
 class Replay:
     """Keeps exactly the last `capacity` rows added.
 
-    `fields` gives one example row a field: ``Replay(100_000, state=np.zeros(4, np.float32), action=0, terminated=False)``.
+    `fields` gives one example row a field: ``Replay(1000, state=np.zeros(4, np.float32), action=0, terminated=False)``.
     Shapes and dtypes are taken from the examples (Python numbers are int64, float64 and bool) and kept.
     """
 

@@ -5,7 +5,7 @@
 
 Both end the *sum* of an episode; only `terminated` removes the bootstrap. Every function takes the value of the state
 truly reached (the last one of the episode, never the first of the next). Notes, sections 7.4-7.6; E93: the notes leave
-the terminal mask out of every target. All tensors may have any leading shape; time is the first axis where there is one.
+the terminal mask out of every target. Tensors may have any shape; time is the first axis where there is one.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,6 +33,10 @@ class Box:
 
     def __init__(self, **values: Any) -> None:
         self.__dict__.update(values)
+
+    if TYPE_CHECKING:  # any name may be assigned
+
+        def __setattr__(self, name: str, value: Any) -> None: ...
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"this Box holds {', '.join(self.__dict__) or 'nothing'}, not '{name}'")
@@ -161,7 +165,9 @@ def _restore(thing: Any, state: Any) -> None:
         actual = {_plain(name): name for name in own}
         unknown = sorted(set(state) ^ set(actual))
         if unknown:
-            raise UserError(f"the checkpoint and the network disagree on '{unknown[0]}'; was the method's file changed?")
+            raise UserError(
+                f"the checkpoint and the network disagree on '{unknown[0]}'; was the method's file changed?"
+            )
         thing.load_state_dict({actual[name]: _scatter(value, own[actual[name]]) for name, value in state.items()})
     elif isinstance(thing, torch.optim.Optimizer):
         parameters = [p for group in thing.param_groups for p in group["params"]]
@@ -337,5 +343,3 @@ def _sync_folder(path: Path) -> None:
 def _fingerprint(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-

@@ -280,11 +280,15 @@ class Run:
         grads = [p.grad for _, p in named if p.grad is not None]
         if self.world > 1:
             self._reduce([*(grad for grad in grads if not hasattr(grad, "to_local")), *statistics, *scalars.values()])
-            grads = [grad.to_local() if hasattr(grad, "to_local") else grad for grad in grads]
-        if grads:  # one dispatch marks `found` when any element is not finite; the factor 1 leaves gradients as they are
+            grads = [getattr(grad, "to_local", lambda grad=grad: grad)() for grad in grads]
+        # one dispatch marks `found` when any element is not finite; the factor 1 leaves gradients as they are
+        if grads:
             torch._amp_foreach_non_finite_check_and_unscale_(grads, self._found, self._one)
         if self.device.type != "cpu":
-            values = [self._found / (1 - self._found), *(value.detach().to(torch.float32).reshape(1) for value in scalars.values())]
+            values = [
+                self._found / (1 - self._found),
+                *(value.detach().to(torch.float32).reshape(1) for value in scalars.values()),
+            ]
             self._suspects.append((self.step, torch.cat(values).sum()))
             return
         for name, value in scalars.items():
@@ -364,7 +368,11 @@ class Run:
         if not rows:
             return
         waiting = [v for _, row in rows for v in row.values() if isinstance(v, torch.Tensor)]
-        read = iter(torch.stack([v.double() if v.device.type == "cuda" else v.float() for v in waiting]).tolist() if waiting else [])
+        read = iter(
+            torch.stack([v.double() if v.device.type == "cuda" else v.float() for v in waiting]).tolist()
+            if waiting
+            else []
+        )
         lines = []
         for step, row in rows:
             for name, value in row.items():
@@ -411,5 +419,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used here; 'etude doctor' lists the devices of this machine") from error
+        raise UserError(
+            f"--device {name} cannot be used here; 'etude doctor' lists the devices of this machine"
+        ) from error
     return device

@@ -189,7 +189,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
     tree = flatten(game, config.limit)
     due = schedule(config.iterations, config.evaluations)
     held = tables(tree)  # line 1
-    seen = Box(curve=np.zeros((len(due), 3)), fingerprint=tree.fingerprint)
+    seen = Box(curve=np.zeros((len(due), 3)), fingerprint=tree.fingerprint, found={})
     memory = (tree.nbytes + sum(part.nbytes for part in held.state_dict().values())) / tree.histories
     run.say(
         f"{config.game}: {tree.histories:,} histories, {tree.sets[2]:,} information sets,"
@@ -205,19 +205,20 @@ def train(config: Config, run: Run) -> dict[str, float]:
             average = normalised(tree, held.average)
             now, last = exploitability(tree, average), exploitability(tree, held.strategy)
             seen.curve[due.index(step + 1)] = step + 1, now, last
-            run.log(exploitability=now, last_exploitability=last, value=expected_value(tree, average))
+            seen.found = {"exploitability": now, "value": expected_value(tree, average)}
+            if config.hands and step + 1 == config.iterations:
+                rng = np.random.default_rng(fold(run.seed, step, 0, "hands"))
+                won = np.array([deal(game, tree, average, rng)[1] for _ in range(config.hands)])
+                error = float(won.std() / np.sqrt(len(won)))
+                seen.found |= {"played_value": float(won.mean()), "played_error": error}
+            run.log(**seen.found, last_exploitability=last)
     average = normalised(tree, held.average)
-    found = {"exploitability": exploitability(tree, average), "value": expected_value(tree, average)}
-    if config.hands:
-        rng = np.random.default_rng(fold(run.seed, 0, 0, "hands"))
-        won = np.array([deal(game, tree, average, rng)[1] for _ in range(config.hands)])
-        found |= {"played_value": won.mean(), "played_error": won.std() / np.sqrt(len(won))}
     rows = table(tree, average)
     run.artifact("strategy", {"game": config.game, "rows": rows}, "The average strategy by information set.")
     run.artifact("readable", strategy_text(tree, average, len(rows)), "The same as text, first decisions first.")
     run.artifact("first_moves", strategy_figure(tree, average), "What the players do, by what they know.")
     run.artifact("curve", curve_figure(seen.curve, config.game), "Exploitability by iteration, both axes logarithmic.")
-    return found
+    return seen.found
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,21 @@ Algorithm: (notes, Algorithm 22, with the K updates a round of Algorithm 21)
 Differences:
 - E93 (notes 7.6.1-7.6.5): every target in the notes lacks the terminal mask. Here nothing is bootstrapped behind a
   termination; behind a truncation (time limit) the value still counts. y is a constant.
-- E94 (7.6.2): the notes' ε-greedy gives the others ε/(|A|−1); the standard form spreads ε over all actions. Both are here
-  (`--exploration notes_epsilon_greedy`); Boltzmann has a temperature.
+- E94 (7.6.2): the notes' ε-greedy gives the others ε/(|A|−1); the standard form spreads ε over all actions. Both are
+  here (`--exploration notes_epsilon_greedy`); Boltzmann has a temperature.
 - E96 (7.6.5): Nature's DQN on Atari also stacks 4 frames, repeats actions, clips rewards to ±1, uses RMSProp and a
-  buffer of 1 M. Here states are vectors, rewards are as they are, and Adam takes the steps. Huber is the error clipping.
+  buffer of 1 M. Here states are vectors, rewards are as they are, Adam takes the steps. Huber is the error clipping.
 - Line 5 writes the gradient out (backpropagation through an MLP is five lines) instead of recording a graph, and all
   parameters are one vector φ; a test holds it against autograd. As φ' does not change in line 5 the targets of all K
   minibatches are computed at once.
 - Against Stable-Baselines3 2.9 at equal hyperparameters: n = 8 worlds (its default is 1) at the same number of updates
-  per environment step; ε decides for each world by itself; the target is copied at the start of a round's learning, which
-  is the same when N is at most a round. Default init, Adam, Huber and gradient clipping at 10 are the same.
-- The score is GREEDY evaluation in worlds of its own; the training return includes the exploration.
+  per environment step; ε decides for each world by itself; the target is copied at the start of a round's learning,
+  which is the same when N is at most a round. Default init, Adam, Huber and gradient clipping at 10 are the same.
+- The score is GREEDY evaluation in worlds of its own; the training return includes the exploration. The network swings
+  between good and bad to the end, so by default the one that did best in the evaluations is kept and scored on fresh
+  episodes (greedy_return); last_greedy_return is the last one's score.
+- Under torchrun every rank has its own worlds and buffer and gradients are averaged; after a resume the other ranks
+  start new worlds and go on with rank 0's buffer.
 
 Expect: see PRESETS
 
@@ -132,11 +136,13 @@ EXPERIMENTS = (
 )  # fmt: skip
 
 
+FIELDS = ("state", "action", "reward", "next_state", "terminated")
+
 # B minibatch, S state, A actions, D input of the network (S, or S + A without heads)
 
 
 class QNetwork(nn.Module):
-    """Q_φ(s, ·), (N, S) → (N, A): an MLP with ReLU whose parameters are one vector φ, so that one kernel updates them."""
+    """Q_φ(s, ·), (N, S) → (N, A): an MLP with ReLU whose parameters are one vector φ: one kernel updates them all."""
 
     def __init__(self, state: int, actions: int, hidden: tuple[int, ...], heads: bool = True) -> None:
         super().__init__()
@@ -203,7 +209,8 @@ def act(q: NDArray, uniform: NDArray, config: Config, epsilon: float) -> NDArray
     """Actions (n,) for values (n, A) and uniform numbers (n,) by the configured exploration; ε = 1 is uniform."""
     if config.exploration == "boltzmann" and epsilon < 1.0:
         return draw(boltzmann(q, config.temperature), uniform)
-    return draw(epsilon_greedy(q, epsilon, notes=config.exploration == "notes_epsilon_greedy" and epsilon < 1.0), uniform)
+    notes = config.exploration == "notes_epsilon_greedy" and epsilon < 1.0
+    return draw(epsilon_greedy(q, epsilon, notes), uniform)
 
 
 def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
@@ -249,9 +256,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
             epsilon = linear(config.epsilon_start, config.epsilon_end, config.epsilon_fraction, progress)
             uniform = torch.rand(config.worlds, generator=dice, dtype=torch.float64).numpy()
             row = worlds.step(act(q_of(worlds.observation), uniform, config, 1.0 if waiting else epsilon))
-            replay.add(
-                state=row.state, action=row.action, reward=row.reward, next_state=row.next_state, terminated=row.terminated
-            )
+            replay.add(**{name: getattr(row, name) for name in FIELDS})
         finished = worlds.drain()
         if finished:
             box.recent = (box.recent + finished)[-100:]

@@ -1,5 +1,7 @@
 """Worlds: no pair spans a reset under any of Gymnasium's three rules, exact continuation, clear refusals."""
 
+from typing import ClassVar
+
 import gymnasium
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ class Counter(gymnasium.Env):
 
     observation_space = spaces.Box(0, np.inf, (2,), np.float32)
     action_space = spaces.Discrete(2, start=3)  # actions 3 and 4
-    metadata = {"render_modes": []}
+    metadata: ClassVar = {"render_modes": []}
 
     def __init__(self):
         self.episode, self.t = -1, 0
@@ -55,7 +57,7 @@ class Lasting(gymnasium.Env):
 
     observation_space = spaces.Discrete(2, start=1)
     action_space = spaces.Discrete(2)
-    metadata = {"render_modes": []}
+    metadata: ClassVar = {"render_modes": []}
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)

@@ -9,7 +9,18 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from etude.core.randomness import generator
-from etude.meta.maml import Convolutional, Regressor, Task, adapt, answer, batched, episodes, meta_loss, plain, sinusoids
+from etude.meta.maml import (
+    Convolutional,
+    Regressor,
+    Task,
+    adapt,
+    answer,
+    batched,
+    episodes,
+    meta_loss,
+    plain,
+    sinusoids,
+)
 
 
 class Point(nn.Module):
@@ -79,7 +90,12 @@ def test_second_order_passes_finite_differences_and_first_order_fails(kind):
     torch.manual_seed(0)
     dice = torch.Generator().manual_seed(1)
     if kind == "regressor":
-        model, loss, rate, predict = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)).double(), F.mse_loss, 0.05, None
+        model, loss, rate, predict = (
+            nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)).double(),
+            F.mse_loss,
+            0.05,
+            None,
+        )
         task = Task(*(part.double() for part in sinusoids(3, 5, 5, dice)[0]))
     else:
         model, loss, rate = Convolutional(3, 4).double(), F.cross_entropy, 0.3
@@ -188,7 +204,9 @@ def test_episodes_are_well_formed():
     assert task.query_x.shape == (6, 15, 1, 28, 28)
     pixel = lambda x: (x[:, :, 0, 0, 0] * 255).round().long()  # noqa: E731
     seen = []
-    for support, support_y, query, query_y in zip(pixel(task.support_x), task.support_y, pixel(task.query_x), task.query_y):
+    for support, support_y, query, query_y in zip(
+        pixel(task.support_x), task.support_y, pixel(task.query_x), task.query_y
+    ):
         assert not set(support.tolist()) & set(query.tolist())  # no drawing on both sides
         for label in range(5):
             classes = {*(support[support_y == label] // 20).tolist(), *(query[query_y == label] // 20).tolist()}

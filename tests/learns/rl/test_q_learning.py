@@ -1,5 +1,7 @@
 """Tabular Q-learning finds Q* and the known best policies."""
 
+from typing import ClassVar
+
 import gymnasium
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ class Chain(gymnasium.Env):
 
     observation_space = spaces.Discrete(5)
     action_space = spaces.Discrete(2)
-    metadata = {"render_modes": []}
+    metadata: ClassVar = {"render_modes": []}
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)

@@ -30,9 +30,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
     """x·W + b: x (..., I), W (I, O), b (O) → (..., O), differentiable once by oneDNN's kernels on a CPU.
 
-    torch sends float32 products on a CPU to MKL, which on AMD processors leaves AVX-512 unused: oneDNN, which torch
-    ships too, is there about twice as fast at the same precision. Everywhere else (bfloat16 goes to
-    oneDNN by itself) this is `torch.addmm`.
+    torch sends float32 products on a CPU to MKL. On the AMD EPYC where this was measured oneDNN, which torch ships
+    too, is about twice as fast at the same precision (other processors were not measured). Everywhere else this is
+    `torch.addmm` (in bfloat16 torch goes to oneDNN by itself).
 
     Args:
         packed: `pack(weight, rows)`, used when x has as many rows as it was packed for; then there is no gradient.
@@ -69,7 +69,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
         grad_x = _onednn(grad, weight) if needs[0] else None

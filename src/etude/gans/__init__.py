@@ -1,0 +1,1 @@
+"""Generative adversarial networks: two players, one objective."""

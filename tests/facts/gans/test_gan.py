@@ -1,0 +1,189 @@
+"""GAN objectives against closed forms, quadrature and the optimal discriminator of 1-D Gaussians."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from scipy import integrate, stats
+from torch import nn
+
+from etude.gans.gan import OBJECTIVES, anneal, blur, log_not, minus_log, minus_log_not
+
+torch.set_num_threads(1)
+LOG4 = math.log(4)
+
+
+def slope(loss, a):
+    a = torch.tensor(a, dtype=torch.float64, requires_grad=True)
+    return torch.autograd.grad(loss(a), a)[0].item()
+
+
+def value(p, q, xs, objective=OBJECTIVES["minimax"], best=None):
+    """V(D*, G) = −∫ p ρ(a*) + q φ(a*) on a grid, with the score a* of the best D (log p/q unless given)."""
+    a = p.log() - q.log() if best is None else best
+    assert a.isfinite().all()
+    integrand = p * objective.real(a) + q * objective.fake(a)
+    return -torch.trapezoid(integrand, xs).item()
+
+
+def normal(xs, mean, sigma):
+    return torch.distributions.Normal(torch.tensor(mean).double(), torch.tensor(sigma).double()).log_prob(xs).exp()
+
+
+def jensen_shannon(p, q, low, high):
+    """By adaptive quadrature of scipy densities, sharing nothing with the code under test."""
+
+    def integrand(x):
+        a, b = p(x), q(x)
+        middle = (a + b) / 2
+        terms = ((a, math.log(a / middle)) if a > 0 else (0, 0), (b, math.log(b / middle)) if b > 0 else (0, 0))
+        return 0.5 * sum(weight * log for weight, log in terms)
+
+    return integrate.quad(integrand, low, high, limit=400, points=[0.0, 1.5])[0]
+
+
+def test_value_where_the_discriminator_knows_nothing():
+    a = torch.zeros(7, dtype=torch.float64)
+    for name in ("minimax", "non_saturating"):
+        loss = OBJECTIVES[name]
+        assert -(loss.real(a).mean() + loss.fake(a).mean()).item() == pytest.approx(2 * math.log(0.5), abs=1e-15)
+    assert OBJECTIVES["minimax"].generator(a).mean().item() == pytest.approx(math.log(0.5))
+    assert OBJECTIVES["non_saturating"].generator(a).mean().item() == pytest.approx(-math.log(0.5))
+
+
+def test_slopes_saturate_or_do_not():
+    for a in (-40.0, -8.0, -1.0, 0.0, 2.0):
+        D = 1 / (1 + math.exp(-a))
+        assert slope(OBJECTIVES["minimax"].generator, a) == pytest.approx(-D, abs=1e-15)
+        assert slope(OBJECTIVES["non_saturating"].generator, a) == pytest.approx(-(1 - D), abs=1e-15)
+    assert abs(slope(OBJECTIVES["minimax"].generator, -40.0)) < 1e-15
+    assert slope(OBJECTIVES["non_saturating"].generator, -40.0) == pytest.approx(-1, abs=1e-15)
+
+
+def test_losses_on_scores_equal_logarithms_and_survive_where_those_fail():
+    a = torch.linspace(-15, 15, 61, dtype=torch.float64)
+    D = torch.sigmoid(a)
+    torch.testing.assert_close(minus_log(a), -D.log(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(minus_log_not(a), -(1 - D).log(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(log_not(a), (1 - D).log(), rtol=1e-9, atol=1e-9)
+    far = torch.tensor([-200.0, 200.0])
+    assert minus_log(far).tolist() == [200.0, 0.0]
+    assert minus_log_not(far).tolist() == [0.0, 200.0]
+    bce = nn.functional.binary_cross_entropy_with_logits
+    torch.testing.assert_close(minus_log(a).mean(), bce(a, torch.ones_like(a)))
+    torch.testing.assert_close(minus_log_not(a).mean(), bce(a, torch.zeros_like(a)))
+
+
+@pytest.mark.parametrize("name", ["minimax", "least_squares"])
+def test_trained_discriminator_finds_p_over_p_plus_q(name):
+    """20,000 draws of two Gaussians of unlike width, a score quadratic in x: within 0.02 of the closed form."""
+    torch.manual_seed(0)
+    loss = OBJECTIVES[name]
+    real, fake = torch.randn(20_000).double(), (1.5 + 0.7 * torch.randn(20_000)).double()
+
+    class Quadratic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(3 if name == "minimax" else 16, dtype=torch.float64))
+
+        def forward(self, x):  # a sum of bumps reaches p/(p + q) itself, which no parabola does
+            if name == "minimax":
+                return torch.stack([torch.ones_like(x), x, x * x], -1) @ self.w
+            places = torch.linspace(-4, 5, 16, dtype=torch.float64)
+            return (-(x[..., None] - places).square() / 0.4).exp() @ self.w
+
+    D = Quadratic()
+    optimizer = torch.optim.LBFGS(D.parameters(), max_iter=300, line_search_fn="strong_wolfe", tolerance_grad=1e-10)
+
+    def closure():
+        optimizer.zero_grad()
+        total = loss.real(D(real)).mean() + loss.fake(D(fake)).mean()
+        total.backward()
+        return total
+
+    optimizer.step(closure)
+    xs = torch.linspace(-2, 3, 101, dtype=torch.float64)
+    p, q = normal(xs, 0.0, 1.0), normal(xs, 1.5, 0.7)
+    found = D(xs).detach()
+    found = torch.sigmoid(found) if name == "minimax" else found
+    assert (found - p / (p + q)).abs().max() < 0.02  # measured 0.007 (minimax) and 0.013 (least squares)
+
+
+def test_best_value_is_twice_the_jensen_shannon_divergence_less_log_4():  # E113
+    xs = torch.linspace(-8, 9, 40_001, dtype=torch.float64)
+    p, q = normal(xs, 0.0, 1.0), normal(xs, 1.5, 0.7)
+    jsd = jensen_shannon(stats.norm(0, 1).pdf, stats.norm(1.5, 0.7).pdf, -8, 9)
+    assert value(p, q, xs) == pytest.approx(2 * jsd - LOG4, abs=1e-7)
+    assert abs(value(p, q, xs) - jsd) > 0.5  # the notes' formula
+    assert value(p, p, xs) == pytest.approx(-1.386294, abs=1e-6)
+
+
+def test_disjoint_supports_give_value_0_and_no_slope():  # E118
+    xs = torch.linspace(0, 4, 4001, dtype=torch.float64)
+    p, q = (((xs > low) & (xs < low + 1)).double() for low in (0.5, 2.5))
+    best = torch.where(p > 0, 60.0, -60.0).double()  # p/(p + q) is 1 on one and 0 on the other
+    assert value(p, q, xs, best=best) == pytest.approx(0, abs=1e-12)
+    jsd = jensen_shannon(stats.uniform(0, 1).pdf, stats.uniform(2, 1).pdf, -1, 4)
+    assert jsd == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(slope(OBJECTIVES["minimax"].generator, -60.0)) < 1e-20
+
+
+def test_no_other_discriminator_is_better():  # E112: the condition holds point by point
+    xs = torch.linspace(-8, 9, 8001, dtype=torch.float64)
+    p, q = normal(xs, 0.0, 1.0), normal(xs, 1.5, 0.7)
+    star = p.log() - q.log()
+    for bump in (0.3 * torch.sin(xs), -0.2 * torch.ones_like(xs), 0.5 * (-xs.square()).exp()):
+        assert value(p, q, xs, best=star + bump) < value(p, q, xs) - 1e-4
+    assert (p / torch.sigmoid(star) - q / torch.sigmoid(-star)).abs().max() < 1e-12
+
+
+def test_least_squares_optimum():
+    """min over a of p ½(a − b)² + q ½(a − a')² is (b p + a' q)/(p + q): p/(p + q) for labels 0 and 1."""
+    p, q = torch.tensor([0.1, 0.5, 2.0]).double(), torch.tensor([0.3, 0.5, 0.1]).double()
+    for name, fake, real in (("least_squares", 0.0, 1.0), ("pearson", -1.0, 1.0)):
+        a = ((real * p + fake * q) / (p + q)).requires_grad_()
+        loss = OBJECTIVES[name]
+        (g,) = torch.autograd.grad((p * loss.real(a) + q * loss.fake(a)).sum(), a)
+        torch.testing.assert_close(g, torch.zeros_like(g), rtol=0, atol=1e-15)
+
+
+def test_pearson_labels_give_the_chi_square_divergence():
+    """b − c = 1 and b − a = 2: for the best D, 2 E_(p+q) γ = χ²(p + q ‖ 2q) = ∫ (2q − (p + q))² / (p + q)."""
+    xs = torch.linspace(-8, 9, 20_001, dtype=torch.float64)
+    p, q = normal(xs, 0.0, 1.0), normal(xs, 1.5, 0.7)
+    loss = OBJECTIVES["pearson"]
+    best = (p - q) / (p + q)
+    ours = 2 * torch.trapezoid((p + q) * loss.generator(best), xs).item()
+    p_, q_ = stats.norm(0, 1).pdf, stats.norm(1.5, 0.7).pdf
+    chi = integrate.quad(lambda x: (2 * q_(x) - (p_(x) + q_(x))) ** 2 / (p_(x) + q_(x)), -8, 9, limit=200)[0]
+    assert ours == pytest.approx(chi, abs=1e-8)
+
+
+def test_no_instance_noise_is_no_noise():
+    x = torch.randn(5, 2)
+    state = torch.get_rng_state()
+    assert blur(x, 0.0) is x
+    assert torch.equal(torch.get_rng_state(), state)  # and draws nothing
+    torch.manual_seed(0)
+    noise = blur(torch.zeros(20_000, 2), 0.3)
+    assert noise.std().item() == pytest.approx(0.3, rel=0.02)
+
+
+def test_instance_noise_falls_linearly_to_0():
+    assert [anneal(0.4, step, 100.0) for step in (0, 25, 50, 100, 300)] == pytest.approx([0.4, 0.3, 0.2, 0.0, 0.0])
+    assert anneal(0.4, 0, 0.0) == 0
+
+
+def test_instance_noise_makes_the_divergence_of_two_points_smooth():
+    """JSD of deltas at distance d is log 2 for every d > 0; blurred, it grows with d from 0, with a slope."""
+    xs = torch.linspace(-8, 12, 20_001, dtype=torch.float64)
+    found = []
+    for d in (0.0, 0.25, 0.5, 1.0, 2.0, 4.0):
+        p, q = normal(xs, 0.0, 0.7), normal(xs, d, 0.7)
+        found.append((value(p, q, xs) + LOG4) / 2)
+    assert found[0] == pytest.approx(0, abs=1e-9)
+    assert all(b - a > 0.01 for a, b in pairwise(found))
+    assert found[-1] < math.log(2)
+    small = (value(normal(xs, 0.0, 0.7), normal(xs, 0.1, 0.7), xs) + LOG4) / 2
+    assert small == pytest.approx(0.1**2 / (8 * 0.7**2), rel=0.01)  # d²/8σ² for small d

@@ -1,0 +1,60 @@
+"""The three GANs find the modes of the ring; image runs resume exactly and can be drawn from."""
+
+import json
+
+import pytest
+import torch
+
+import etude
+from etude.blocks import gans
+from etude.catalog import find, load_method
+
+# seconds are of one thread on a busy machine
+RING = [
+    ("gans/gan", {"steps": 1500}, 5, 0.3),
+    ("gans/wgan", {"steps": 300}, 3, 0.1),
+    ("gans/wgan_gp", {"steps": 300}, 5, 0.2),
+]
+
+
+@pytest.mark.parametrize(("name", "flags", "modes", "share"), RING)
+def test_finds_modes(tmp_path, name, flags, modes, share):
+    result = etude.run(name, out=tmp_path / "run", quiet=True, seed=0, **flags)
+    print(name, result.metrics)
+    assert result.metrics["modes"] >= modes
+    assert result.metrics["share"] >= share
+
+
+@pytest.mark.parametrize("name", ["gans/gan", "gans/wgan", "gans/wgan_gp"])
+def test_images_resume_exactly_and_can_be_drawn(tmp_path, name, monkeypatch):
+    """A run cut off after a checkpoint ends in the same numbers and weights, without teaching its judge again."""
+    monkeypatch.setattr(gans, "JUDGE_STEPS", 5)
+    settings = {"preset": "digits", "width": 8, "batch": 8, "steps": 4, "evaluate_every": 2, "save_every": 1}
+    settings["quiet"] = True
+    whole = etude.run(name, out=tmp_path / "whole", **settings)
+    look = gans.ImageStage.look
+
+    def cut(self, generator, step):
+        if step == 4:
+            raise RuntimeError("cut")
+        return look(self, generator, step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(gans.ImageStage, "look", cut)
+        with pytest.raises(RuntimeError, match="cut"):
+            etude.run(name, out=tmp_path / "cut", **settings)
+    with monkeypatch.context() as patched:
+        patched.setattr(gans, "teach", None)
+        resumed = etude.resume(tmp_path / "cut")
+    assert resumed.metrics == whole.metrics
+    rows = [(tmp_path / run / "metrics.jsonl").read_text() for run in ("whole", "cut")]
+    assert rows[0] == rows[1]
+    assert [row["step"] for row in map(json.loads, rows[0].splitlines()) if "frechet_ratio" in row] == [0, 2, 4]
+    loaded = etude.load(tmp_path / "cut")
+    for part, weights in etude.load(tmp_path / "whole").modules.items():
+        for key, value in weights.state_dict().items():
+            assert torch.equal(value, loaded.modules[part].state_dict()[key])
+    module = load_method(find(name))
+    text = module.sample(loaded, module.Sample(count=9), tmp_path)
+    assert "9 samples after 4 steps" in text
+    assert (tmp_path / "samples.png").stat().st_size > 500
