@@ -101,5 +101,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
     run.average(statistics)
     means = everyone(run, statistics.running_mean.tolist())
     seen = everyone(run, [round(item * ITEMS) for item in probe.seen])
-    run.artifact("ranks", {"draws": everyone(run, draws), "seen": seen, "means": means, "pids": everyone(run, os.getpid())})
+    run.artifact(
+        "ranks", {"draws": everyone(run, draws), "seen": seen, "means": means, "pids": everyone(run, os.getpid())}
+    )
     return scores

@@ -30,7 +30,9 @@ def main() -> None:
     piece = Path(__file__).with_name("piece.py")
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         for method in ("vision/lenet", str(piece)):  # imports what runs import
-            cli.main(["run", method, "--preset", "tiny", "--steps", "2", "--quiet", "--out", f"{folder}/{Path(method).stem}"])
+            cli.main(
+                ["run", method, "--preset", "tiny", "--steps", "2", "--quiet", "--out", f"{folder}/{Path(method).stem}"]
+            )
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
@@ -46,7 +48,11 @@ def child(request: dict[str, Any]) -> None:
     """Become the command: streams, folder, environment; never returns."""
     code: object = 1
     try:
-        for number, path, flags in ((0, os.devnull, os.O_RDONLY), (1, request["out"], WRITE), (2, request["err"], WRITE)):
+        for number, path, flags in (
+            (0, os.devnull, os.O_RDONLY),
+            (1, request["out"], WRITE),
+            (2, request["err"], WRITE),
+        ):
             os.dup2(os.open(path, flags, 0o600), number)
         os.chdir(request["cwd"])
         os.environ.update(request["env"])

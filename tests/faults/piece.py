@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -36,7 +37,9 @@ class Config:
     """Unused name."""
     at: Whole = 30
     """The step at which `fault` strikes."""
-    fault: Literal["none", "nan_loss", "nan_gradient", "nan_log", "nan_result", "error", "stop", "wait", "wait_end"] = "none"
+    fault: Literal["none", "nan_loss", "nan_gradient", "nan_log", "nan_result", "error", "stop", "wait", "wait_end"] = (
+        "none"
+    )
     """What goes wrong, or `stop` for a `break`, or where to wait for a signal."""
     pause: Whole = 0
     """Milliseconds to sleep in a step."""
@@ -47,9 +50,7 @@ PRESETS = {"tiny": Config(steps=20), "default": Config()}
 
 def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
     widths = (4, *config.widths)
-    hidden = [
-        layer for a, b in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(a, b), nn.Tanh(), nn.Dropout(config.dropout))
-    ]
+    hidden = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.Tanh(), nn.Dropout(config.dropout))]
     return {"model": nn.Sequential(*hidden, nn.Linear(widths[-1], 1))}
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong outside: each fault ends in one sentence and the right exit code, and loses nothing that was saved before."""
+"""What goes wrong outside: each fault ends in one sentence and the right exit code, and what was saved stays."""
 
 from __future__ import annotations
 
@@ -40,7 +40,11 @@ def whole(etude, tmp_path) -> Path:
     ("fault", "sentence"),
     [
         ("nan_loss", "loss is nan at step 25; the update was not made and the checkpoint of step 20 is kept"),
-        ("nan_gradient", "the gradient of 0.weight is not finite at step 25; the update was not made and the checkpoint of step 20 is kept"),
+        (
+            "nan_gradient",
+            "the gradient of 0.weight is not finite at step 25; "
+            "the update was not made and the checkpoint of step 20 is kept",
+        ),
         ("nan_log", "odd is nan at step 25; the checkpoint of step 20 is kept"),
         ("nan_result", "the method ended with test_loss = nan"),
     ],
@@ -53,7 +57,9 @@ def test_nan_stops_the_run(etude, tmp_path, fault, sentence) -> None:
     assert not (folder / "done").exists()
     assert not (folder / "result.json").exists()
     assert steps(folder) == ([30, 40] if fault == "nan_result" else [10, 20])
-    rows = [json.loads(line, parse_constant=pytest.fail) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line, parse_constant=pytest.fail) for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [row["step"] for row in rows] == ([*range(41), 40] if fault == "nan_result" else list(range(26)))
     assert "failed" in etude("show", folder).out
 
@@ -66,7 +72,10 @@ def test_nan_before_the_first_checkpoint(etude, tmp_path) -> None:
 def test_an_error_of_the_method_writes_no_checkpoint_and_a_repaired_file_goes_on(etude, tmp_path, whole) -> None:
     folder, mine = tmp_path / "run", tmp_path / "mine.py"
     text = Path(etude.piece).read_text(encoding="utf-8")
-    mine.write_text(text.replace("        optimizer.step()", "        assert step != 25\n        optimizer.step()"), encoding="utf-8")
+    mine.write_text(
+        text.replace("        optimizer.step()", "        assert step != 25\n        optimizer.step()"),
+        encoding="utf-8",
+    )
     done = etude("run", mine, "--out", folder, *FLAGS)
     assert done.code == 1
     assert done.err.startswith("Traceback")  # a mistake in code is shown where it is
@@ -98,7 +107,10 @@ def test_full_disk(etude, tmp_path, whole, before, kept) -> None:
     folder = tmp_path / "run"
     done = etude("run", etude.piece, "--out", folder, *FLAGS, before=FULL + before)
     assert done.code == 1
-    assert done.err == f"etude: the disk of {folder} is full (No space left on device); {kept}; free space and run: etude resume {folder}\n"
+    assert (
+        done.err == f"etude: the disk of {folder} is full (No space left on device); {kept}; "
+        f"free space and run: etude resume {folder}\n"
+    )
     assert steps(folder) == ([10, 20] if "20" in kept else [])
     assert kept in (folder / "failed").read_text()
     done = etude("resume", folder)
@@ -133,7 +145,9 @@ def test_the_system_refuses_more_bytes(etude, tmp_path) -> None:
         f"etude: the disk of {folder} is full (File too large); no checkpoint was written; free space and run: etude resume {folder}\n"
     )
     assert not list(folder.rglob(".part-*"))
-    done = etude("run", etude.piece, "--out", tmp_path / "small", *FLAGS, before=limit.format(3_000))  # metrics.jsonl does not
+    done = etude(
+        "run", etude.piece, "--out", tmp_path / "small", *FLAGS, before=limit.format(3_000)
+    )  # metrics.jsonl does not
     assert done.code == 1
     assert "is full (File too large); " in done.err
     assert len(done.err.splitlines()) == 1
@@ -145,7 +159,10 @@ def test_the_system_refuses_more_bytes(etude, tmp_path) -> None:
 def test_full_disk_before_the_run_begins(etude, tmp_path) -> None:
     before = FULL + "checkpoint.write_text = after(1, checkpoint.write_text)"
     said = etude.refused("run", etude.piece, "--out", tmp_path / "run", before=before)
-    assert said == f"the run folder {tmp_path / 'run'} cannot be written (No space left on device); name another with --out"
+    assert (
+        said
+        == f"the run folder {tmp_path / 'run'} cannot be written (No space left on device); name another with --out"
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -176,7 +193,9 @@ Run.average = closing
     done = etude("run", etude.piece, "--out", folder, *FLAGS, before=before)
     assert done.code == 1
     assert done.err.startswith(f"etude: {folder}/checkpoints")
-    assert done.err.endswith(f"cannot be written any more (Not a directory); put that right and run: etude resume {folder}\n")
+    assert done.err.endswith(
+        f"cannot be written any more (Not a directory); put that right and run: etude resume {folder}\n"
+    )
     (folder / "checkpoints").unlink()
     (folder / "aside").rename(folder / "checkpoints")
     assert steps(folder) == [10, 20]
@@ -260,11 +279,18 @@ def test_a_damaged_checkpoint_is_passed_over(etude, tmp_path, whole, damage) -> 
 
 def test_damage_is_said(etude, tmp_path) -> None:
     folder = tmp_path / "run"
-    assert etude("run", etude.piece, "--out", folder, "--steps", "40", "--save-every", "10", "--fault", "error", "--at", "39").code == 1
+    assert (
+        etude(
+            "run", etude.piece, "--out", folder, "--steps", "40", "--save-every", "10", "--fault", "error", "--at", "39"
+        ).code
+        == 1
+    )
     flip(folder / "checkpoints" / "step-000000030")
     done = etude("resume", folder)
     assert done.code == 1  # the error is still there
-    assert done.err.startswith(f"checkpoint {folder}/checkpoints/step-000000030 is damaged (its checksum does not match); going on from step 20\n")
+    assert done.err.startswith(
+        f"checkpoint {folder}/checkpoints/step-000000030 is damaged (its checksum does not match); going on from step 20\n"
+    )
 
 
 def test_a_damaged_run_folder(etude, tmp_path, whole) -> None:
@@ -292,7 +318,11 @@ def test_a_changed_method_file_does_not_fit(etude, tmp_path) -> None:
     for old, new, part in [
         ("nn.Linear(a, b), nn.Tanh()", "nn.Linear(a, b, bias=False), nn.Tanh()", "disagree on '0.bias'"),
         ("widths[-1], 1)", "widths[-1], 2)", "size mismatch"),
-        ("run.track(model=model, optimizer=optimizer, box=box)", "run.track(model=model, optimizer=optimizer)", "holds 'box'"),
+        (
+            "run.track(model=model, optimizer=optimizer, box=box)",
+            "run.track(model=model, optimizer=optimizer)",
+            "holds 'box'",
+        ),
         ("    widths: tuple", "    width: tuple", "has no setting 'widths'; did you mean 'width'?"),
     ]:
         assert old in text
@@ -311,7 +341,9 @@ def test_a_changed_method_file_does_not_fit(etude, tmp_path) -> None:
 
 def idx(shape: tuple[int, ...], top: int) -> bytes:
     values = np.arange(np.prod(shape)) % top
-    return gzip.compress(struct.pack(f">HBB{len(shape)}I", 0, 8, len(shape), *shape) + values.astype(np.uint8).tobytes())
+    return gzip.compress(
+        struct.pack(f">HBB{len(shape)}I", 0, 8, len(shape), *shape) + values.astype(np.uint8).tobytes()
+    )
 
 
 @pytest.fixture
@@ -389,7 +421,12 @@ def test_data_that_vanish_do_not_harm_a_run(etude, tmp_path, mnist) -> None:
         for count in range(4):
             Image.new("L", (28, 28), 60 * count).save(photos / name / f"{count}.png")
     folder = tmp_path / "run"
-    assert etude("run", "vision/lenet", "--preset", "tiny", "--steps", "4", "--data", photos, "--quiet", "--out", folder).code == 0
+    assert (
+        etude(
+            "run", "vision/lenet", "--preset", "tiny", "--steps", "4", "--data", photos, "--quiet", "--out", folder
+        ).code
+        == 0
+    )
     (folder / "done").unlink()
     kept = sorted(path.name for path in folder.rglob("*"))
     photos.rename(tmp_path / "moved")

@@ -33,7 +33,10 @@ def run(**settings):
 
 
 def test_run_and_load(tmp_path, capfd) -> None:
-    threads, handlers = torch.get_num_threads(), [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    threads, handlers = (
+        torch.get_num_threads(),
+        [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+    )
     done = run(steps=12, seed=3)
     assert done.folder.parent == tmp_path / "runs" / "tests" / "piece"
     assert done.metrics == json.loads((done.folder / "result.json").read_text())
@@ -62,7 +65,10 @@ def test_command_line_and_python_agree() -> None:
     one = run(steps=12, widths=[5, 6], dropout=0)
     from etude import cli
 
-    assert cli.main(["run", PIECE, "--quiet", "--steps", "12", "--widths", "5", "6", "--dropout", "0", "--out", "line"]) == 0
+    assert (
+        cli.main(["run", PIECE, "--quiet", "--steps", "12", "--widths", "5", "6", "--dropout", "0", "--out", "line"])
+        == 0
+    )
     for name in ("metrics.jsonl", "result.json", "checkpoints/step-000000012/tensors.safetensors"):
         assert (one.folder / name).read_bytes() == Path("line", name).read_bytes()
     first, second = (json.loads((folder / "config.json").read_text()) for folder in (one.folder, Path("line")))
@@ -202,7 +208,10 @@ def test_average_refuses_what_is_not_finite(tmp_path) -> None:
         parameter.grad.fill_(1e38)  # finite, though their sum is not
     clock.average(module, loss=torch.tensor(3e38))
     for value in (float("nan"), float("inf"), -float("inf")):
-        with pytest.raises(RunError, match="loss is -?(nan|inf) at step 0; the update was not made and no checkpoint had been written yet"):
+        with pytest.raises(
+            RunError,
+            match=r"loss is -?(nan|inf) at step 0; the update was not made and no checkpoint had been written yet",
+        ):
             clock.average(module, loss=torch.tensor(value))
         module[1].bias.grad.fill_(value)
         with pytest.raises(RunError, match=r"the gradient of 1\.bias is not finite at step 0"):
@@ -218,7 +227,7 @@ def test_track_restores_in_place_and_names_what_is_missing(tmp_path) -> None:
     clock = make(tmp_path, save_every=2)
     box = Box(total=0.0)
     clock.track(box=box)
-    with pytest.raises(ValueError, match="run.track got 'box' twice"):
+    with pytest.raises(ValueError, match=r"run\.track got 'box' twice"):
         clock.track(box=box)
     for _ in clock.steps(4):
         box.total += 1

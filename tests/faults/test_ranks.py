@@ -1,4 +1,4 @@
-"""Several ranks: the result of one process at the whole batch, each test item once, one run folder, one decision to stop."""
+"""Several ranks: the result of one process at the whole batch, each test item once, one folder, one decision to stop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-FILES = {"config.json", "environment.json", "metrics.jsonl", "result.json", "report.html", "done", "checkpoints", "artifacts"}
+FILES = {
+    "config.json",
+    "environment.json",
+    "metrics.jsonl",
+    "result.json",
+    "report.html",
+    "done",
+    "checkpoints",
+    "artifacts",
+}
 
 
 def port() -> str:
@@ -56,8 +65,22 @@ def alone(etude, tmp_path) -> Path:
 
 
 def test_torchrun_equals_one_process_at_the_doubled_batch(etude, tmp_path, alone) -> None:
-    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port(), "-m", "etude", "run", etude.choir, "--quiet"]
-    done = subprocess.run([sys.executable, *words], env=etude.environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    words = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        port(),
+        "-m",
+        "etude",
+        "run",
+        etude.choir,
+        "--quiet",
+    ]
+    done = subprocess.run(
+        [sys.executable, *words], env=etude.environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert "Warning" not in done.stderr
@@ -93,7 +116,10 @@ def test_a_signal_to_one_rank_stops_both_and_they_resume(etude, tmp_path, alone,
     [
         (("--fault", "nan_loss"), ("loss is nan",) * 2),
         (("--fault", "nan_gradient"), ("the gradient of 0.weight is not finite",) * 2),
-        (("--fault", "nan_gradient", "--shard"), ("a gradient on another rank is not finite", "the gradient of 0.weight is not finite")),
+        (
+            ("--fault", "nan_gradient", "--shard"),
+            ("a gradient on another rank is not finite", "the gradient of 0.weight is not finite"),
+        ),
     ],
 )
 def test_nan_on_one_rank_stops_both(etude, tmp_path, flags, sentences) -> None:
@@ -119,7 +145,16 @@ def test_a_killed_rank_does_not_harm_the_checkpoint(etude, tmp_path, alone) -> N
     folder = tmp_path / "run"
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port()}
     words = ["run", etude.choir, "--out", folder, "--quiet", "--save-every", "2", "--steps", "12"]
-    die = "import os\nfrom etude.core.run import Run\naverage = Run.average\ndef dying(run, *a, **k):\n    run.step == 7 and os.kill(os.getpid(), 9)\n    average(run, *a, **k)\nRun.average = dying"
+    die = """
+import os
+from etude.core.run import Run
+average = Run.average
+def dying(run, *arguments, **scalars):
+    if run.step == 7:
+        os.kill(os.getpid(), 9)
+    average(run, *arguments, **scalars)
+Run.average = dying
+"""
     second = etude.start(*words, before=die, **shared, RANK="1", LOCAL_RANK="1")
     first = etude.start(*words, **shared, RANK="0", LOCAL_RANK="0")
     assert second.wait().code == -signal.SIGKILL

@@ -1,4 +1,4 @@
-"""Exact resume: whatever kills a run, the resumed one ends with the weights and metrics of the undisturbed one, bit for bit."""
+"""Exact resume: whatever kills a run, the resumed one ends with the weights and metrics of the undisturbed one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM save the state and exit 130 and 143; a second Ctrl-C stops at once; nothing is lost in either case."""
+"""Ctrl-C and SIGTERM save the state and exit 130 and 143; a second Ctrl-C stops at once; nothing is lost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def checkpoints(folder: Path) -> list[int]:
 
 def same_ending(one: Path, other: Path) -> bool:
     last = "checkpoints/step-000000040/tensors.safetensors"
-    return all((one / name).read_bytes() == (other / name).read_bytes() for name in ("metrics.jsonl", "result.json", last))
+    return all(
+        (one / name).read_bytes() == (other / name).read_bytes() for name in ("metrics.jsonl", "result.json", last)
+    )
 
 
 @pytest.fixture
@@ -50,7 +52,21 @@ def test_signal_in_a_step_saves_that_step(etude, tmp_path, whole, number) -> Non
 
 def test_second_ctrl_c_stops_at_once(etude, tmp_path, whole) -> None:
     folder = tmp_path / "run"
-    run = etude.start("run", etude.piece, "--out", folder, "--steps", "40", "--save-every", "5", "--fault", "wait", "--at", "17", PIECE="deaf")
+    run = etude.start(
+        "run",
+        etude.piece,
+        "--out",
+        folder,
+        "--steps",
+        "40",
+        "--save-every",
+        "5",
+        "--fault",
+        "wait",
+        "--at",
+        "17",
+        PIECE="deaf",
+    )
     run.ready()
     run.send(signal.SIGINT)
     run.until(lambda: "stopping after this step (once more stops at once)\n" in run.err.read_text())

@@ -155,10 +155,8 @@ def restore(thing: Any, state: Any) -> None:
     except (RuntimeError, KeyError, IndexError, ValueError) as error:  # torch says in several lines which shapes differ
         if isinstance(error, UserError):
             raise
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"the checkpoint does not fit this {type(thing).__name__} ({reason}); was the method's file changed?"
-        ) from error
+        what = f"the checkpoint does not fit this {type(thing).__name__} ({' '.join(str(error).split())})"
+        raise UserError(f"{what}; was the method's file changed?") from error
 
 
 def _restore(thing: Any, state: Any) -> None:
@@ -220,10 +218,8 @@ def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor], seen: dict[
     if isinstance(value, np.generic) and _is_number(value.dtype):  # float32 arithmetic must stay float32 arithmetic
         return {"~scalar": [value.dtype.str, value.item()]}
     if isinstance(value, dict):
-        items = [
-            (name, _encode(item, f"{path}.{name}" if path else str(name), tensors, seen))
-            for name, item in value.items()
-        ]
+        inside = f"{path}." if path else ""
+        items = [(name, _encode(item, f"{inside}{name}", tensors, seen)) for name, item in value.items()]
         if all(isinstance(name, str) and not name.startswith("~") for name in value):
             return dict(items)
         return {"~items": [[_encode(name, f"{path}.{name}", tensors, seen), item] for name, item in items]}

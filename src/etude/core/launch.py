@@ -152,15 +152,11 @@ def find_run(text: str) -> Path:
 def read_config(folder: Path) -> dict[str, Any]:
     """The resolved config.json of a run folder."""
     described = _read_json(folder / "config.json")
-    missing = [
-        name
-        for name, kind in (("method", str), ("config", dict), ("common", dict))
-        if not isinstance(described.get(name), kind)
-    ]
-    if missing:
-        raise UserError(
-            f"{folder}/config.json is damaged (it has no {missing[0]}); without it the run cannot be built again"
-        )
+    for name, kind in (("method", str), ("config", dict), ("common", dict)):
+        if not isinstance(described.get(name), kind):
+            raise UserError(
+                f"{folder}/config.json is damaged (it has no {name}); without it the run cannot be built again"
+            )
     return described
 
 
@@ -350,9 +346,8 @@ def _plain(error: Exception, folder: Path) -> Exception:
         )
         return RunError(f"the disk of {folder} is full ({error.strerror}); {kept}; free space and run: {resume}")
     if isinstance(error, OSError) and error.filename and Path(error.filename).is_relative_to(folder):
-        return RunError(
-            f"{error.filename} cannot be written any more ({error.strerror}); put that right and run: {resume}"
-        )
+        what = f"{error.filename} cannot be written any more ({error.strerror})"
+        return RunError(f"{what}; put that right and run: {resume}")
     if type(error).__name__ == "DistBackendError" or (type(error) is RuntimeError and "gloo" in str(error)):
         return RunError(f"another rank has stopped or cannot be reached, so this one stops too; run on with: {resume}")
     return error

@@ -99,9 +99,8 @@ class Run:
         self.record = record.Record(folder, writes=self.rank == 0)
         self._tracked: dict[str, Any] = {}
         self._saved: dict[str, Any] = {}
-        self._parameters: dict[
-            tuple[int, ...], tuple[list[tuple[str, nn.Parameter]], list[torch.Tensor], tuple[nn.Module, ...]]
-        ] = {}
+        # named parameters and batch-norm statistics of the modules that `average` was called with
+        self._parameters: dict[tuple[int, ...], tuple[list[tuple[str, nn.Parameter]], list[torch.Tensor], Any]] = {}
         self._row: dict[str, Any] = {}
         self._last_row: dict[str, Any] = {}  # of the step in which the loop was left
         self._rows: list[tuple[int, dict[str, Any]]] = []
@@ -188,9 +187,8 @@ class Run:
         by `break` ends it.
         """
         if self._saved:
-            raise RunError(
-                f"the checkpoint holds '{next(iter(self._saved))}', which the method did not track; was its file changed?"
-            )
+            name = next(iter(self._saved))
+            raise RunError(f"the checkpoint holds '{name}', which the method did not track; was its file changed?")
         row, self._row = self._row, {}
         if row and self.step != self._resumed:  # logged before the loop; a resumed run has it on record
             self._rows.append((self.step, row))
@@ -354,11 +352,9 @@ class Run:
             seeder.manual_seed(key)
 
     def _kept(self) -> str:
-        return (
-            f"the checkpoint of step {self._state_step} is kept"
-            if self._state_step >= 0
-            else "no checkpoint had been written yet"
-        )
+        if self._state_step < 0:
+            return "no checkpoint had been written yet"
+        return f"the checkpoint of step {self._state_step} is kept"
 
     def flush(self) -> None:
         """Read the buffered tensors, refuse NaN, and append the rows to metrics.jsonl."""

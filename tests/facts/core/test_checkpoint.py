@@ -1,4 +1,4 @@
-"""Checkpoints give back exactly what they were given, in place, whatever stands in the tree; and say where a wrong type is."""
+"""Checkpoints give back exactly what they were given, in place; and say where a value of a wrong type stands."""
 
 from __future__ import annotations
 
@@ -29,7 +29,11 @@ def same(one: object, other: object) -> bool:
         return False
     if isinstance(one, torch.Tensor):
         assert isinstance(other, torch.Tensor)
-        return one.dtype == other.dtype and one.stride() == other.stride() and torch.equal(one.nan_to_num(7), other.nan_to_num(7))
+        return (
+            one.dtype == other.dtype
+            and one.stride() == other.stride()
+            and torch.equal(one.nan_to_num(7), other.nan_to_num(7))
+        )
     if isinstance(one, (np.ndarray, np.generic)):
         return one.dtype == other.dtype and one.shape == other.shape and bool(np.array_equal(one, other))
     if isinstance(one, dict):
@@ -39,8 +43,14 @@ def same(one: object, other: object) -> bool:
     return one == other or (one != one and other != other)
 
 
-TENSORS = [torch.arange(6, dtype=kind).reshape(2, 3) for kind in (torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float64)]
-ARRAYS = [np.arange(6, dtype=kind).reshape(2, 3) for kind in ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8")]
+TENSORS = [
+    torch.arange(6, dtype=kind).reshape(2, 3)
+    for kind in (torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float64)
+]
+ARRAYS = [
+    np.arange(6, dtype=kind).reshape(2, 3)
+    for kind in ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8")
+]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +70,18 @@ ARRAYS = [np.arange(6, dtype=kind).reshape(2, 3) for kind in ("u1", "u2", "u4", 
         np.arange(12).reshape(3, 4)[::-1, ::2].copy(),
         np.array([True, False]),
         [np.float32(0.1), np.float64(0.1), np.float16(0.5), np.int32(-7), np.uint64(2**64 - 1), np.bool_(True)],
-        {"n": None, "t": True, "i": 2**70, "f": 1e-320, "inf": math.inf, "nan": math.nan, "s": "ü\n\"'", "e": {}, "l": [], "u": ()},
+        {
+            "n": None,
+            "t": True,
+            "i": 2**70,
+            "f": 1e-320,
+            "inf": math.inf,
+            "nan": math.nan,
+            "s": "ü\n\"'",
+            "e": {},
+            "l": [],
+            "u": (),
+        },
         {(1, "a"): 1, 3: 2, "3": 4, None: 0, 2.5: 6, True: 7},
         {3: torch.zeros(2), "3": torch.ones(2)},
         {"a.b": torch.zeros(2), "a": {"b": torch.ones(2)}, "~tensor": "a", "~items": [1]},
@@ -155,7 +176,10 @@ def test_optimizer_moments_resume_bit_for_bit(tmp_path, flat) -> None:
     assert same(two[2].state_dict(), one[2].state_dict())
     for model in (one, two):
         advance(*model, 3)
-    assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(one[0].parameters(), two[0].parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) and a.stride() == b.stride()
+        for a, b in zip(one[0].parameters(), two[0].parameters(), strict=True)
+    )
     if flat:
         vector = two[2].param_groups[0]["params"][0]
         assert {p.untyped_storage().data_ptr() for p in two[0].parameters()} == {vector.untyped_storage().data_ptr()}
@@ -186,7 +210,9 @@ def test_a_box_is_restored_in_place() -> None:
     array, tensor = np.zeros(3), torch.zeros(2)
     view = array[1:]
     box = Box(array=array, tensor=tensor, best=0.0, grown=np.zeros(2))
-    box.load_state_dict({"array": np.arange(3.0), "tensor": torch.ones(2), "best": 2.5, "grown": np.ones(4), "new": [1]})
+    box.load_state_dict(
+        {"array": np.arange(3.0), "tensor": torch.ones(2), "best": 2.5, "grown": np.ones(4), "new": [1]}
+    )
     assert box.array is array
     assert view.tolist() == [1, 2]
     assert box.tensor is tensor
@@ -202,7 +228,9 @@ def test_a_box_is_restored_in_place() -> None:
 def test_what_does_not_fit_is_refused_in_one_sentence() -> None:
     with pytest.raises(UserError, match="disagree on 'extra'"):
         restore(nn.Linear(2, 2), {**nn.Linear(2, 2).state_dict(), "extra": torch.ones(1)})
-    with pytest.raises(UserError, match="does not fit this Linear .*size mismatch.*was the method's file changed") as caught:
+    with pytest.raises(
+        UserError, match=r"does not fit this Linear .*size mismatch.*was the method's file changed"
+    ) as caught:
         restore(nn.Linear(2, 2), nn.Linear(3, 2).state_dict())
     assert "\n" not in str(caught.value)
     two, one = (Adam(nn.Linear(2, 2, bias=bias).parameters(), lr=0.1) for bias in (True, False))

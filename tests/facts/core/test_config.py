@@ -34,17 +34,39 @@ class Config:
 
 
 GOOD = {
-    "count": [1, 10**9], "whole": [0], "positive": [1e-300, 5], "non_negative": [0.0, 0], "probability": [0, 1, 1.0], "fraction": [0, 0.999],
-    "number": [-1e300, 3], "switch": [True], "style": ["1998"], "size": [32], "name": [""], "perhaps": [None, 2], "widths": [(), (1, 2)],
-    "pair": [(3, 4)], "either": ["a", 0.3],
-}  # fmt: skip
+    "count": [1, 10**9],
+    "whole": [0],
+    "positive": [1e-300, 5],
+    "non_negative": [0.0, 0],
+    "probability": [0, 1, 1.0],
+    "fraction": [0, 0.999],
+    "number": [-1e300, 3],
+    "switch": [True],
+    "style": ["1998"],
+    "size": [32],
+    "name": [""],
+    "perhaps": [None, 2],
+    "widths": [(), (1, 2)],
+    "pair": [(3, 4)],
+    "either": ["a", 0.3],
+}
 BAD = {
-    "count": [0, -1, 1.0, True, "1", None], "whole": [-1, 0.5, False], "positive": [0, -1.0, math.inf, math.nan, "1", True, None],
-    "non_negative": [-1e-9, math.nan, math.inf], "probability": [-0.1, 1.1, math.nan], "fraction": [1, 1.0, -0.1],
-    "number": ["a", math.nan, None], "switch": [0, 1, "yes", None], "style": [1998, "old", None], "size": [28.0, True, 29, "28"],
-    "name": [1, None], "perhaps": [0, "none", 1.5], "widths": [[1, 0], (0,), 5, "12", None], "pair": [(1,), (1, 2, 3), (1.5, 2)],
+    "count": [0, -1, 1.0, True, "1", None],
+    "whole": [-1, 0.5, False],
+    "positive": [0, -1.0, math.inf, math.nan, "1", True, None],
+    "non_negative": [-1e-9, math.nan, math.inf],
+    "probability": [-0.1, 1.1, math.nan],
+    "fraction": [1, 1.0, -0.1],
+    "number": ["a", math.nan, None],
+    "switch": [0, 1, "yes", None],
+    "style": [1998, "old", None],
+    "size": [28.0, True, 29, "28"],
+    "name": [1, None],
+    "perhaps": [0, "none", 1.5],
+    "widths": [[1, 0], (0,), 5, "12", None],
+    "pair": [(1,), (1, 2, 3), (1.5, 2)],
     "either": ["b", 1.5, None],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in GOOD.items() for value in values])
@@ -68,7 +90,14 @@ def test_every_field_is_in_both_tables() -> None:
 
 def test_values_of_other_libraries_are_taken() -> None:
     """JSON's lists, numpy's numbers, a Path where text is meant, 1 where 1.0 is meant: as plain Python values."""
-    given = {"widths": [4, 5], "count": np.int64(7), "positive": np.float32(0.5), "name": Path("a/b"), "number": 3, "switch": np.bool_(True)}
+    given = {
+        "widths": [4, 5],
+        "count": np.int64(7),
+        "positive": np.float32(0.5),
+        "name": Path("a/b"),
+        "number": 3,
+        "switch": np.bool_(True),
+    }
     config = replace(Config(), given, "x")
     found = {name: getattr(config, name) for name in given}
     assert found == {"widths": (4, 5), "count": 7, "positive": 0.5, "name": "a/b", "number": 3.0, "switch": True}
@@ -96,7 +125,7 @@ def test_describe_says_what_is_allowed(hint, words) -> None:
 
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:
-    with pytest.raises(UserError, match="vision/lenet has no setting 'cuont'; did you mean 'count'?"):
+    with pytest.raises(UserError, match="vision/lenet has no setting 'cuont'; did you mean 'count'"):
         replace(Config(), {"cuont": 1}, "vision/lenet")
     known = ["vision/lenet", "gans/wgan_gp", "basics/mlp"]
     assert nearest("lenet", known) == "; did you mean 'vision/lenet'?"

@@ -21,7 +21,11 @@ GOLDEN = {
 
 def test_golden_values() -> None:
     assert {key: fold(*key) for key in GOLDEN} == GOLDEN
-    assert torch.randint(2**31, (3,), generator=generator(1, 2, 3, "noise")).tolist() == [1653641163, 158941174, 1748664283]
+    assert torch.randint(2**31, (3,), generator=generator(1, 2, 3, "noise")).tolist() == [
+        1653641163,
+        158941174,
+        1748664283,
+    ]
 
 
 def test_each_argument_matters_and_none_collides() -> None:

@@ -54,7 +54,10 @@ def test_sessions_and_marks(tmp_path) -> None:
     again.result({"a": 1.0})
     again.done()
     kept = json.loads((tmp_path / "environment.json").read_text())
-    assert [(s["from_step"], s["to_step"], s["device"], s["threads"]) for s in kept["sessions"]] == [(0, 7, "cpu", 2), (5, 9, "cuda", 1)]
+    assert [(s["from_step"], s["to_step"], s["device"], s["threads"]) for s in kept["sessions"]] == [
+        (0, 7, "cpu", 2),
+        (5, 9, "cuda", 1),
+    ]
     assert {"torch", "python", "numpy"} <= kept["versions"].keys()
     assert all(session["seconds"] >= 0 and session["peak_memory_mb"] > 1 for session in kept["sessions"])
     assert json.loads((tmp_path / "result.json").read_text()) == {"a": 1.0}
@@ -112,11 +115,16 @@ def test_artifacts_and_their_index(tmp_path) -> None:
     for step in (100, 200, 100, 200):
         record.artifact("strip", grey, step=step)
     index = json.loads((tmp_path / "artifacts" / "index.json").read_text())
-    assert [(e["file"], e["step"]) for e in index[len(given) :]] == [("strip-0000100.png", 100), ("strip-0000200.png", 200)]
+    assert [(e["file"], e["step"]) for e in index[len(given) :]] == [
+        ("strip-0000100.png", 100),
+        ("strip-0000200.png", 200),
+    ]
 
 
 def test_tensorboard_reads_the_rows(tmp_path) -> None:
-    tensorboard = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="the extra 'track' is not installed")
+    tensorboard = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="the extra 'track' is not installed"
+    )
     from etude.core.record import to_tensorboard
 
     record = Record(tmp_path)
