@@ -74,8 +74,8 @@ def _peer(settings: dict[str, Any], seed: int, worlds: int = 1) -> Any:
     return DQN("MlpPolicy", env, seed=seed, device="cpu", **settings)
 
 
-def rows() -> list[dict[str, object]]:
-    """The races, one row each."""
+def rows(only: int | None = None) -> list[dict[str, object]]:
+    """The races, one row each (or one of them)."""
     from race import race
 
     peer, number = "Stable-Baselines3 DQN", version("stable-baselines3")
@@ -93,7 +93,7 @@ def rows() -> list[dict[str, object]]:
             lambda settings=settings, steps=steps, worlds=worlds: theirs(settings, steps, worlds),
             peer, number, bar, equal.format(worlds), pairs=5,
         )
-        for name, preset, settings, steps, worlds, bar in races
+        for name, preset, settings, steps, worlds, bar in (races if only is None else races[only : only + 1])
     ]  # fmt: skip
 
 
@@ -163,14 +163,14 @@ def curves(steps: int = 50_000, every: int = 2560) -> dict[str, Any]:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Mean over the seeds with the range from the worst to the best of them."""
+    """Mean over the seeds and the range from the worst to the best of them, at the times that both were evaluated."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="tight")
     axes = figure.subplots()
     for who, label in (("etude", "etude"), ("stable_baselines3", f"Stable-Baselines3 {found['peer_version']}")):
         series = [np.array(one["curve"]) for one in found[who]]
-        count = min(len(points) for points in series)
+        count = min(len(one["curve"]) for each in ("etude", "stable_baselines3") for one in found[each])
         x = np.mean([points[:count, 0] for points in series], 0)
         y = np.array([points[:count, 1] for points in series])
         (line,) = axes.plot(x, y.mean(0), label=label)

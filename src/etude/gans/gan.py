@@ -1,4 +1,4 @@
-"""GAN: a generator learns to fool a discriminator that learns to tell it from the data
+"""GAN: a generator learns to fool a discriminator, which learns to see through it
 
 Paper: Goodfellow, Pouget-Abadie, Mirza, Xu, Warde-Farley, Ozair, Courville, Bengio, Generative Adversarial Networks,
     2014, arXiv:1406.2661. Mao et al., Least Squares GAN, 2016, arXiv:1611.04076. Instance noise: Sønderby et al., 2016,

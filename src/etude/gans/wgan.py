@@ -1,4 +1,4 @@
-"""WGAN: a critic with clipped weights estimates the Wasserstein distance, and the generator descends it
+"""WGAN: the generator descends the distance that a weight-clipped critic estimates
 
 Paper: Arjovsky, Chintala, Bottou, Wasserstein GAN, 2017, arXiv:1701.07875.
 
@@ -49,7 +49,7 @@ from etude.vision.lenet import LeNet
 class Config:
     data: str = "ring"
     """ring (eight Gaussians in the plane), a dataset (digits, mnist, …) or a folder of class-named image folders."""
-    steps: Count = 2000
+    steps: Count = 4000
     """Number of updates of the generator."""
     critic_steps: Count = 5
     """Updates of the critic before each of the generator (n_critic)."""

@@ -1,4 +1,4 @@
-"""WGAN-GP: the critic's slope is pulled to 1 between data and samples, instead of clipping its weights
+"""WGAN-GP: a critic whose slope is pulled to 1 between data and samples
 
 Paper: Gulrajani, Ahmed, Arjovsky, Dumoulin, Courville, Improved Training of Wasserstein GANs, 2017, arXiv:1704.00028.
 

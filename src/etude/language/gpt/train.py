@@ -135,7 +135,7 @@ def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
     return {"model": GPT(Architecture(**spec.extra["architecture"]))}
 
 
-@method("language/gpt", paper="arXiv:2005.14165", section="6.9.3")
+@method("language/gpt", paper="arXiv:2005.14165", section="6.9.3", threads=1)
 def train(config: Config, run: Run) -> dict[str, float]:
     content = text(config.data)
     published = None
