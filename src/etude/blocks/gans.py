@@ -64,7 +64,7 @@ def ring_scores(samples: Tensor) -> dict[str, float]:
     near, which = torch.cdist(samples.float().cpu(), centres()).min(1)
     inside = torch.bincount(which[near <= 3 * SIGMA], minlength=MODES)
     covered = inside >= ENOUGH * len(samples) / MODES
-    return {"modes": float(covered.sum()), "share": float(inside.sum() / len(samples))}
+    return {"modes": float(covered.sum()), "share": int(inside.sum()) / len(samples)}
 
 
 # -------------------------------------------------------------------------------------------------------- the players
