@@ -174,9 +174,14 @@ def find(name: str) -> Entry:
         path = Path(name)
         if not path.is_file():
             raise UserError(f"there is no file {name}; 'etude copy METHOD {name}' would make one to start from")
-        entry = _read(path.resolve())
+        try:
+            entry = _read(path.resolve())
+        except (OSError, ValueError, SyntaxError) as error:  # UnicodeDecodeError is a ValueError
+            raise UserError(f"{name} is no method file that can be read ({error})") from error
         if entry is None:
-            raise UserError(f"{name} holds no function decorated with @method(…); 'etude copy METHOD FILE' shows the form")
+            raise UserError(
+                f"{name} holds no function decorated with @method(…); 'etude copy METHOD FILE' shows the form"
+            )
         return entry
     known = entries()
     if name in known:
@@ -197,7 +202,8 @@ def load_method(entry: Entry) -> ModuleType:
         return importlib.import_module(".".join(("etude", *parts)))
     module_name = f"etude_user_{entry.path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, entry.path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # dataclasses look their module up
     try:
@@ -210,7 +216,9 @@ def load_method(entry: Entry) -> ModuleType:
 
 def loop_of(module: ModuleType) -> Callable[..., dict[str, float]]:
     """The decorated training loop of an imported method file."""
-    return next(value for value in vars(module).values() if hasattr(value, "etude") and value.__module__ == module.__name__)
+    return next(
+        value for value in vars(module).values() if hasattr(value, "etude") and value.__module__ == module.__name__
+    )
 
 
 def extra_installed(extra: str) -> bool:
@@ -279,11 +287,14 @@ def _read(path: Path) -> Entry | None:
         return None
     end = source.find("\ndef ", start)
     decorator = ast.parse(source[start + 2 : end]).body[0]
-    assert isinstance(decorator, ast.Expr) and isinstance(decorator.value, ast.Call)
+    assert isinstance(decorator, ast.Expr)
+    assert isinstance(decorator.value, ast.Call)
     name = ast.literal_eval(decorator.value.args[0])
     values = {str(k.arg): ast.literal_eval(k.value) for k in decorator.value.keywords}
     opening = source.find('"""')
-    title = source[opening + 3 : source.find("\n", opening)].strip().rstrip(".").removesuffix('"""') if opening >= 0 else ""
+    title = (
+        source[opening + 3 : source.find("\n", opening)].strip().rstrip(".").removesuffix('"""') if opening >= 0 else ""
+    )
     return Entry(name, path, title, values.get("paper", ""), values.get("section", ""), tuple(values.get("needs", ())))
 
 
@@ -300,5 +311,12 @@ def _literal_call(node: ast.AST) -> dict[str, Any]:
     names = list(Experiment.__dataclass_fields__)
     values = {names[i]: ast.literal_eval(argument) for i, argument in enumerate(node.args)}
     values |= {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
-    defaults = {"better": "higher", "seeds": (0, 1, 2), "published": "", "notes": "", "flags": {}, "within_seconds": None}
+    defaults = {
+        "better": "higher",
+        "seeds": (0, 1, 2),
+        "published": "",
+        "notes": "",
+        "flags": {},
+        "within_seconds": None,
+    }
     return defaults | values

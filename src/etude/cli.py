@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import os
 import shutil
@@ -94,6 +95,13 @@ class _Parser(argparse.ArgumentParser):
         return known
 
     def error(self, message: str) -> NoReturn:
+        wrong, _, choices = message.partition(" (choose from ")
+        if choices:  # "argument action: invalid choice: 'chek' (choose from 'list', 'get', 'check')"
+            word = wrong.rpartition(": ")[2].strip("'")
+            known = [choice.strip(" ')") for choice in choices.split(",")]
+            raise UserError(
+                f"{self.prog}: '{word}' is none of {', '.join(known)}{nearest(word, known)} ({self.prog} --help)"
+            )
         raise UserError(f"{self.prog}: {message} ({self.prog} --help)")
 
 
@@ -114,7 +122,9 @@ def _console() -> Any:
 def list_(words: list[str]) -> int:
     parser = _Parser("list")
     parser.add_argument("room", nargs="?", help="only this room, or names that contain this text")
-    parser.add_argument("--json", action="store_true", help="a list of {name, title, room, section, paper, badge, needs}")
+    parser.add_argument(
+        "--json", action="store_true", help="a list of {name, title, room, section, paper, badge, needs}"
+    )
     parser.add_argument("--names", action="store_true", help="names only")
     options = parser.parse_args(words)
     found = _matching(options.room)
@@ -132,7 +142,9 @@ def list_(words: list[str]) -> int:
         for entry in found:
             colour = BADGES[entry.badge]
             missing = f" [yellow](needs etude\\[{','.join(entry.missing)}])[/]" if entry.missing else ""
-            table.add_row(f"[bold]{entry.name}[/]", f"[{colour}]{entry.badge}[/]", entry.title.replace("[", "\\[") + missing)
+            table.add_row(
+                f"[bold]{entry.name}[/]", f"[{colour}]{entry.badge}[/]", entry.title.replace("[", "\\[") + missing
+            )
         console = _console()
         console.print(table)
         if sys.stdout.isatty():
@@ -152,7 +164,9 @@ def _matching(pattern: str | None) -> list[catalog.Entry]:
         e for e in known if text in e.name or fnmatch.fnmatch(e.name, text)
     ]
     if not found:
-        raise UserError(f"no method matches '{pattern}'{nearest(text, [*(e.name for e in known), *(e.room for e in known)])}")
+        raise UserError(
+            f"no method matches '{pattern}'{nearest(text, [*(e.name for e in known), *(e.room for e in known)])}"
+        )
     return found
 
 
@@ -183,7 +197,9 @@ def info(words: list[str]) -> int:
     console.print("\n[bold]Settings[/]")
     table = Table(box=None, pad_edge=False, show_header=False)
     for field in entry.fields:
-        table.add_row(f"--{field['name'].replace('_', '-')}", f"[cyan]{field['default']}[/]", field["help"].replace("[", "\\["))
+        table.add_row(
+            f"--{field['name'].replace('_', '-')}", f"[cyan]{field['default']}[/]", field["help"].replace("[", "\\[")
+        )
     console.print(table)
     console.print("\n[bold]Presets[/]")
     table = Table(box=None, pad_edge=False, show_header=False)
@@ -191,7 +207,9 @@ def info(words: list[str]) -> int:
         table.add_row(name, preset["changes"].replace("[", "\\["), f"[dim]{preset['expect']}[/]")
     console.print(table)
     console.print("\n[bold]Evidence[/]")
-    console.print(_evidence_table(entry) if entry.card else f"none recorded yet; write it with: etude verify {entry.name}")
+    console.print(
+        _evidence_table(entry) if entry.card else f"none recorded yet; write it with: etude verify {entry.name}"
+    )
     console.print(f"\n[bold]Source[/]\n{entry.path}", soft_wrap=True)
     return 0
 
@@ -208,7 +226,9 @@ def _evidence_table(entry: catalog.Entry) -> Any:
         sign = "≥" if row["better"] == "higher" else "≤"
         seconds = f"{max(row['seconds']):.0f}" if row.get("seconds") else ""
         mark = "[green]✓[/]" if row["passed"] else "[red]✗[/]"
-        table.add_row(row["name"], row["metric"], measured, f"{sign} {row['bar']}", row.get("published", ""), seconds, mark)
+        table.add_row(
+            row["name"], row["metric"], measured, f"{sign} {row['bar']}", row.get("published", ""), seconds, mark
+        )
     return table
 
 
@@ -219,7 +239,8 @@ def _evidence_table(entry: catalog.Entry) -> Any:
 def run(words: list[str]) -> int:
     if not words or words[0].startswith("-"):
         if words and words[0] in ("-h", "--help"):
-            print("usage: etude run METHOD [--preset P] [--out DIR] [--FLAG VALUE …]\n\n'etude run METHOD --help' shows its flags; 'etude list' the methods")
+            print("usage: etude run METHOD [--preset P] [--out DIR] [--FLAG VALUE …]\n")
+            print("'etude run METHOD --help' shows its flags; 'etude list' the methods")
             return 0
         raise UserError("name the method to run, as in: etude run vision/lenet ('etude list' shows all)")
     entry = catalog.find(words[0])
@@ -241,10 +262,10 @@ def resume(words: list[str]) -> int:
     from etude.core import launch
 
     folder = launch.find_run(options.run)
+    entry = catalog.find(launch.read_config(folder)["method"])
     if (folder / "done").is_file():
         print(f"{folder} has already finished; nothing to continue", file=sys.stderr)
     finished = launch.resume(folder)
-    entry = catalog.find(launch.read_config(folder)["method"])
     _closing(finished, entry, catalog.load_method(entry))
     return 0
 
@@ -254,7 +275,11 @@ def _closing(finished: Any, entry: catalog.Entry, module: Any) -> None:
     if int(os.environ.get("RANK", 0)):
         return
     for name, value in finished.metrics.items():
-        print(f"{name.replace('_', ' ')}: {value:.4f}" if abs(value) >= 1e-3 or value == 0 else f"{name.replace('_', ' ')}: {value:.3e}")
+        print(
+            f"{name.replace('_', ' ')}: {value:.4f}"
+            if abs(value) >= 1e-3 or value == 0
+            else f"{name.replace('_', ' ')}: {value:.3e}"
+        )
     after = f"etude sample {finished.folder}" if hasattr(module, "sample") else f"etude show {finished.folder}"
     print(f"\nrun:  {finished.folder}\nnext: {after}")
 
@@ -276,7 +301,7 @@ def parse_settings(entry: catalog.Entry, module: Any, words: list[str]) -> Any:
     from etude.core.config import check
     from etude.core.run import Common
 
-    preset = next((b for a, b in zip(words, words[1:]) if a == "--preset"), None) or next(
+    preset = next((b for a, b in itertools.pairwise(words) if a == "--preset"), None) or next(
         (word.partition("=")[2] for word in words if word.startswith("--preset=")), "default"
     )
     if preset not in module.PRESETS:
@@ -284,7 +309,9 @@ def parse_settings(entry: catalog.Entry, module: Any, words: list[str]) -> Any:
         raise UserError(f"{entry.name} has no preset '{preset}'{nearest(preset, module.PRESETS)} (it has {known})")
     parts = {"config": module.PRESETS[preset], "launch": Launch(preset=preset), "common": Common()}
     shape = dataclasses.make_dataclass("Settings", [(name, type(part)) for name, part in parts.items()], frozen=True)
-    settings = _tyro(tyro.conf.OmitArgPrefixes[shape], shape(**parts), parts, words, f"etude run {entry.name}", entry.title)
+    settings = _tyro(
+        tyro.conf.OmitArgPrefixes[shape], shape(**parts), parts, words, f"etude run {entry.name}", entry.title
+    )
     check(settings.config)
     check(settings.common)
     return settings
@@ -361,7 +388,9 @@ def show(words: list[str]) -> int:
     parser = _Parser("show")
     parser.add_argument("run", nargs="?", default="latest", help="a run folder, a method's name or 'latest'")
     parser.add_argument("--no-open", action="store_true", help="do not start a browser")
-    parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard event files into the run folder")
+    parser.add_argument(
+        "--tensorboard", action="store_true", help="also write TensorBoard event files into the run folder"
+    )
     parser.add_argument("--json", action="store_true", help="print config, result and state as JSON")
     options = parser.parse_args(words)
     from etude.core import launch, record
@@ -387,7 +416,11 @@ def show(words: list[str]) -> int:
     if state != "done":
         print(f"continue with: etude resume {folder}")
     print(path)
-    if not options.no_open and sys.stdout.isatty() and (os.environ.get("DISPLAY") or sys.platform in ("darwin", "win32")):
+    if (
+        not options.no_open
+        and sys.stdout.isatty()
+        and (os.environ.get("DISPLAY") or sys.platform in ("darwin", "win32"))
+    ):
         import webbrowser
 
         webbrowser.open(path.resolve().as_uri())
@@ -397,7 +430,8 @@ def show(words: list[str]) -> int:
 @verb("sample", "draw from a trained run: etude sample RUN [--count N …]")
 def sample(words: list[str]) -> int:
     if words and words[0] in ("-h", "--help"):
-        print("usage: etude sample RUN [--FLAG VALUE …]\n\n'etude sample RUN --help' shows the flags of that run's method; RUN may be 'latest'")
+        print("usage: etude sample RUN [--FLAG VALUE …]\n")
+        print("'etude sample RUN --help' shows the flags of that run's method; RUN may be 'latest'")
         return 0
     if not words or words[0].startswith("-"):
         raise UserError("name the run to draw from, as in: etude sample latest")
@@ -445,7 +479,9 @@ def verify(words: list[str]) -> int:
     chosen = [entry for entry in _matching(options.pattern) if entry.experiments]
     if not chosen:
         raise UserError(f"no method matching '{options.pattern}' has recorded experiments")
-    cards = [evidence.verify(entry, seeds=options.seeds, only=options.experiment, keep=options.keep) for entry in chosen]
+    cards = [
+        evidence.verify(entry, seeds=options.seeds, only=options.experiment, keep=options.keep) for entry in chosen
+    ]
     if options.json:
         _print_json(cards)
     else:
@@ -459,7 +495,9 @@ def verify(words: list[str]) -> int:
 def bench(words: list[str]) -> int:
     parser = _Parser("bench")
     parser.add_argument("pattern", nargs="?", help="a room (core, optim, games, …); default: all")
-    parser.add_argument("--json", action="store_true", help="a list of {name, peer, peer_version, ratio, low, high, bar, equal}")
+    parser.add_argument(
+        "--json", action="store_true", help="a list of {name, peer, peer_version, ratio, low, high, bar, equal}"
+    )
     parser.add_argument("--recorded", action="store_true", help="show the recorded rows without running anything")
     options = parser.parse_args(words)
     from etude.core import evidence
@@ -490,31 +528,59 @@ def data(words: list[str]) -> int:
     parser = _Parser("data")
     parser.add_argument("action", choices=("list", "get", "check"))
     parser.add_argument("names", nargs="*", help="datasets (default for check: all that are present)")
+    parser.add_argument("--from", dest="base", metavar="URL", help="for get: a mirror laid out as URL/<dataset>/<file>")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(words)
     from rich.table import Table
 
     from etude import data as room
 
-    if options.action == "get":
-        if not options.names:
-            raise UserError("name what to fetch, as in: etude data get mnist ('etude data list' shows all)")
-        room.get(options.names)
-        options.action = "check"
-    rows = room.catalogue() if options.action == "list" else room.check(options.names)
+    if options.action == "get" and not options.names:
+        raise UserError("name what to fetch, as in: etude data get mnist ('etude data list' shows all)")
+    if options.action == "list":
+        rows = room.catalogue()
+        shown = [
+            {name: row[name] for name in ("name", "state", "kind")}
+            | {"MB": _megabytes(row["bytes"]), "title": row["title"]}
+            for row in rows
+        ]
+    else:
+        rows = shown = _fetch(options.names, options.base) if options.action == "get" else room.check(options.names)
     if options.json:
         _print_json(rows)
     else:
         table = Table(box=None, pad_edge=False, header_style="dim")
-        for heading in rows[0] if rows else ():
+        for heading in shown[0] if shown else ():
             table.add_column(heading)
-        for row in rows:
+        for row in shown:
             table.add_row(*(str(value).replace("[", "\\[") for value in row.values()))
         console = _console()
         console.print(table)
         console.print(f"\n[dim]datasets lie in {room.home()} (set ETUDE_DATA to change)[/]", soft_wrap=True)
-    bad = [row for row in rows if row.get("state") in ("damaged", "missing")]
-    return 1 if options.action == "check" and bad else 0
+    return 1 if options.action != "list" and any(row["state"] in ("damaged", "missing") for row in rows) else 0
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f}" if size else ""
+
+
+def _fetch(names: list[str], base: str | None) -> list[dict[str, str]]:
+    """Download with one bar a file (plain silence when the output is not a terminal)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    from etude import data as room
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bars:
+        tasks: dict[str, Any] = {}
+
+        def progress(file: str, done: int, total: int) -> None:
+            if file not in tasks:
+                tasks[file] = bars.add_task(file, total=total)
+            bars.update(tasks[file], completed=done)
+
+        return room.get(names, base=base, progress=progress)
 
 
 @verb("copy", "take a method's file and make it yours: etude copy METHOD FILE.py")
@@ -544,9 +610,9 @@ def doctor(words: list[str]) -> int:
     parser = _Parser("doctor")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(words)
-    from etude.core import evidence
+    from etude.doctor import examine
 
-    rows = evidence.examine()
+    rows = examine()
     if options.json:
         _print_json(rows)
     else:
@@ -560,12 +626,14 @@ def doctor(words: list[str]) -> int:
     return 1 if any(row["state"] == "fix" for row in rows) else 0
 
 
-@verb("completion", "shell completion for names and flags: eval \"$(etude completion bash)\"")
+@verb("completion", 'shell completion for names and flags: eval "$(etude completion bash)"')
 def completion(words: list[str]) -> int:
     parser = _Parser("completion")
     parser.add_argument("shell", choices=("bash", "zsh", "fish"))
     shell = parser.parse_args(words).shell
-    bash = '_etude() { local IFS=$\'\\n\'; COMPREPLY=( $(etude __complete "${COMP_WORDS[@]:1:COMP_CWORD}") ); }\ncomplete -o default -F _etude etude'
+    words_so_far = '"${COMP_WORDS[@]:1:COMP_CWORD}"'
+    bash = f"_etude() {{ local IFS=$'\\n'; COMPREPLY=( $(etude __complete {words_so_far}) ); }}\n"
+    bash += "complete -o default -F _etude etude"
     print(
         {
             "bash": bash,
@@ -582,7 +650,9 @@ def candidates(words: list[str]) -> list[str]:
     if not done:
         options = list(VERBS)
     elif done[0] in ("run", "info", "copy", "list", "verify") and len(done) == 1:
-        options = [*catalog.entries()] + (sorted({e.room for e in catalog.entries().values()}) if done[0] in ("list", "verify") else [])
+        options = [*catalog.entries()] + (
+            sorted({e.room for e in catalog.entries().values()}) if done[0] in ("list", "verify") else []
+        )
     elif done[0] in ("resume", "show", "sample") and len(done) == 1:
         root = Path(os.environ.get("ETUDE_RUNS", "runs"))
         options = ["latest", *(str(file.parent) for file in root.glob("*/*/*/config.json"))]
@@ -601,8 +671,21 @@ def candidates(words: list[str]) -> list[str]:
 
             options = room.names()
         else:
-            common = ("seed", "device", "precision", "threads", "save-every", "compile", "shard", "quiet", "preset", "out")
-            options = ["--" + field["name"].replace("_", "-") for field in entry.fields] + ["--" + name for name in common]
+            common = (
+                "seed",
+                "device",
+                "precision",
+                "threads",
+                "save-every",
+                "compile",
+                "shard",
+                "quiet",
+                "preset",
+                "out",
+            )
+            options = ["--" + field["name"].replace("_", "-") for field in entry.fields] + [
+                "--" + name for name in common
+            ]
     else:
         options = []
     return [option for option in options if option.startswith(last)]

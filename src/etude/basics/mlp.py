@@ -78,7 +78,13 @@ PRESETS = {
 }
 
 EXPERIMENTS = (
-    Experiment("mnist", preset="mnist", metric="test_accuracy", bar=0.970, published="0.984 (2-layer 800 units, Srivastava 2014)"),
+    Experiment(
+        "mnist",
+        preset="mnist",
+        metric="test_accuracy",
+        bar=0.970,
+        published="0.984 (2-layer 800 units, Srivastava 2014)",
+    ),
 )
 
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
@@ -115,7 +121,9 @@ class MLP(nn.Module):
 
 def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
     """The network for this data, initialised by `config.init` with zero biases."""
-    model = MLP(prod(spec.shape), config.widths, len(spec.classes), spec.mean, spec.std, config.activation, config.dropout)
+    model = MLP(
+        prod(spec.shape), config.widths, len(spec.classes), spec.mean, spec.std, config.activation, config.dropout
+    )
     return {"model": initialise(model, config.init)}
 
 
@@ -135,7 +143,9 @@ def train(config: Config, run: Run) -> dict[str, float]:
     def evaluate() -> dict[str, float]:
         return {f"test_{name}": value for name, value in accuracy(run, model, data.test.x, data.test.y).items()}
 
-    scores = fit(run, model, optimizer, batch, config.steps, rate=rate, evaluate=evaluate, evaluate_every=config.evaluate_every)
+    scores = fit(
+        run, model, optimizer, batch, config.steps, rate=rate, evaluate=evaluate, evaluate_every=config.evaluate_every
+    )
     first = model.layers[1].weight.view(config.widths[0], *data.spec.shape) if config.widths else None
     classifier_pictures(run, model, data.test.x, data.test.y, data.spec.classes, first)
     return scores

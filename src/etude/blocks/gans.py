@@ -37,6 +37,7 @@ from etude.core.errors import UserError
 from etude.core.run import Loaded, Run
 from etude.core.spec import Spec
 from etude.data.batches import Stream
+from etude.optim.flat import Vector
 
 MODES, RADIUS, SIGMA = 8, 2.0, 0.05
 JUDGE_SIZE, JUDGE_STEPS, JUDGE_BATCH = 32, 400, 128
@@ -153,6 +154,8 @@ def dcgan_init(module: nn.Module) -> None:
             if layer.bias is not None:
                 layer.bias.zero_()
         elif isinstance(layer, (BatchNorm, nn.GroupNorm)):
+            assert layer.weight is not None
+            assert layer.bias is not None
             layer.weight.normal_(1.0, 0.02)
             layer.bias.zero_()
 
@@ -164,7 +167,7 @@ def _doublings(size: int) -> int:
     return size // 8
 
 
-def flat(run: Run, module: nn.Module) -> optim.flat.Vector:
+def flat(run: Run, module: nn.Module) -> Vector:
     """All parameters of a placed module as one vector for the optimizer."""
     if run.common.shard:
         raise UserError(f"{run.name} keeps each player in one flat vector and cannot be sharded; leave out --shard")

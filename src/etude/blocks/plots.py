@@ -10,24 +10,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import IO, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
 from etude.blocks.metrics import confusion_matrix
 
+if TYPE_CHECKING:  # matplotlib takes most of a second to import: the first picture pays, not the first step
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 PALETTE = ("#24588f", "#c2502d", "#4b7a3f", "#80589b", "#b08a1e", "#3d8c8c", "#a3486f", "#6a665f")
 PAPER, INK, SOFT, RULE = "#fcfbf8", "#1d1c1a", "#6a665f", "#e5e1d8"
 WIDTH = 4.8  # inches
 _DPI = 160
-_BLUES = LinearSegmentedColormap.from_list("etude_blues", [PAPER, "#c9d8e8", "#6f9bc8", PALETTE[0], "#12304f"])
+_BLUES = (PAPER, "#c9d8e8", "#6f9bc8", PALETTE[0], "#12304f")
 
 Arrayish = Any  # numpy array or torch tensor
 
@@ -79,6 +79,8 @@ def filters(weight: Arrayish, columns: int | None = None) -> Image.Image:
 
 def picture(figure: Figure) -> Image.Image:
     """Draw a figure into an RGB image."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
@@ -122,13 +124,15 @@ def write_gif(frames: Sequence[Image.Image], file: str | PathLike[str] | IO[byte
 def confusion(matrix: Arrayish, names: Sequence[str]) -> Figure:
     """Confusion matrix (C, C) of counts, rows truth, columns prediction: shaded by the share of each row, so that rare
     classes are as visible as common ones; counts are written in while there is room (C ≤ 20)."""
+    from matplotlib.colors import LinearSegmentedColormap
+
     counts = _array(matrix)
     classes = len(counts)
     if counts.shape != (classes, classes) or len(names) != classes:
         raise ValueError(f"matrix has shape {counts.shape} and there are {len(names)} names; they must agree")
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     figure, axes = _figure(WIDTH, WIDTH)
-    axes.imshow(share, cmap=_BLUES, vmin=0, vmax=1, interpolation="nearest")
+    axes.imshow(share, cmap=LinearSegmentedColormap.from_list("etude", _BLUES), vmin=0, vmax=1, interpolation="nearest")
     size = float(np.clip(90 / classes, 4, 9))
     if classes <= 20:
         for i in range(classes):
@@ -183,6 +187,8 @@ def mistakes(
     tile = WIDTH / columns
     caption = 0.46
     height = rows * (tile * 0.9 * pixels.shape[1] / pixels.shape[2] + caption)
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(WIDTH, height), dpi=_DPI, facecolor=PAPER)
     smooth = "nearest" if max(pixels.shape[1:3]) <= 64 else "antialiased"
     wide = 0.9 / columns
@@ -196,9 +202,9 @@ def mistakes(
         axes.set_axis_off()
         taken, is_ = _short(names[int(predicted[index])], 11), _short(names[int(truth[index])], 11)
         line = top - tall - 0.04 / height
-        style: dict[str, Any] = {"va": "top", "fontsize": 9.5, "parse_math": False}
-        figure.text(left, line, f"{taken}  {_percent(confidence[index])}", color=PALETTE[1], **style)
-        figure.text(left, line - 0.165 / height, f"is {is_}", color=SOFT, **style)
+        style: dict[str, Any] = {"va": "top", "fontsize": 8.5, "parse_math": False}
+        figure.text(left, line, f"{taken} {_percent(confidence[index])}", color=PALETTE[1], **style)
+        figure.text(left, line - 0.155 / height, f"is {is_}", color=SOFT, **style)
     return figure
 
 
@@ -310,6 +316,8 @@ def classifier_pictures(
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), dpi=_DPI, facecolor=PAPER, layout="constrained")
     axes = figure.add_subplot()
     axes.set_facecolor(PAPER)

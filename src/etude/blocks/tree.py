@@ -271,34 +271,32 @@ def compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @compiled
-def _reach(first, parent, strategy):
-    reach = np.ones(len(strategy))
+def _reach(first, parent, strategy, reach):
     for i in range(len(parent)):
         for s in range(first[i], first[i + 1]):
             reach[s] = reach[parent[i]] * strategy[s]
-    return reach
 
 
 @compiled
-def _best_response(first, parent, row, column, weight, reach, begin, end, low, high, root):
-    value, response = np.zeros(len(reach)), np.zeros(len(reach))
+def _best_response(first, parent, row, column, weight, begin, end, low, high, reach, value, strategy):
     for s in range(low, high):
         for z in range(row[s], row[s + 1]):  # expectation over chance and the other player
             value[s] += weight[z] * reach[column[z]]
     for i in range(end - 1, begin - 1, -1):  # maximum over the player's own actions, the deepest sets first
         best = first[i]
-        for s in range(first[i] + 1, first[i + 1]):
+        for s in range(first[i], first[i + 1]):
+            strategy[s] = 0.0
             if value[s] > value[best]:
                 best = s
-        response[best] = 1.0
+        strategy[best] = 1.0
         value[parent[i]] += value[best]
-    response[root] = 1.0
-    return value[root], response
 
 
 def reach(tree: Tree, strategy: np.ndarray) -> np.ndarray:
     """π(s), the product of the acting player's own probabilities along each sequence; float64 (S,)."""
-    return _reach(tree.size, tree.first, tree.parent, strategy)
+    filled = np.ones(tree.sequences[2])
+    _reach(tree.size, tree.first, tree.parent, strategy, filled)
+    return filled
 
 
 def best_response(tree: Tree, strategy: np.ndarray, player: int) -> tuple[float, np.ndarray]:
@@ -308,11 +306,11 @@ def best_response(tree: Tree, strategy: np.ndarray, player: int) -> tuple[float,
     (the player does not see what is hidden). Ties go to the first action. The strategy returned is that of both: the
     player's part is pure, the other's is as given.
     """
-    begin, end, low, high = *tree.sets[player : player + 2], *tree.sequences[player : player + 2]
-    root = 0 if player == 0 else high - 1
     arrays = (tree.first, tree.parent, tree.row, tree.column, tree.weight)
-    value, response = _best_response(tree.size, *arrays, reach(tree, strategy), begin, end, low, high, root)
-    return value, np.concatenate([strategy[:low], response[low:high], strategy[high:]])
+    bounds = (*tree.sets[player : player + 2], *tree.sequences[player : player + 2])
+    value, response = np.zeros(tree.sequences[2]), strategy.copy()
+    _best_response(tree.size, *arrays, *bounds, reach(tree, strategy), value, response)
+    return float(value[0 if player == 0 else -1]), response
 
 
 def exploitability(tree: Tree, strategy: np.ndarray) -> float:

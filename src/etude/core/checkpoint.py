@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,6 +33,10 @@ class Box:
 
     def __init__(self, **values: Any) -> None:
         self.__dict__.update(values)
+
+    if TYPE_CHECKING:  # any name may be assigned
+
+        def __setattr__(self, name: str, value: Any) -> None: ...
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"this Box holds {', '.join(self.__dict__) or 'nothing'}, not '{name}'")
@@ -94,7 +98,7 @@ def load(folder: Path) -> tuple[int, dict[str, Any], list[str]]:
     complaints: list[str] = []
     for path in reversed(list_checkpoints(folder)):
         try:
-            return int(path.name.removeprefix(PREFIX)), read(path), complaints
+            return step_of(path), read(path), complaints
         except UserError as error:
             complaints.append(str(error))
     if complaints:
@@ -109,7 +113,7 @@ def read(path: Path) -> dict[str, Any]:
 
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
-        whole = manifest["step"] == int(path.name.removeprefix(PREFIX)) and all(
+        whole = manifest["step"] == step_of(path) and all(
             _fingerprint(path / name) == manifest["files"][name] for name in ("tensors.safetensors", "state.json")
         )
         if not whole:
@@ -120,6 +124,11 @@ def read(path: Path) -> dict[str, Any]:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
         raise UserError(f"checkpoint {path} is damaged or not a checkpoint of etude ({error})") from error
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint folder."""
+    return int(path.name.removeprefix(PREFIX))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -146,8 +155,8 @@ def restore(thing: Any, state: Any) -> None:
     except (RuntimeError, KeyError, IndexError, ValueError) as error:  # torch says in several lines which shapes differ
         if isinstance(error, UserError):
             raise
-        reason = " ".join(str(error).split())
-        raise UserError(f"the checkpoint does not fit this {type(thing).__name__} ({reason}); was the method's file changed?") from error
+        what = f"the checkpoint does not fit this {type(thing).__name__} ({' '.join(str(error).split())})"
+        raise UserError(f"{what}; was the method's file changed?") from error
 
 
 def _restore(thing: Any, state: Any) -> None:
@@ -156,7 +165,9 @@ def _restore(thing: Any, state: Any) -> None:
         actual = {_plain(name): name for name in own}
         unknown = sorted(set(state) ^ set(actual))
         if unknown:
-            raise UserError(f"the checkpoint and the network disagree on '{unknown[0]}'; was the method's file changed?")
+            raise UserError(
+                f"the checkpoint and the network disagree on '{unknown[0]}'; was the method's file changed?"
+            )
         thing.load_state_dict({actual[name]: _scatter(value, own[actual[name]]) for name, value in state.items()})
     elif isinstance(thing, torch.optim.Optimizer):
         parameters = [p for group in thing.param_groups for p in group["params"]]
@@ -207,7 +218,8 @@ def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor], seen: dict[
     if isinstance(value, np.generic) and _is_number(value.dtype):  # float32 arithmetic must stay float32 arithmetic
         return {"~scalar": [value.dtype.str, value.item()]}
     if isinstance(value, dict):
-        items = [(name, _encode(item, f"{path}.{name}" if path else str(name), tensors, seen)) for name, item in value.items()]
+        inside = f"{path}." if path else ""
+        items = [(name, _encode(item, f"{inside}{name}", tensors, seen)) for name, item in value.items()]
         if all(isinstance(name, str) and not name.startswith("~") for name in value):
             return dict(items)
         return {"~items": [[_encode(name, f"{path}.{name}", tensors, seen), item] for name, item in items]}
@@ -331,5 +343,3 @@ def _sync_folder(path: Path) -> None:
 def _fingerprint(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-

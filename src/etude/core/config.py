@@ -120,8 +120,8 @@ def _coerce(value: Any, hint: Any) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return _coerce(value, arguments[0])
-    if isinstance(value, list) and "tuple" in str(hint):
-        return tuple(value)
+    if isinstance(value, list):
+        return tuple(value) if "tuple" in str(hint) else value
     if hasattr(value, "dtype") and getattr(value, "shape", None) == ():
         value = value.item()
     if isinstance(value, os.PathLike) and "str" in str(hint):

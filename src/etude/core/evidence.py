@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import statistics
@@ -11,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from etude import catalog
 from etude.catalog import Entry, Experiment
@@ -33,7 +32,8 @@ def verify(entry: Entry, seeds: int | None = None, only: str | None = None, keep
         raise UserError(f"{entry.name} has no experiment '{only}' (it has {', '.join(e.name for e in experiments)})")
     oracle = _oracle(entry)
     _say(f"{entry.name}: oracle {oracle['tests']} tests {'passed' if oracle['passed'] else 'FAILED'}")
-    rows = [_experiment(entry, experiment, seeds, keep) for experiment in chosen]
+    known: dict[tuple[Any, ...], Outcome | None] = {}  # two bars on one run need one run
+    rows = [_experiment(entry, experiment, seeds, keep, known) for experiment in chosen]
     broken = not oracle["passed"] or any(value is None for row in rows for value in row["values"])
     passed = all(row["passed"] for row in rows) and oracle["tests"] > 0
     card = {
@@ -62,7 +62,11 @@ def bench(pattern: str | None, run: bool = True) -> list[dict[str, Any]]:
         raise UserError("benchmarks run from a source checkout; 'etude bench --recorded' shows the recorded ratios")
     folder = catalog.results_folder() / "bench"
     scripts = sorted((root / "benchmarks").glob("*.py")) if root else []
-    rooms = [path.stem for path in scripts if path.stem != "race"] if run else [path.stem for path in sorted(folder.glob("*.json"))]
+    rooms = (
+        [path.stem for path in scripts if path.stem != "race"]
+        if run
+        else [path.stem for path in sorted(folder.glob("*.json"))]
+    )
     chosen = [room for room in rooms if pattern is None or pattern.partition("/")[0] == room]
     if not chosen:
         raise UserError(f"there is no benchmark for '{pattern}' (there are {', '.join(rooms) or 'none'})")
@@ -70,33 +74,51 @@ def bench(pattern: str | None, run: bool = True) -> list[dict[str, Any]]:
     for room in chosen:
         if run:
             assert root is not None
-            finished = subprocess.run([sys.executable, str(root / "benchmarks" / f"{room}.py")], check=False, stdout=sys.stderr)
+            finished = subprocess.run(
+                [sys.executable, str(root / "benchmarks" / f"{room}.py")], check=False, stdout=sys.stderr
+            )
             if finished.returncode:
-                raise RunError(f"benchmarks/{room}.py failed (exit code {finished.returncode}); its message stands above")
+                raise RunError(
+                    f"benchmarks/{room}.py failed (exit code {finished.returncode}); its message stands above"
+                )
         rows += json.loads((folder / f"{room}.json").read_text(encoding="utf-8"))
     return rows
 
 
-def _experiment(entry: Entry, experiment: Experiment, seeds: int | None, keep: Path | None) -> dict[str, Any]:
+class Outcome(NamedTuple):
+    """What one finished run left: its metrics, seconds between first and last step, peak memory."""
+
+    metrics: dict[str, float]
+    seconds: float
+    memory_mb: float
+
+
+def _experiment(
+    entry: Entry,
+    experiment: Experiment,
+    seeds: int | None,
+    keep: Path | None,
+    known: dict[tuple[Any, ...], Outcome | None],
+) -> dict[str, Any]:
     chosen = experiment.seeds[:seeds]
     values: list[float | None] = []
     seconds, memory = [], []
     command = ["etude", "run", entry.name, "--preset", experiment.preset, *_words(experiment.flags)]
     for seed in chosen:
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = (keep or Path(scratch)) / f"{entry.name.replace('/', '-')}-{experiment.name}-{seed}"
-            words = [sys.executable, "-m", *command, "--seed", str(seed), "--out", str(folder), "--quiet"]
-            finished = subprocess.run(words, check=False, capture_output=True, text=True)
-            if finished.returncode:
-                values.append(None)
-                _say(f"{entry.name} {experiment.name} seed {seed}: failed: {finished.stderr.strip()[-300:]}")
-                continue
-            values.append(json.loads((folder / "result.json").read_text(encoding="utf-8"))[experiment.metric])
-            sessions = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["sessions"]
-            seconds.append(round(sum(session["loop_seconds"] for session in sessions), 2))
-            memory.append(max(session["peak_memory_mb"] for session in sessions))
+        key = (*command, seed)
+        if key not in known:
+            known[key] = _run(entry, f"{experiment.name}-{seed}", [*command, "--seed", str(seed)], keep)
+        outcome = known[key]
+        if outcome is None:
+            values.append(None)
+            continue
+        values.append(outcome.metrics[experiment.metric])
+        seconds.append(outcome.seconds)
+        memory.append(outcome.memory_mb)
         limit = f" of {experiment.within_seconds:g}" if experiment.within_seconds else ""
-        _say(f"{entry.name} {experiment.name} seed {seed}: {experiment.metric} {values[-1]:.5g}  ({seconds[-1]:.1f}{limit} s)")
+        _say(
+            f"{entry.name} {experiment.name} seed {seed}: {experiment.metric} {values[-1]:.5g}  ({seconds[-1]:.1f}{limit} s)"
+        )
     measured = [value for value in values if value is not None]
     in_time = experiment.within_seconds is None or all(second <= experiment.within_seconds for second in seconds)
     return {
@@ -118,6 +140,21 @@ def _experiment(entry: Entry, experiment: Experiment, seeds: int | None, keep: P
     }
 
 
+def _run(entry: Entry, label: str, command: list[str], keep: Path | None) -> Outcome | None:
+    """Run one command in a process of its own; None, with the reason said, when it fails."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = (keep or Path(scratch)) / f"{entry.name.replace('/', '-')}-{label.replace(' ', '-')}"
+        words = [sys.executable, "-m", *command, "--out", str(folder), "--quiet"]
+        finished = subprocess.run(words, check=False, capture_output=True, text=True)
+        if finished.returncode:
+            _say(f"{shlex.join(command)}: failed: {finished.stderr.strip()[-300:]}")
+            return None
+        metrics = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        sessions = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["sessions"]
+        seconds = round(sum(session["loop_seconds"] for session in sessions), 2)
+        return Outcome(metrics, seconds, max(session["peak_memory_mb"] for session in sessions))
+
+
 def _oracle(entry: Entry) -> dict[str, Any]:
     """Run the facts of this method (`tests/facts/<room>/test_<name>.py`); an installed wheel has none to run."""
     root = catalog.checkout_folder()
@@ -125,7 +162,7 @@ def _oracle(entry: Entry) -> dict[str, Any]:
     path = root / "tests" / "facts" / room / f"test_{name}.py" if root else None
     if root is None or path is None or not path.is_file():
         return {"file": None, "tests": 0, "passed": True}
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
+    words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(path)]
     finished = subprocess.run(words, check=False, capture_output=True, text=True, cwd=root)
     counted = re.search(r"(\d+) passed", finished.stdout)
     return {
@@ -147,50 +184,3 @@ def _words(flags: dict[str, Any]) -> list[str]:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-# ------------------------------------------------------------------------------------------------------------ doctor
-
-
-def examine() -> list[dict[str, str]]:
-    """What this machine has for etude, one row a fact: {what, state: ok | note | fix, detail}."""
-    import importlib.metadata
-    import shutil
-
-    rows = [_row("python", "ok" if sys.version_info >= (3, 11) else "fix", sys.version.split()[0])]
-    for package in ("torch", "numpy", "numba", "tyro", "rich", "safetensors", "pillow", "matplotlib", "scikit-learn", "pooch"):
-        try:
-            rows.append(_row(package, "ok", importlib.metadata.version(package)))
-        except importlib.metadata.PackageNotFoundError:
-            rows.append(_row(package, "fix", f"not installed; run: pip install {package}"))
-    for extra, packages in catalog.EXTRAS.items():
-        there = catalog.extra_installed(extra)
-        users = sum(extra in entry.needs for entry in catalog.entries().values())
-        detail = ", ".join(packages) if there else f"not installed ({users} methods use it); run: pip install 'etude[{extra}]'"
-        rows.append(_row(f"extra {extra}", "ok" if there else "note", detail))
-    import torch
-
-    devices = ["cpu"] + [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
-    if torch.backends.mps.is_available():
-        devices.append("mps")
-    rows.append(_row("devices", "ok", ", ".join(devices)))
-    facts = record.hardware()
-    rows.append(_row("machine", "ok", f"{facts['cpu']}, {facts['cores']} cores, {facts.get('memory_gb', '?')} GB"))
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    rows.append(_row("compiler", "ok" if compiler else "note", compiler or "none found; --compile will not work"))
-    from etude import data
-    from etude.core.launch import runs_folder
-
-    for what, path in (("runs folder", runs_folder()), ("data folder", data.home())):
-        parent = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-        writable = parent.is_dir() and os.access(parent, os.W_OK)
-        state = "ok" if writable else "note" if what == "data folder" else "fix"
-        rows.append(_row(what, state, f"{path}{'' if writable else ' cannot be written'}"))
-        if what == "runs folder":
-            free = shutil.disk_usage(parent).free / 2**30
-            rows.append(_row("free disk", "ok" if free > 1 else "fix", f"{free:.1f} GB"))
-    return rows
-
-
-def _row(what: str, state: str, detail: str) -> dict[str, str]:
-    return {"what": what, "state": state, "detail": detail}

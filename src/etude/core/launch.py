@@ -43,7 +43,9 @@ class Finished:
 def configure(module: ModuleType, entry: Entry, preset: str, values: dict[str, Any]) -> Any:
     """The method's Config for this preset with these fields replaced, checked."""
     if preset not in module.PRESETS:
-        raise UserError(f"{entry.name} has no preset '{preset}'{nearest(preset, module.PRESETS)} (it has {', '.join(module.PRESETS)})")
+        raise UserError(
+            f"{entry.name} has no preset '{preset}'{nearest(preset, module.PRESETS)} (it has {', '.join(module.PRESETS)})"
+        )
     return replace(module.PRESETS[preset], values, entry.name)
 
 
@@ -64,7 +66,9 @@ def run(name: str, *, preset: str = "default", out: str | os.PathLike[str] | Non
     return start(entry, module, config, common, preset, Path(out) if out is not None else None)
 
 
-def start(entry: Entry, module: ModuleType, config: Any, common: Common, preset: str, out: Path | None = None) -> Finished:
+def start(
+    entry: Entry, module: ModuleType, config: Any, common: Common, preset: str, out: Path | None = None
+) -> Finished:
     """Make the run folder and run the method in it. Wrong input leaves no folder behind."""
     check(config)
     check(common)
@@ -148,9 +152,11 @@ def find_run(text: str) -> Path:
 def read_config(folder: Path) -> dict[str, Any]:
     """The resolved config.json of a run folder."""
     described = _read_json(folder / "config.json")
-    missing = [name for name, kind in (("method", str), ("config", dict), ("common", dict)) if not isinstance(described.get(name), kind)]
-    if missing:
-        raise UserError(f"{folder}/config.json is damaged (it has no {missing[0]}); without it the run cannot be built again")
+    for name, kind in (("method", str), ("config", dict), ("common", dict)):
+        if not isinstance(described.get(name), kind):
+            raise UserError(
+                f"{folder}/config.json is damaged (it has no {name}); without it the run cannot be built again"
+            )
     return described
 
 
@@ -205,7 +211,7 @@ def _finish(entry: Entry, run: Run, loop: Any, threads: int) -> Finished:
     except Exception as error:
         with contextlib.suppress(Exception):
             run.flush()  # the curve up to the failure belongs in the report
-        shown = _disk_error(error, folder) if isinstance(error, OSError) else error
+        shown = _plain(error, folder)
         with contextlib.suppress(OSError):  # on a full disk the sentence on the terminal must do
             detail = "" if isinstance(shown, RunError) else "\n" + traceback.format_exc()
             reason = str(shown) if isinstance(shown, RunError) else f"{type(shown).__name__}: {shown}"
@@ -263,7 +269,10 @@ def _make_folder(entry: Entry, common: Common, out: Path | None, described: str)
     name = entry.name if "/" in entry.name else f"mine/{entry.name}"
     folder = out or runs_folder() / name / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{common.seed}"
     if out is not None and (folder / "config.json").exists():
-        raise UserError(f"--out {folder} already holds a run; continue it with 'etude resume {folder}' or name another folder")
+        raise UserError(
+            f"--out {folder} already holds a run; continue it with 'etude resume {folder}' or name another folder"
+        )
+    made = False
     try:
         made = not folder.exists()
         if out is not None and not made and any(folder.iterdir()):
@@ -279,7 +288,11 @@ def _make_folder(entry: Entry, common: Common, out: Path | None, described: str)
                 folder, made = folder.with_name(f"{stamp}-{again}"), True
         checkpoint.write_text(folder / "config.json", described)
     except OSError as error:
-        raise UserError(f"the run folder {folder} cannot be written ({error.strerror}); name another with --out") from error
+        if made:
+            _remove(folder, made)
+        raise UserError(
+            f"the run folder {folder} cannot be written ({error.strerror}); name another with --out"
+        ) from error
     return folder, made
 
 
@@ -302,7 +315,10 @@ def _command(entry: Entry, module: ModuleType, config: Any, common: Common, pres
     shared, shared_default = dataclasses.asdict(common), dataclasses.asdict(Common())
     name = entry.name if entry.path.is_relative_to(catalog.PACKAGE) else str(entry.path)
     words = ["etude", "run", name] + ([] if preset == "default" else ["--preset", preset])
-    for name_, value in [*((k, v) for k, v in values.items() if v != default[k]), *((k, v) for k, v in shared.items() if v != shared_default[k])]:
+    for name_, value in [
+        *((k, v) for k, v in values.items() if v != default[k]),
+        *((k, v) for k, v in shared.items() if v != shared_default[k]),
+    ]:
         if isinstance(value, bool):
             words.append(flag(name_) if value else flag("no_" + name_))
         elif isinstance(value, (list, tuple)):
@@ -320,14 +336,20 @@ def _command(entry: Entry, module: ModuleType, config: Any, common: Common, pres
     }
 
 
-def _disk_error(error: OSError, folder: Path) -> Exception:
-    """A sentence for what the file system refused in the run folder, or the error itself when it is another one."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+def _plain(error: Exception, folder: Path) -> Exception:
+    """A sentence for what a full or closed disk or a lost rank does, or the error itself when it is another one."""
+    resume = f"etude resume {folder}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         found = checkpoint.list_checkpoints(folder / "checkpoints")
-        kept = f"the checkpoint of step {int(found[-1].name.removeprefix(checkpoint.PREFIX))} is kept" if found else "no checkpoint was written"
-        return RunError(f"the disk that holds {folder} is full ({error.strerror}); {kept}; free space and run: etude resume {folder}")
-    if error.filename is not None and Path(error.filename).is_relative_to(folder):
-        return RunError(f"{error.filename} cannot be written any more ({error.strerror}); put that right and run: etude resume {folder}")
+        kept = (
+            f"the checkpoint of step {checkpoint.step_of(found[-1])} is kept" if found else "no checkpoint was written"
+        )
+        return RunError(f"the disk of {folder} is full ({error.strerror}); {kept}; free space and run: {resume}")
+    if isinstance(error, OSError) and error.filename and Path(error.filename).is_relative_to(folder):
+        what = f"{error.filename} cannot be written any more ({error.strerror})"
+        return RunError(f"{what}; put that right and run: {resume}")
+    if type(error).__name__ == "DistBackendError" or (type(error) is RuntimeError and "gloo" in str(error)):
+        return RunError(f"another rank has stopped or cannot be reached, so this one stops too; run on with: {resume}")
     return error
 
 

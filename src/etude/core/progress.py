@@ -26,20 +26,25 @@ class Progress:
         self.due = self._begun + (FAST_LINE if self.live else 1.0)
         if self.live and total > step:
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, Progress, TextColumn
+            from rich.table import Column
 
+            def fixed(text: str) -> TextColumn:
+                return TextColumn(text, table_column=Column(no_wrap=True))
+
+            console = Console(stderr=True)
+            self._room = console.width - len(self.name) - 45  # for metrics, on one line
             self._bar = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"),
-                TimeRemainingColumn(compact=True),
-                TextColumn("{task.fields[metrics]}"),
-                console=Console(stderr=True),
+                fixed("[bold]{task.description}"),
+                BarColumn(bar_width=12),
+                fixed("{task.completed:,}/{task.total:,}"),
+                fixed("{task.fields[pace]}"),
+                fixed("{task.fields[metrics]}"),
+                console=console,
                 auto_refresh=False,
                 transient=True,
             )
-            self._task = self._bar.add_task(self.name, total=total, completed=step, rate="", metrics="")
+            self._task = self._bar.add_task(self.name, total=total, completed=step, pace="", metrics="")
             self._bar.start()
 
     def update(self, step: int, metrics: dict[str, float]) -> None:
@@ -49,13 +54,17 @@ class Progress:
         if not self.enabled or step <= self._first:
             return
         rate = (step - self._first) / max(now - self._begun, 1e-9)
+        left = (self._total - step) / rate
+        pace = f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2f}/s"
+        remains = f"{left:.0f}s" if left < 100 else f"{left / 60:.0f}min" if left < 6000 else f"{left / 3600:.1f}h"
         shown = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in list(metrics.items())[:4])
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, rate=f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2f}/s", metrics=shown)
+            room = max(self._room - len(f"{step:,}{self._total:,}{pace}{remains}") + 20, 0)
+            self._bar.update(self._task, completed=step, pace=f"{pace} {remains} left", metrics=shown[:room])
             self._bar.refresh()
         elif not self.live:
-            left = (self._total - step) / rate
-            print(f"step {step:,}/{self._total:,}  {rate:,.1f}/s  {left:.0f} s left  {shown}", file=sys.stderr, flush=True)
+            line = f"step {step:,}/{self._total:,}  {pace}  {remains} left  {shown}"
+            print(line, file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
         """One line above the bar."""

@@ -120,7 +120,9 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    return [
+        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
+    ]
 
 
 def to_tensorboard(folder: Path) -> Path:
@@ -221,13 +223,17 @@ def _write_artifact(folder: Path, stem: str, thing: Any) -> tuple[Path, str]:
 
 
 def _picture(thing: Any) -> Any:
-    """A PIL image from a PIL image, or from a (H, W), (C, H, W) or (H, W, C) array: uint8, or float in [0, 1]."""
+    """A PIL image from a PIL image, or from a (H, W), (C, H, W) or (H, W, C) array: uint8, or float in [0, 1].
+
+    Where both readings are possible, a tensor is (C, H, W) and a numpy array (H, W, C).
+    """
     from PIL import Image
 
     if isinstance(thing, Image.Image):
         return thing
-    array = thing.detach().cpu().numpy() if hasattr(thing, "detach") else np.asarray(thing)
-    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (3, 4):
+    is_tensor = hasattr(thing, "detach")
+    array = thing.detach().cpu().numpy() if is_tensor else np.asarray(thing)
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and (is_tensor or array.shape[2] not in (1, 3, 4)):
         array = array.transpose(1, 2, 0)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]

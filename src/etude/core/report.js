@@ -11,8 +11,8 @@ for (const svg of document.querySelectorAll(".frame svg")) {
   });
   const outputs = [...figure.querySelectorAll("output")];
   const show = value => {
-    if (value !== 0 && (Math.abs(value) < 1e-4 || Math.abs(value) >= 1e9)) return value.toExponential(2);
-    return Number(value.toPrecision(4)).toLocaleString("en", {maximumSignificantDigits: 4});
+    if (value !== 0 && (Math.abs(value) < 1e-4 || Math.abs(value) >= 1e9)) return value.toExponential(2).replace("-", "−");
+    return Number(value.toPrecision(4)).toLocaleString("en", {maximumSignificantDigits: 4}).replace("-", "−");
   };
   const leave = () => {
     at.hidden = true;

@@ -37,6 +37,7 @@ PICTURE_BYTES = 400_000  # larger still pictures are re-encoded
 ANIMATION_BYTES = 3_000_000  # larger animations are shown by their first frame
 TEXT_CHARACTERS = 4000  # longer texts are cut, with a note
 TABLE_ROWS = 200
+HUGE = 1e300  # a number beyond this is shown as one that is not finite: no axis could hold it
 
 _Facts = list[tuple[str, str]]
 
@@ -99,7 +100,7 @@ class Series(NamedTuple):
 
     @property
     def finite(self) -> Series:
-        kept = np.isfinite(self.values)
+        kept = np.abs(self.values) < HUGE
         return self if kept.all() else Series(self.name, self.steps[kept], self.values[kept])
 
 
@@ -113,7 +114,7 @@ class _Record:
         self.method = str(described.get("method") or folder.name)
         self.described = described
         self.config: dict[str, Any] = _dict(described.get("config"))
-        self.default_config: dict[str, Any] | None = described.get("default_config")
+        self.default_config: dict[str, Any] | None = _dict(described.get("default_config")) or None
         self.environment = self._json("environment.json", {})
         self.sessions = [s for s in _list(self.environment.get("sessions")) if isinstance(s, dict)]
         self.result = {str(k): v for k, v in self._json("result.json", {}).items() if _is_number(v)}
@@ -125,7 +126,7 @@ class _Record:
         self.failure = self._text("failed")
         self.done = (folder / "done").exists() and self.failure is None
         logged = max((float(s.steps[-1]) for s in self.series), default=0.0)
-        reached = max((float(s.get("to_step") or 0) for s in self.sessions), default=0.0)
+        reached = max((_float(s.get("to_step")) for s in self.sessions), default=0.0)
         self.last_step = int(max(logged, reached))
 
     @property
@@ -140,13 +141,16 @@ class _Record:
 
     def seconds(self, kind: str = "seconds") -> float:
         """Seconds of all sessions together; ``loop_seconds`` counts only from the first step to the last."""
-        return sum(float(s.get(kind) or 0) for s in self.sessions)
+        return sum(_float(s.get(kind)) for s in self.sessions)
 
     def artifact_file(self, artifact: dict[str, Any]) -> Path | None:
         """The artifact's file, if it exists and lies inside the artifacts folder."""
         base = (self.folder / "artifacts").resolve()
-        path = (base / str(artifact["file"])).resolve()
-        return path if path.is_relative_to(base) and path.is_file() else None
+        try:
+            path = (base / str(artifact["file"])).resolve()
+            return path if path.is_relative_to(base) and path.is_file() else None
+        except (OSError, ValueError):  # a name the file system does not take
+            return None
 
     def _text(self, name: str) -> str | None:
         try:
@@ -193,7 +197,7 @@ def read_metrics(path: Path) -> tuple[list[Series], int]:
                         damaged += bool(line.strip()) and line.endswith("\n")
             for row in rows:
                 step: Any = row.get("step") if isinstance(row, dict) else None
-                if not _is_number(step):
+                if not _is_number(step) or not math.isfinite(step):
                     damaged += 1
                     continue
                 for name, value in row.items():
@@ -306,22 +310,21 @@ def _groups(series: Iterable[Series]) -> list[list[Series]]:
     return [sorted(group, key=lambda one: bool(_HELD_OUT.search(one.name))) for group in groups.values()]
 
 
-def chart(group: Sequence[Series]) -> str:
+def chart(group: Sequence[Series], span: tuple[float, float] | None = None) -> str:
     """One chart as HTML: an SVG whose plane is stretched to the page (lines keep their width) with labels set as text,
-    so that type stays the same size on a telephone and on a wall."""
+    so that type stays the same size on a telephone and on a wall. ``span`` is the first and last step to show."""
     finite = [one.finite for one in group]
     shown = [one for one in finite if len(one.steps)]
     label = " and ".join(_words(one.name) for one in group)
     if not shown:
         return f'<figure class="chart"><figcaption><b>{_e(label)}</b> <i>no finite value</i></figcaption></figure>'
-    steps = np.concatenate([one.steps for one in group])
-    first, last = float(steps.min()), float(steps.max())
+    first, last = span or (min(float(one.steps[0]) for one in group), max(float(one.steps[-1]) for one in group))
     across = Axis(first, last) if last > first else Axis(first - 1, first + 1)
     up = value_axis(group[0].name, np.concatenate([one.values for one in shown]))
 
     drawn, keys, said = [], [], []
     for i, one in enumerate(finite):
-        bad = group[i].steps[~np.isfinite(group[i].values)]
+        bad = group[i].steps[~(np.abs(group[i].values) < HUGE)]
         drawn += [f'<path class="bad" d="M{_c(across.place(step))} 1000V940"/>' for step in bad[:50]]
         if not len(one.steps):
             continue
@@ -395,6 +398,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _float(value: Any) -> float:
+    """A finite number as it is, anything else as 0."""
+    return float(value) if _is_number(value) and math.isfinite(value) else 0.0
+
+
 def _words(name: str) -> str:
     return name.replace("_", " ")
 
@@ -434,7 +442,7 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
+        return f"{minutes} min {rest:02d} s" if rest else f"{minutes} min"
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
@@ -628,7 +636,7 @@ def _bars(record: _Record, contract: Contract, result: dict[str, Any]) -> list[d
     chosen: dict[str, dict[str, Any]] = {}
     for bar in contract.bars:
         metric = bar.get("metric")
-        if metric in result and _is_number(bar.get("bar")):
+        if metric in result and _is_number(bar.get("bar")) and abs(bar["bar"]) < HUGE:
             applies = _applies(record, bar)
             if metric not in chosen or (applies and not chosen[metric]["applies"]):
                 chosen[str(metric)] = {**bar, "applies": applies}
@@ -651,11 +659,21 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _gauge(record: _Record, contract: Contract, bar: dict[str, Any], value: float, when: str) -> str:
-    """The number, large, and a line that shows where it lies: the side that passes is tinted, the bar is a tick."""
+    """The number, large, and a line that shows where it lies: the side that passes is tinted, the bar is a tick.
+
+    A bar that was set for other settings (another data set, often) is named and not drawn: nothing follows from it.
+    """
     limit, lower = float(bar["bar"]), bar.get("better") == "lower"
+    sign = "≤" if lower else "≥"
+    big = f'<div class="big"><div><b>{_number(value)}</b><span>{_e(_words(bar["metric"]))}</span></div></div>'
+    note = f'<p class="note">{when}</p>' if when else ""
+    if not bar["applies"]:
+        elsewhere = f"The recorded bar, {sign} {limit:.6g}, is for the preset <code>{_e(bar.get('preset'))}</code>"
+        return f'{big}<p class="note">{elsewhere}; this run used other settings and is not held against it.</p>{note}'
     published = _published(str(bar.get("published") or ""), limit)
-    seeds = [v for v in _card_values(contract.card, bar) if math.isfinite(v)]
-    marks = [limit, *([value] if math.isfinite(value) else []), *([published] if published is not None else []), *seeds]
+    marks = [limit, *([value] if abs(value) < HUGE else []), *([published] if published is not None else [])]
+    seeds = [v for v in _card_values(contract.card, bar) if abs(v) < HUGE]
+    marks += seeds
     low, high = min(marks), max(marks)
     room = 0.3 * (high - low) or 0.1 * abs(high) or 1.0
     low, high = low - room, high + room
@@ -670,36 +688,30 @@ def _gauge(record: _Record, contract: Contract, bar: dict[str, Any], value: floa
     zone = f"left:0;width:{100 * axis.place(limit):.2f}%" if lower else f"{left(limit)};right:0"
     dots = "".join(f'<i class="seed" style="{left(v)}"></i>' for v in seeds)
     diamond = f'<i class="published" style="{left(published)}"></i>' if published is not None else ""
-    dot = f'<i class="here" style="{left(value)}"></i>' if math.isfinite(value) else ""
-    sign = "≤" if lower else "≥"
+    dot = f'<i class="here" style="{left(value)}"></i>' if abs(value) < HUGE else ""
     keys = [f'<span><i class="here"></i>this run {_number(value)}</span>']
     keys.append(f'<span><i class="bar"></i>bar {sign} {limit:.6g}</span>')
     if seeds:
         keys.append(f'<span><i class="seed"></i>evidence card, {len(seeds)} seed{"s" if len(seeds) > 1 else ""}</span>')
     if bar.get("published"):
         keys.append(f'<span><i class="published"></i>published {_inline(str(bar["published"]))}</span>')
-    if not bar["applies"]:
-        preset = bar.get("preset")
-        verdict = (
-            f'<p class="note">The bar was set for the preset <code>{_e(preset)}</code>; this run used other settings, '
-            "so it is drawn for orientation only.</p>"
-        )
-    elif record.status != "done":
+    if record.status != "done":
         verdict = '<p class="note">The run has not ended: no verdict yet.</p>' if record.status != "failed" else ""
     else:
         allowed, took = bar.get("within_seconds"), record.seconds("loop_seconds") or record.seconds()
         words = "clears the bar" if passes else "misses the bar"
         if allowed and took:
-            words += f", in {_duration(took)} of the {_duration(float(allowed))} allowed"
-            passes = passes and took <= float(allowed)
+            slow = passes and took > float(allowed)
+            words += (
+                f", {'but too slowly: ' if slow else 'in '}{_duration(took)} of the {_duration(float(allowed))} allowed"
+            )
+            passes = passes and not slow
         verdict = f'<p class="verdict {"pass" if passes else "miss"}">{"✓" if passes else "✕"} {words}</p>'
     ticks = axis.ticks(5)
     scale = "".join(f'<span style="{left(t)}">{_tick(t)}</span>' for t in ticks)
     said = f"{_words(bar['metric'])} {_number(value)}, bar {_number(limit)}, {bar.get('better', 'higher')} is better"
-    note = f'<p class="note">{when}</p>' if when else ""
     return (
-        f'<div class="headline"><div class="big"><div><b>{_number(value)}</b><span>{_e(_words(bar["metric"]))}</span>'
-        f'</div></div><div class="gauge"><div class="rail" role="img" aria-label="{_e(said)}">'
+        f'<div class="headline">{big}<div class="gauge"><div class="rail" role="img" aria-label="{_e(said)}">'
         f'<i class="zone" style="{zone}"></i><i class="bar" style="{left(limit)}"></i>{dots}{diamond}{dot}</div>'
         f'<div class="xs" aria-hidden="true">{scale}</div><p class="keys">{"".join(keys)}</p>{verdict}{note}'
         "</div></div>"
@@ -732,7 +744,9 @@ def _curves(record: _Record, contract: Contract) -> str:
     groups = sorted(_groups(record.series), key=lambda group: wanted.isdisjoint(one.name for one in group))
     if not groups:
         return '<p class="empty">No metric has been logged.</p>'
-    charts = [chart(group) for group in groups]
+    # all charts show the same steps, so that one can be read against another
+    span = (min(float(s.steps[0]) for s in record.series), max(float(s.steps[-1]) for s in record.series))
+    charts = [chart(group, span) for group in groups]
     first, rest = charts[:12], charts[12:]
     few = " few" if len(charts) in (1, 2, 4) else ""
     out = f'<div class="charts{few}">{"".join(first)}</div>'
@@ -792,7 +806,10 @@ def _in_columns(tiles: list[_Tile]) -> str:
 
 def _picture(record: _Record, name: str, artifact: dict[str, Any]) -> _Tile:
     tag, shape, tall = _image(record, artifact)
-    html = f'<figure class="picture {shape}">{tag}<figcaption>{_caption(name, artifact)}</figcaption></figure>'
+    caption = _caption(name, artifact)
+    if artifact.get("kind") == "animation" and 'src="data:image/gif' not in tag:
+        caption += f" The first frame; the whole animation is artifacts/{_e(artifact['file'])}."
+    html = f'<figure class="picture {shape}">{tag}<figcaption>{caption}</figcaption></figure>'
     return _Tile(html, None if shape == "wide" else tall)
 
 
@@ -837,7 +854,7 @@ def _image(record: _Record, artifact: dict[str, Any]) -> tuple[str, str, float]:
     shape, style, tall = "", "", 1.0
     if width and height:
         tall = height / width
-        shape = "wide" if tall < 0.6 and width > 480 else ""
+        shape = "wide" if tall < 0.6 and width > 900 else ""
         if max(width, height) <= 400:
             shown = width * max(1, 430 // max(width, height))
             shape, style, tall = "tiny", f' style="width:{shown}px"', tall * shown / 430
@@ -848,7 +865,8 @@ def _image(record: _Record, artifact: dict[str, Any]) -> tuple[str, str, float]:
 
 
 def _encode(path: Path) -> tuple[bytes, str]:
-    """The picture's bytes and type; a very large one is made smaller so that the page stays light."""
+    """The picture's bytes and type; a very large one is made smaller, and a very large animation becomes its first
+    frame, so that the page stays light."""
     data = path.read_bytes()
     kinds = {".gif": "image/gif", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
     mime = kinds.get(path.suffix.lower(), "image/png")
@@ -856,15 +874,15 @@ def _encode(path: Path) -> tuple[bytes, str]:
         return data, mime
     from PIL import Image
 
+    smaller = io.BytesIO()
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            picture = picture.convert("RGB")
-            picture.thumbnail((1600, 1600))
-            smaller = io.BytesIO()
-            picture.save(smaller, "WEBP", quality=88)
-    except OSError:
+            still = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+        still.thumbnail((1600, 1600))
+        still.save(smaller, "WEBP", quality=88)
+    except (OSError, ValueError, Image.DecompressionBombError):
         return data, mime
-    return (smaller.getvalue(), "image/webp") if smaller.tell() < len(data) else (data, mime)
+    return (smaller.getvalue(), "image/webp") if mime == "image/gif" or smaller.tell() < len(data) else (data, mime)
 
 
 def _size(data: bytes) -> tuple[int, int]:
@@ -878,7 +896,7 @@ def _size(data: bytes) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(data)) as picture:
             return picture.size
-    except OSError:
+    except (OSError, ValueError, Image.DecompressionBombError):
         return 0, 0
 
 
@@ -980,8 +998,8 @@ def _what_was_run(record: _Record) -> str:
     described, environment, sessions = record.described, record.environment, record.sessions
     whole, loop = record.seconds(), record.seconds("loop_seconds") or record.seconds()
     out = f'<pre class="command">{_e(described["command"])}</pre>' if described.get("command") else ""
-    steps = sum(int(s.get("to_step") or 0) - int(s.get("from_step") or 0) for s in sessions)
-    memory = max((float(s.get("peak_memory_mb") or 0) for s in sessions), default=0.0)
+    steps = sum(_float(s.get("to_step")) - _float(s.get("from_step")) for s in sessions)
+    memory = max((_float(s.get("peak_memory_mb")) for s in sessions), default=0.0)
     rows: _Facts = [("seed", _e(described["seed"]))] if described.get("seed") is not None else []
     rows += [("started", _e(_moment(environment.get("started"))))]
     if whole:
@@ -1015,7 +1033,7 @@ def _what_was_run(record: _Record) -> str:
                 _moment(s.get("started")),
                 s.get("from_step"),
                 s.get("to_step"),
-                _duration(float(s.get("seconds") or 0)),
+                _duration(_float(s.get("seconds"))),
                 s.get("device"),
             ]
             for s in sessions
@@ -1047,7 +1065,9 @@ def _settings(record: _Record, contract: Contract) -> str:
 
 def _contract(record: _Record, contract: Contract) -> str:
     parts: list[str] = []
-    source = " · ".join(filter(None, [contract.paper, f"notes §\u00a0{contract.section}" if contract.section else ""]))
+    source = " · ".join(
+        filter(None, [contract.paper, f"notes\u00a0§\u00a0{contract.section}" if contract.section else ""])
+    )
     if source:
         parts.append(f"<p>{_inline(source)}</p>")
     if contract.equation:
@@ -1057,7 +1077,7 @@ def _contract(record: _Record, contract: Contract) -> str:
             parts.append(f"<h3>{title.capitalize()}</h3>{_prose(text)}")
     if contract.docs:
         parts.append(f"<details><summary>More from the docstring</summary>{_prose(contract.docs)}</details>")
-    if contract.card:
+    if isinstance(contract.card, dict):
         parts.append(f"<h3>Evidence</h3>{_evidence(contract.card)}")
     return "".join(parts) or f"<p><code>etude info {_e(record.method)}</code> prints its contract.</p>"
 
@@ -1069,12 +1089,12 @@ def _evidence(card: dict[str, Any]) -> str:
     rows = []
     for one in map(_dict, _list(card.get("experiments"))):
         values = [_number(v) if _is_number(v) else "failed" for v in _list(one.get("values"))]
-        seconds = [float(v) for v in _list(one.get("seconds")) if _is_number(v)]
+        seconds = [_float(v) for v in _list(one.get("seconds"))]
         sign = "≤" if one.get("better") == "lower" else "≥"
         spread = f" ± {float(one['spread']):.2g}" if _is_number(one.get("spread")) and len(values) > 1 else ""
         mean = f"{_number(one['mean'])}{spread}" if _is_number(one.get("mean")) else ""
         bar = f"{sign} {one['bar']:.6g}" if _is_number(one.get("bar")) else ""
-        passed = {True: "✓ clears", False: "✕ misses"}.get(one.get("passed"), "")  # type: ignore[arg-type]
+        passed = "✓ clears" if one.get("passed") is True else "✕ misses" if one.get("passed") is False else ""
         slowest = _duration(max(seconds)) if seconds else ""
         name = f"{one.get('name') or ''}: {_words(str(one.get('metric') or ''))}"
         rows.append([name, ", ".join(values), mean, bar, passed, one.get("published") or "", slowest])

@@ -99,8 +99,10 @@ class Run:
         self.record = record.Record(folder, writes=self.rank == 0)
         self._tracked: dict[str, Any] = {}
         self._saved: dict[str, Any] = {}
-        self._parameters: dict[tuple[int, ...], tuple[list[tuple[str, nn.Parameter]], list[torch.Tensor], tuple[nn.Module, ...]]] = {}
+        # named parameters and batch-norm statistics of the modules that `average` was called with
+        self._parameters: dict[tuple[int, ...], tuple[list[tuple[str, nn.Parameter]], list[torch.Tensor], Any]] = {}
         self._row: dict[str, Any] = {}
+        self._last_row: dict[str, Any] = {}  # of the step in which the loop was left
         self._rows: list[tuple[int, dict[str, Any]]] = []
         self._latest: dict[str, float] = {}
         self._found, self._one = torch.zeros(1, device=self.device), torch.ones(1, device=self.device)
@@ -185,7 +187,8 @@ class Run:
         by `break` ends it.
         """
         if self._saved:
-            raise RunError(f"the checkpoint holds '{next(iter(self._saved))}', which the method did not track; was its file changed?")
+            name = next(iter(self._saved))
+            raise RunError(f"the checkpoint holds '{name}', which the method did not track; was its file changed?")
         row, self._row = self._row, {}
         if row and self.step != self._resumed:  # logged before the loop; a resumed run has it on record
             self._rows.append((self.step, row))
@@ -216,7 +219,7 @@ class Run:
                     save_due = now + SAVE_SECONDS
             self.save()
         except GeneratorExit:  # a `break` or an error in the loop's body: `finish` knows which
-            self._left = True
+            self._left, self._last_row, self._row = True, self._row, {}
             raise
         finally:
             self._busy = False
@@ -226,21 +229,29 @@ class Run:
             raise Interrupted(self._signal or signal.SIGTERM)
 
     def finish(self) -> None:
-        """Save the end, after the method has returned; a loop left by `break` has completed its last step."""
+        """Called after the method has returned: save the end, and what was logged after the loop."""
         self._busy = True  # a signal no longer cuts this short
-        if self._left:
-            self.step += 1
-            self._left, self._over, self._state_step = False, True, -1
+        self._close()
         if self._row:
             self._rows.append((self.step, self._row))
             self._row = {}
         self.save()
 
     def stopped(self) -> str:
-        """Called when Ctrl-C or SIGTERM came outside the loop or ended it: save what is not saved yet, say what is."""
-        if self._left:  # in the evaluation after a `break`: the state is complete
-            self.finish()
-        return f"stopped with the state of step {self._state_step} saved" if self._state_step >= 0 else "stopped before the first step"
+        """Called when Ctrl-C or SIGTERM has ended the method: save what is not saved yet, and say what is."""
+        self._close()
+        if self._state_step < 0:
+            return "stopped before the first step"
+        return f"stopped with the state of step {self._state_step} saved"
+
+    def _close(self) -> None:
+        """A loop left by `break` has completed its last step: count it and save."""
+        if self._left:
+            self._left, self._over, self._state_step = False, True, -1
+            self.step += 1
+            if self._last_row:
+                self._rows.append((self.step, self._last_row))
+            self.save()
 
     def every(self, interval: int) -> bool:
         """True in each `interval`-th step and in the last one; 0 means only in the last."""
@@ -257,9 +268,9 @@ class Run:
         """After backward, before clipping and update: average over ranks, and stop the run on NaN or Inf.
 
         Gradients of all parameters of `modules`, their batch-norm statistics and the named 0-dim `scalars` are averaged
-        in one flat all-reduce (FSDP2 reduces its own gradients). On CPU a non-finite scalar or gradient raises RunError at once, so the update
-        never happens; on an accelerator the check is kept on the device and read at the next flush, always
-        before a checkpoint is written, so the last checkpoint is good in either case.
+        in one flat all-reduce (FSDP2 reduces its own gradients). On CPU a non-finite scalar or gradient raises RunError
+        at once, so the update never happens; on an accelerator the check is kept on the device and read at the next
+        flush, always before a checkpoint is written, so the last checkpoint is good in either case.
         """
         key = tuple(map(id, modules))
         if key not in self._parameters:
@@ -269,11 +280,15 @@ class Run:
         grads = [p.grad for _, p in named if p.grad is not None]
         if self.world > 1:
             self._reduce([*(grad for grad in grads if not hasattr(grad, "to_local")), *statistics, *scalars.values()])
-            grads = [grad.to_local() if hasattr(grad, "to_local") else grad for grad in grads]
-        if grads:  # one dispatch marks `found` when any element is not finite; the factor 1 leaves gradients as they are
+            grads = [getattr(grad, "to_local", lambda grad=grad: grad)() for grad in grads]
+        # one dispatch marks `found` when any element is not finite; the factor 1 leaves gradients as they are
+        if grads:
             torch._amp_foreach_non_finite_check_and_unscale_(grads, self._found, self._one)
         if self.device.type != "cpu":
-            values = [self._found / (1 - self._found), *(value.detach().to(torch.float32).reshape(1) for value in scalars.values())]
+            values = [
+                self._found / (1 - self._found),
+                *(value.detach().to(torch.float32).reshape(1) for value in scalars.values()),
+            ]
             self._suspects.append((self.step, torch.cat(values).sum()))
             return
         for name, value in scalars.items():
@@ -337,7 +352,9 @@ class Run:
             seeder.manual_seed(key)
 
     def _kept(self) -> str:
-        return f"the checkpoint of step {self._state_step} is kept" if self._state_step >= 0 else "no checkpoint had been written yet"
+        if self._state_step < 0:
+            return "no checkpoint had been written yet"
+        return f"the checkpoint of step {self._state_step} is kept"
 
     def flush(self) -> None:
         """Read the buffered tensors, refuse NaN, and append the rows to metrics.jsonl."""
@@ -351,7 +368,11 @@ class Run:
         if not rows:
             return
         waiting = [v for _, row in rows for v in row.values() if isinstance(v, torch.Tensor)]
-        read = iter(torch.stack([v.double() if v.device.type == "cuda" else v.float() for v in waiting]).tolist() if waiting else [])
+        read = iter(
+            torch.stack([v.double() if v.device.type == "cuda" else v.float() for v in waiting]).tolist()
+            if waiting
+            else []
+        )
         lines = []
         for step, row in rows:
             for name, value in row.items():
@@ -398,5 +419,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used here; 'etude doctor' lists the devices of this machine") from error
+        raise UserError(
+            f"--device {name} cannot be used here; 'etude doctor' lists the devices of this machine"
+        ) from error
     return device

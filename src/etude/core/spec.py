@@ -24,4 +24,5 @@ class Spec:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Spec:
         """Build from the dictionary that ``json.load`` gives (lists become tuples)."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        coded: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**coded)

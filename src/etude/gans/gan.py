@@ -51,7 +51,7 @@ from torch.nn.functional import softplus
 
 from etude import optim
 from etude.blocks.gans import Sample, draw, flat, players, stage
-from etude.catalog import Experiment, method
+from etude.catalog import method
 from etude.core.config import Count, Fraction, NonNegative, Positive, Probability, Whole
 from etude.core.run import Loaded, Run
 from etude.core.spec import Spec

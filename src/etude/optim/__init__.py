@@ -18,7 +18,20 @@ from etude.optim.rmsprop import RMSProp
 from etude.optim.schedules import Schedule, schedule, set_lr
 from etude.optim.sgd import SGD
 
-__all__ = ["SGD", "AdaGrad", "Adam", "AdamW", "Momentum", "Name", "RMSProp", "Schedule", "flatten", "make", "schedule", "set_lr"]
+__all__ = [
+    "SGD",
+    "AdaGrad",
+    "Adam",
+    "AdamW",
+    "Momentum",
+    "Name",
+    "RMSProp",
+    "Schedule",
+    "flatten",
+    "make",
+    "schedule",
+    "set_lr",
+]
 
 Name = Literal["sgd", "momentum", "nesterov", "rmsprop", "adagrad", "adam", "adamw"]
 """What an `--optimizer` flag may say."""

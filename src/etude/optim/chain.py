@@ -29,13 +29,15 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import _global_optimizer_post_hooks as _POST_HOOKS
+from torch.optim.optimizer import _global_optimizer_pre_hooks as _PRE_HOOKS
 
 from etude.optim.clipping import clip_by_value, global_norm, shrink
 
 State = dict[str, Tensor]
 Rule = Callable[["Signal", Mapping[str, Tensor]], tuple["Signal", State]]
 
-BLOCK = 1 << 15
+BLOCK = 1 << 17
 """Elements a rule sees at a time: every link is elementwise, and temporaries of this size stay in the cache."""
 
 
@@ -197,9 +199,19 @@ class Chain(torch.optim.Optimizer):
         """A kernel that computes exactly `rule(group)` on lists of tensors of one device and dtype, or None."""
         return None
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Update every parameter that has a gradient; returns the closure's value (run with gradients on) or None."""
+        hooks = (self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks, _PRE_HOOKS, _POST_HOOKS)
+        if any(hooks) or torch.autograd._profiler_enabled():  # pyright: ignore[reportPrivateImportUsage]
+            return _watched_step(self, closure)
+        return self._step(closure)
+
+    # torch wraps `step` for hooks and profiler unless it is marked so; on a tiny network the wrapper is 5 % of a
+    # training step, so it is put on only when something listens
+    step.hooked = True  # pyright: ignore[reportFunctionMemberAccess]
+
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -222,6 +234,15 @@ class Chain(torch.optim.Optimizer):
                     self._run(group, bucket, norm)
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop every gradient (or fill it with 0); for a flat vector both are one fill."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if set_to_none:
+                    parameter.grad = None
+                elif parameter.grad is not None:
+                    parameter.grad.detach().zero_()
+
     def _buckets(self, group: dict[str, Any]) -> Iterable[Bucket]:
         """The group's parameters that have a gradient, by device and dtype, with their state (made when new)."""
         buckets: dict[Any, Bucket] = {}
@@ -236,10 +257,13 @@ class Chain(torch.optim.Optimizer):
             bucket = buckets.get(key)
             if bucket is None:
                 bucket = buckets[key] = Bucket([], [], [], [], parameter.device.type in _FUSED_DEVICES)
+            bucket.steps.append(state["step"])
+            if hasattr(parameter, "to_local"):  # sharded: every link is elementwise, so each rank updates its own part
+                parameter, gradient = parameter.to_local(), gradient.to_local()
+                state = {name: value.to_local() for name, value in state.items() if hasattr(value, "to_local")}
             bucket.parameters.append(parameter)
             bucket.gradients.append(gradient)
             bucket.states.append(state)
-            bucket.steps.append(state["step"])
         return buckets.values()
 
     def _begin(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor, state: State) -> None:
@@ -255,14 +279,14 @@ class Chain(torch.optim.Optimizer):
     def _run(self, group: dict[str, Any], bucket: Bucket, norm: Callable[[], Tensor]) -> None:
         """The rule itself, block by block."""
         rule, lr = self.rule(group), float(group["lr"])
-        for parameter, gradient, state in zip(bucket.parameters, bucket.gradients, bucket.states, strict=True):
-            state["step"] += 1
-            k = int(state["step"])
+        for parameter, gradient, state, step in zip(*bucket[:4], strict=True):
+            step += 1
+            k = int(step)
             slots = {name: value for name, value in state.items() if name != "step" and value is not None}
-            for theta, g, before in _blocks(parameter, gradient, slots):
-                new_theta, after = update(rule, theta, g, before, k, lr, norm)
+            for theta, g, *values in blocks(parameter, gradient, *slots.values()):
+                new_theta, after = update(rule, theta, g, dict(zip(slots, values, strict=True)), k, lr, norm)
                 theta.copy_(new_theta)
-                for name, value in before.items():
+                for name, value in zip(slots, values, strict=True):
                     value.copy_(after[name])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -293,6 +317,8 @@ class Bucket(NamedTuple):
 
 Kernel = Callable[[Bucket], None]
 
+_watched_step = torch.optim.Optimizer.profile_hook_step(Chain._step)
+
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
@@ -301,15 +327,12 @@ def _clock(parameter: Tensor) -> torch.device:
     return parameter.device if parameter.device.type in _FUSED_DEVICES else torch.device("cpu")
 
 
-def _blocks(parameter: Tensor, gradient: Tensor, slots: State) -> Iterable[tuple[Tensor, Tensor, State]]:
-    """Matching views of θ, g and the state, small enough for the cache when they are on a CPU and contiguous."""
-    tensors = [parameter.detach(), gradient, *slots.values()]
-    whole = parameter.numel() <= BLOCK or parameter.device.type != "cpu"
+def blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Matching views of tensors of one shape, small enough for the cache when they are on a CPU and contiguous."""
+    whole = tensors[0].numel() <= BLOCK or tensors[0].device.type != "cpu"
     if whole or not all(tensor.is_contiguous() for tensor in tensors):
-        yield tensors[0], gradient, slots
-        return
-    for theta, g, *values in zip(*(tensor.view(-1).split(BLOCK) for tensor in tensors), strict=True):
-        yield theta, g, dict(zip(slots, values, strict=True))
+        return [tensors]
+    return zip(*(tensor.detach().view(-1).split(BLOCK) for tensor in tensors), strict=True)
 
 
 def nonnegative(name: str, value: float) -> None:

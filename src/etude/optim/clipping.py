@@ -26,9 +26,12 @@ from torch import Tensor
 def global_norm(tensors: Iterable[Tensor]) -> Tensor:
     """‖g‖₂ over all tensors as one vector (0-dim, on the first one's device; 0 when there is none)."""
     norms = [torch.linalg.vector_norm(tensor) for tensor in tensors]
-    if len(norms) <= 1:
-        return norms[0] if norms else torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    if not norms:
+        return torch.zeros(())
+    total = norms[0]
+    if len(norms) > 1:
+        total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    return total.full_tensor() if hasattr(total, "full_tensor") else total  # of sharded tensors: the whole norm
 
 
 def shrink(norm: Tensor, limit: float, eps: float = 0.0) -> Tensor:
@@ -53,7 +56,7 @@ def clip_by_norm(gradients: Sequence[Tensor], limit: float, eps: float = 0.0) ->
 def clip_value_(parameters: Iterable[Tensor], limit: float) -> None:
     """Clip every parameter's `.grad` by value, in place."""
     _positive(limit)
-    for gradient in _gradients(parameters):
+    for gradient in map(_local, _gradients(parameters)):
         gradient.clamp_(-limit, limit)
 
 
@@ -63,9 +66,14 @@ def clip_norm_(parameters: Iterable[Tensor], limit: float, eps: float = 0.0) -> 
     gradients = _gradients(parameters)
     norm = global_norm(gradients)
     factor = shrink(norm, limit, eps)
-    for gradient in gradients:
+    for gradient in map(_local, gradients):
         gradient.mul_(factor.to(gradient.device, gradient.dtype))
     return norm
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor (sharing its memory); any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:

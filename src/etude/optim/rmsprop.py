@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from torch.optim.optimizer import ParamsT
 
-from etude.optim.chain import Chain, Rule, chain, fraction, l2, nonnegative, over_root
+from etude.optim.chain import Bucket, Chain, Kernel, Rule, blocks, chain, fraction, l2, nonnegative, over_root
 
 
 def rule(alpha: float = 0.99, eps: float = 1e-8, weight_decay: float = 0.0) -> Rule:
@@ -25,7 +25,7 @@ def rule(alpha: float = 0.99, eps: float = 1e-8, weight_decay: float = 0.0) -> R
 
 
 class RMSProp(Chain):
-    """RMSProp in torch's names (`alpha` is β). There is no kernel for it: the rule runs block by block."""
+    """RMSProp in torch's names (`alpha` is β)."""
 
     absent: ClassVar = {"centered": False, "momentum": 0.0, "maximize": False}
 
@@ -46,3 +46,17 @@ class RMSProp(Chain):
 
     def rule(self, group: dict[str, Any]) -> Rule:
         return rule(group["alpha"], group["eps"], group["weight_decay"])
+
+    def _kernel(self, group: dict[str, Any]) -> Kernel:
+        """The same in place, in the order of torch's loop; torch has no single kernel for it."""
+        alpha, eps, weight_decay, lr = group["alpha"], group["eps"], group["weight_decay"], float(group["lr"])
+
+        def kernel(bucket: Bucket) -> None:
+            for tensors in zip(bucket.parameters, bucket.gradients, bucket.slot("square_avg"), strict=True):
+                for theta, g, square in blocks(*tensors):
+                    if weight_decay:
+                        g = g.add(theta, alpha=weight_decay)
+                    square.mul_(alpha).addcmul_(g, g, value=1 - alpha)
+                    theta.addcdiv_(g, square.sqrt().add_(eps), value=-lr)
+
+        return kernel

@@ -23,6 +23,8 @@ from typing import Literal
 
 import torch
 
+from etude.core.errors import UserError, nearest
+
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
     """Give every parameter group the rate `lr`; returns it, ready to be logged."""
@@ -37,12 +39,15 @@ Schedule = Literal["constant", "linear", "cosine", "one_cycle"]
 
 def schedule(name: Schedule, peak: float, total: int, warm: int = 0) -> Callable[[int], float]:
     """The rate as a function of the step alone, for a `--schedule` flag; `warm` steps of warm-up where it has none."""
-    return {
+    rates: dict[str, Callable[[int], float]] = {
         "constant": lambda step: constant(step, peak, warm),
         "linear": lambda step: linear(step, peak, total, warm),
         "cosine": lambda step: cosine(step, peak, total, warm),
         "one_cycle": lambda step: one_cycle(step, peak, total),
-    }[name]
+    }
+    if name not in rates:
+        raise UserError(f"unknown schedule {name!r}, choose from {', '.join(rates)}{nearest(name, rates)}")
+    return rates[name]
 
 
 def constant(step: int, peak: float, warm: int = 0) -> float:

@@ -51,7 +51,24 @@ from etude.data.augment import shift
 from etude.data.batches import Stream
 
 # Table I of the paper: which of the six S2 maps feed each of the sixteen C3 maps
-TABLE_1 = ("012", "123", "234", "345", "045", "015", "0123", "1234", "2345", "0345", "0145", "0125", "0134", "1245", "0235", "012345")
+TABLE_1 = (
+    "012",
+    "123",
+    "234",
+    "345",
+    "045",
+    "015",
+    "0123",
+    "1234",
+    "2345",
+    "0345",
+    "0145",
+    "0125",
+    "0134",
+    "1245",
+    "0235",
+    "012345",
+)
 
 
 @dataclass(frozen=True)
@@ -90,8 +107,22 @@ PRESETS = {
 }
 
 EXPERIMENTS = (
-    Experiment("mnist in a minute", preset="mnist", metric="test_accuracy", bar=0.985, within_seconds=60, published="0.9905 (LeCun 1998)"),
-    Experiment("mnist", preset="mnist_long", metric="test_accuracy", bar=0.990, within_seconds=300, published="0.9905 (LeCun 1998)"),
+    Experiment(
+        "mnist in a minute",
+        preset="mnist",
+        metric="test_accuracy",
+        bar=0.985,
+        within_seconds=60,
+        published="0.9905 (LeCun 1998)",
+    ),
+    Experiment(
+        "mnist",
+        preset="mnist_long",
+        metric="test_accuracy",
+        bar=0.990,
+        within_seconds=300,
+        published="0.9905 (LeCun 1998)",
+    ),
 )
 
 
@@ -137,7 +168,12 @@ class LeNet(nn.Module):
     """
 
     def __init__(
-        self, classes: int, mean: tuple[float, ...] = (0.5,), std: tuple[float, ...] = (0.5,), size: int = 28, style: str = "modern"
+        self,
+        classes: int,
+        mean: tuple[float, ...] = (0.5,),
+        std: tuple[float, ...] = (0.5,),
+        size: int = 28,
+        style: str = "modern",
     ) -> None:
         super().__init__()
         modern = style == "modern"
@@ -157,7 +193,9 @@ class LeNet(nn.Module):
             nn.Conv2d(16, 120, 5),  # C5
             squash(),
         )
-        self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(120, 84), squash(), nn.Linear(84, classes))  # F6, output
+        self.classifier = nn.Sequential(
+            nn.Flatten(), nn.Linear(120, 84), squash(), nn.Linear(84, classes)
+        )  # F6, output
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(self.standardise(x)))
@@ -188,6 +226,8 @@ def train(config: Config, run: Run) -> dict[str, float]:
     def evaluate() -> dict[str, float]:
         return {f"test_{name}": value for name, value in accuracy(run, model, data.test.x, data.test.y).items()}
 
-    scores = fit(run, model, optimizer, batch, config.steps, rate=rate, evaluate=evaluate, evaluate_every=config.evaluate_every)
+    scores = fit(
+        run, model, optimizer, batch, config.steps, rate=rate, evaluate=evaluate, evaluate_every=config.evaluate_every
+    )
     classifier_pictures(run, model, data.test.x, data.test.y, data.spec.classes, model.features[0].weight)
     return scores

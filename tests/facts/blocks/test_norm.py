@@ -86,7 +86,8 @@ def test_standardise_names_mistakes():
 
 def test_standardising_makes_gradient_descent_at_least_ten_times_shorter():
     """Logistic regression on breast cancer, two raw features of different scale, each at its rate 1/λ_max(H): within
-    ten times the steps (measured 20) that take the standardised problem to 1e-3 of its minimum, the raw one is not."""
+    ten times the steps that take the standardised problem to 1e-3 of its minimum (measured 12) the raw one is not
+    there (measured: nor after 6,000)."""
     data = load_breast_cancer()
     raw, y = torch.from_numpy(data.data[:, [0, 4]]), torch.from_numpy(data.target).double()
 
@@ -217,7 +218,7 @@ def test_gradcheck(fused):
 
 @pytest.mark.parametrize("normalised", [True, False])
 def test_twenty_sigmoid_layers_learn_only_with_batch_norm(normalised):
-    """20 layers of 64 sigmoids on the bundled digits, 60 steps: measured 0.95 with, 0.10 without."""
+    """20 layers of 64 sigmoids on the bundled digits, 60 steps: measured 0.97 with, 0.10 without."""
     data = load_digits()
     x, y = torch.from_numpy(data.data).float() / 16, torch.from_numpy(data.target)
     torch.manual_seed(0)

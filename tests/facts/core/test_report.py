@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import io
 import json
+import random
 import re
 import subprocess
 import sys
@@ -13,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from etude.core import report
 from etude.core.report import Axis, Contract, chart, read_metrics, render, smooth, thin
 from etude.core.report import Series as S
 
@@ -148,7 +153,7 @@ def test_nothing_is_loaded_from_outside(run: Path) -> None:
 
 
 def test_what_a_run_writes_is_only_ever_text(run: Path) -> None:
-    evil = "<script>alert(1)</script>\"'&"
+    evil = "<script>alert(1)</script>\" onload=\"alert(2)' onclick='alert(3)&"
     index = json.loads((run / "artifacts/index.json").read_text())
     write(run, "artifacts/index.json", [a | {"caption": evil, "name": a["name"] + evil} for a in index])
     write(run, "artifacts/t.txt", evil)
@@ -238,3 +243,255 @@ def test_metrics_are_read_as_written(tmp_path: Path) -> None:
 def test_torch_is_not_imported() -> None:
     code = "import sys, etude.core.report; assert 'torch' not in sys.modules and 'PIL' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+BAR = {
+    "metric": "test_accuracy",
+    "bar": 0.99,
+    "better": "higher",
+    "preset": "default",
+    "published": "0.9905 (LeCun 1998)",
+}
+
+
+def headline(folder: Path, **changes: object) -> str:
+    text = render(folder, Contract(bars=(BAR | changes,))).read_text(encoding="utf-8")
+    return text[text.index('id="headline"') : text.index('id="curves"')]
+
+
+def test_verdict_is_given_only_where_the_bar_applies(run: Path) -> None:
+    flags = {"steps": 200}
+    assert "✓ clears the bar" in headline(run, flags=flags)
+    assert "✕ misses the bar" in headline(run, flags=flags, bar=0.9951)
+    assert "✓ clears the bar" in headline(run, flags=flags, bar=0.995)
+    assert "✕ misses the bar" in headline(run, flags=flags, better="lower")
+    assert "✓ clears the bar" in headline(run, flags=flags, metric="test_loss", bar=0.02, better="lower")
+    assert 'verdict miss">✕ clears the bar, but too slowly: 10 s of the 9.0 s allowed' in headline(
+        run, flags=flags, within_seconds=9
+    )
+    assert 'verdict pass">✓ clears the bar, in 10 s of the 11 s allowed' in headline(
+        run, flags=flags, within_seconds=11
+    )
+    for other in (headline(run), headline(run, preset="mnist", flags=flags), headline(run, flags={"steps": 100})):
+        assert "this run used other settings and is not held against it" in other
+        assert "verdict" not in other
+        assert "gauge" not in other
+    (run / "done").unlink()
+    assert "no verdict yet" in headline(run, flags=flags)
+    write(run, "result.json", '{"test_accuracy": NaN}')
+    (run / "done").touch()
+    assert "✕ misses the bar" in headline(run, flags=flags)
+
+
+def test_gauge_places_bar_run_and_published_number(run: Path) -> None:
+    text = headline(run, flags={"steps": 200})
+    at = {
+        kind: float(left) for kind, left in re.findall(r'<i class="(bar|here|published)" style="left:([\d.]+)%"', text)
+    }
+    scale = (at["here"] - at["bar"]) / (0.995 - 0.99)
+    assert at["published"] == pytest.approx(at["bar"] + scale * (0.9905 - 0.99), abs=0.02)
+    assert 0 < at["bar"] < at["published"] < at["here"] <= 100
+    seeds = {"experiments": [{"name": None, "metric": "test_accuracy", "values": [0.991, None, 0.993]}]}
+    text = render(run, Contract(bars=(BAR | {"flags": {"steps": 200}},), card=seeds)).read_text(encoding="utf-8")
+    assert len(re.findall(r'<i class="seed" style', text)) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "value"),
+    [
+        ("0.9905 (LeCun 1998)", 0.98, 0.9905),
+        ("99.05% (ours)", 0.98, 0.9905),
+        ("≈ −1/18", -0.06, None),
+        ("79.20 nats", 0.1, None),  # another scale
+        ("none", 0.5, None),
+        ("", 0.5, None),
+        ("−0.05", -0.06, -0.05),
+    ],
+)
+def test_published_number_is_drawn_only_on_the_scale_of_the_bar(text: str, limit: float, value: float | None) -> None:
+    assert report._published(text, limit) == (None if value is None else pytest.approx(value))
+
+
+def test_states_of_a_run(run: Path) -> None:
+    (run / "done").unlink()
+    shown = page(run)
+    assert "◐ unfinished" in shown.text
+    assert "step 200 of 200, last heard of 2 January 2026, 03:04" in shown.text
+    assert "etude resume" in shown.text
+    write(run, "failed", "the loss is NaN\nTraceback\n  File x")
+    shown = page(run)
+    assert "✕ failed" in shown.text
+    assert "Why it failedthe loss is NaNTraceback" in shown.text
+    assert "no verdict" not in shown.text
+
+
+def test_curves_of_a_split_share_a_chart_and_all_charts_share_the_steps(run: Path) -> None:
+    rows = [{"step": k, "loss": 1.0 * k} | ({"test_loss": 2.0 * k, "other": 1.0} if k > 5 else {}) for k in range(11)]
+    write(run, "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    charts = page(run).all("svg")
+    assert len(charts) == 2
+    assert {c["data-x"] for c in charts} == {"0.0 10.0"}
+    assert any(
+        "loss: 0 at step 0, 10 at step 10" in str(c["aria-label"]) and "test loss" in str(c["aria-label"])
+        for c in charts
+    )
+
+
+def test_what_is_not_finite_is_marked_and_does_not_stretch_the_axis() -> None:
+    drawn = chart([S("loss", np.array([0.0, 1, 2, 4]), np.array([1.0, np.nan, 3.0, np.inf]))])
+    assert 'class="bad" d="M250 1000V940"' in drawn
+    assert 'class="bad" d="M1000 1000V940"' in drawn
+    assert re.search(r'class="line s0" d="M0 [\d.]+L500 [\d.]+"', drawn)
+    assert "no finite value" in chart([S("loss", np.array([0.0]), np.array([np.nan]))])
+    assert 'data-y="-1.1 1.1"' in chart([S("x", np.arange(4.0), np.array([-1.0, 1e305, -1e305, 1.0]))])
+
+
+def test_log_scale_only_for_what_falls_over_decades() -> None:
+    values = np.array([1e-3, 1.0])
+    assert report.value_axis("loss", values).log
+    assert not report.value_axis("test_accuracy", values).log
+    assert not report.value_axis("loss", np.array([0.0, 1.0])).log
+    assert not report.value_axis("loss", np.array([0.02, 1.0])).log
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 1.0), (-3.2, 17.9), (1e-9, 2e-9), (0.99, 0.9905), (0, 1e12), (1, 1500)]
+)
+def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
+    for count in (3, 4, 5):
+        ticks = Axis(low, high).ticks(count)
+        assert 2 <= len(ticks) <= count + 2
+        assert all(low - 1e-9 * (high - low) <= t <= high + 1e-9 * (high - low) for t in ticks)
+        steps = np.diff(ticks) / 10 ** np.floor(np.log10(np.diff(ticks)) + 1e-9)
+        assert np.allclose(steps, steps[0])
+        assert round(float(steps[0]), 6) in (1, 2, 5)
+
+
+def test_artifacts_outside_the_folder_are_not_read(run: Path) -> None:
+    secret = Image.new("L", (8, 8), 77)
+    secret.save(run / "secret.png")
+    secret.save(run.parent / "secret.png")
+    names = ["../secret.png", str(run.parent / "secret.png"), "gone.png", "a\0b.png"]
+    write(run, "artifacts/index.json", [{"file": name, "name": name, "step": None, "kind": "image"} for name in names])
+    shown = page(run)
+    assert shown.all("img") == []
+    assert "Could not be read: artifacts/gone.png" in shown.text
+
+
+def test_long_filmstrips_and_heavy_pictures_stay_light(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = []
+    for step in range(50):
+        Image.new("L", (8, 8), step).save(run / "artifacts" / f"f{step}.png")
+        index.append({"file": f"f{step}.png", "name": "film", "step": step, "caption": "", "kind": "image"})
+    write(run, "artifacts/index.json", index)
+    shown = page(run)
+    assert len(shown.all("img")) == 1 + report.FRAMES
+    steps = [int(str(image["alt"]).rpartition(" ")[2]) for image in shown.all("img")]
+    assert steps == [49, 0, 4, 9, 13, 18, 22, 27, 31, 36, 40, 45, 49]
+    noise = np.random.default_rng(0).integers(0, 256, (300, 2400, 3), dtype=np.uint8)
+    Image.fromarray(noise // 32 * 32).save(run / "artifacts/heavy.png")
+    frames = [Image.new("L", (64, 64), 60 * k) for k in range(4)]
+    frames[0].save(run / "artifacts/film.gif", save_all=True, append_images=frames[1:])
+    write(
+        run,
+        "artifacts/index.json",
+        [{"file": "heavy.png", "name": "a"}, {"file": "film.gif", "name": "b", "kind": "animation"}],
+    )
+    sources = [str(image["src"]) for image in page(run).all("img")]
+    assert sources[0].startswith("data:image/webp;base64,")
+    with Image.open(io.BytesIO(base64.b64decode(sources[0].partition(",")[2]))) as smaller:
+        assert smaller.size == (1600, 200)
+    assert base64.b64decode(sources[1].partition(",")[2]) == (run / "artifacts/film.gif").read_bytes()
+    monkeypatch.setattr(report, "ANIMATION_BYTES", 10)
+    assert "first frame" in page(run).text
+
+
+@pytest.mark.parametrize(
+    ("value", "head", "rows"),
+    [
+        ({"columns": ["a", "b"], "rows": [[1, 2]]}, ["a", "b"], [[1, 2]]),
+        ([{"a": 1}, {"b": 2}], ["a", "b"], [[1, None], [None, 2]]),
+        ({"x": {"a": 1}, "y": {"a": 2}}, ["", "a"], [["x", 1], ["y", 2]]),
+        ({"a": [1, 2], "b": [3, 4]}, ["a", "b"], [[1, 3], [2, 4]]),
+        ([[1, 2], [3, 4]], [], [[1, 2], [3, 4]]),
+        ({"a": 1, "b": "two"}, ["", ""], [["a", 1], ["b", "two"]]),
+    ],
+)
+def test_json_values_as_tables(value: object, head: list[str], rows: list[list[object]]) -> None:
+    assert report._table(value) == (head, rows)
+
+
+def test_values_that_are_no_table() -> None:
+    for value in (3, "text", [], {}, [1, 2], {"a": [1], "b": [2, 3]}):
+        assert report._table(value) is None
+
+
+def test_the_old_page_stays_until_the_new_one_is_whole(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = render(run).read_bytes()
+    (run / "other.html").hardlink_to(run / "report.html")
+    write(run, "failed", "now it failed")
+    assert render(run).read_bytes() != before
+    assert (run / "other.html").read_bytes() == before  # replaced, not written over
+    before = (run / "report.html").read_bytes()
+
+    def full(self: Path, *_: object, **__: object) -> None:
+        self.write_bytes(b"half")
+        raise OSError(28, "no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="no space"):
+        render(run)
+    assert (run / "report.html").read_bytes() == before
+    assert not list(run.glob(".report*"))
+
+
+def test_the_one_script_is_the_one_the_policy_allows(run: Path) -> None:
+    text = render(run).read_text(encoding="utf-8")
+    script = text.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in text
+    assert "unsafe-inline" not in text.partition("script-src")[2].partition('"')[0]
+
+
+def test_damaged_files_never_stop_the_report(run: Path) -> None:
+    """Replace random parts of every JSON file by random values; the page still comes, whole."""
+    source = random.Random(0)
+    junk = [
+        None,
+        True,
+        -1,
+        0,
+        1e308,
+        "x",
+        "",
+        [],
+        {},
+        [1],
+        {"a": 1},
+        [[]],
+        [None],
+        "\0",
+        "<b>",
+        float("nan"),
+        float("inf"),
+        "../..",
+    ]
+    names = ["config.json", "environment.json", "result.json", "spec.json", "artifacts/index.json"]
+    whole = {name: json.loads((run / name).read_text()) for name in names}
+
+    def spoil(value: object) -> object:
+        if source.random() < 0.12:
+            return source.choice(junk)
+        if isinstance(value, dict):
+            return {key: spoil(item) for key, item in value.items()}
+        return [spoil(item) for item in value] if isinstance(value, list) else value
+
+    for _ in range(60):
+        for name in names:
+            write(run, name, spoil(whole[name]))
+        card: object = spoil({"experiments": [{"name": "a", "values": [1, 2], "mean": 1.5, "bar": 1, "passed": True}]})
+        contract = Contract(bars=(BAR | {"name": "a", "within_seconds": 3},), card=card)  # type: ignore[arg-type]
+        assert [a["id"] for a in page(run, contract).all("section")] == SECTIONS
+    for name in names:
+        write(run, name, "{ half")
+    assert all(f"Could not be read: {name}." in page(run).text for name in names)

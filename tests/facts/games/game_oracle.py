@@ -13,7 +13,7 @@ Policy = dict[tuple[int, str], dict]  # (player, what it knows) → {action: pro
 
 @dataclass(frozen=True)
 class RandomGame:
-    """A finite game of perfect recall made up from a number: chance, hidden moves, moves twice in a row, forced moves."""
+    """A game of perfect recall made up from a number: chance, hidden moves, two moves in a row, forced moves."""
 
     number: int
     length: int = 5
@@ -87,7 +87,7 @@ def value(game, policy: Policy, state=None) -> float:
 
 
 def best_value(game, policy: Policy, me: int) -> float:
-    """What `me` wins by the best pure plan against `policy`: one choice an information set, from the last to the first."""
+    """What `me` wins by the best pure plan against `policy`: one choice an information set, the last ones first."""
     histories = defaultdict(list)  # (label) → [(state, probability that chance and the opponent allow it)]
 
     def collect(state, allowed, own):

@@ -104,7 +104,17 @@ def test_python_and_machine_code_agree_to_the_last_bit(game, variant, alternatin
     for kernel in (cfr._iterate.__wrapped__, cfr._iterate.build()):
         held = cfr.tables(tree)
         kept = (held.regret, held.average, held.strategy, held.reach)
-        kernel(*arrays, *kept, 0, 8, variant == "cfr_plus", 1, alternating)
+        kernel(
+            *arrays,
+            *kept,
+            np.zeros_like(held.reach),
+            np.zeros_like(held.reach),
+            0,
+            8,
+            variant == "cfr_plus",
+            1,
+            alternating,
+        )
         results.append(kept)
     assert all(np.array_equal(plain, machine) for plain, machine in zip(*results))
 
@@ -119,35 +129,36 @@ def test_iterations_can_be_cut_anywhere(variant):
         assert np.array_equal(array, parts.state_dict()[name]), name
 
 
-def test_exploitability_falls_as_promised():
-    """Zinkevich et al., Theorem 4: R_i/T ≤ Δ |I_i| √A / √T, so the mean over the players bounds exploitability.
+@pytest.mark.parametrize(("alternating", "steepest"), [(False, -0.65), (True, -1.1)])
+def test_exploitability_falls_as_promised(alternating, steepest):
+    """Like 1/√T or faster: log exploitability over log T, 10 to 10,000, has slope −0.540 at once and −0.929 in turn.
 
-    The bound holds for simultaneous updates. The fall itself is steeper: the slope of log exploitability over log T,
-    taken between 10 and 10,000, was −0.87 (at once) and −0.91 (in turn) when this was written; the theorem says −0.5.
+    The sum of the positive parts of the greatest regrets bounds exploitability (Zinkevich et al., Theorems 2 and 3)
+    and is not it: at 10,000 iterations in turn it is 0.00064 where exploitability is 0.00011.
     """
-    tree = TREES["kuhn"]
-    for alternating in (False, True):
-        gaps = {}
-        for iterations in (10, 100, 1000, 10000):
-            held = solved(tree, iterations, alternating=alternating)
-            gaps[iterations] = exploitability(tree, normalised(tree, held.average))
-            if not alternating:
-                assert gaps[iterations] <= 4 * 6 * np.sqrt(2) / np.sqrt(iterations)
-                best = np.maximum.reduceat(held.regret[1:-1], tree.first[:-1] - 1)
-                bound = 0.5 * np.maximum(best, 0).sum() / iterations  # Theorem 3
-                assert gaps[iterations] < bound  # the bound is one, and it is not what is reported
-        slope = np.polyfit(np.log10(list(gaps)), np.log10(list(gaps.values())), 1)[0]
-        assert slope < -0.5
+    tree, gaps = TREES["kuhn"], []
+    for iterations in (10, 100, 1000, 10000):
+        held = solved(tree, iterations, alternating=alternating)
+        gaps.append(exploitability(tree, normalised(tree, held.average)))
+        greatest = np.maximum.reduceat(held.regret[1:-1], tree.first[:-1] - 1)
+        assert gaps[-1] < 0.5 * np.maximum(greatest, 0).sum() / iterations
+    slope = np.polyfit([1, 2, 3, 4], np.log10(gaps), 1)[0]
+    assert steepest < slope <= -0.5
 
 
 def test_the_average_converges_and_the_last_strategy_does_not():
-    """Rock beats scissors twice as much: equilibrium (1/4, 1/2, 1/4)."""
+    """Rock beats scissors twofold: equilibrium (1/4, 1/2, 1/4). Both at once, measured 0.0079 and 1.0 at 10,000."""
     tree = flatten(Matrix(((0, -1, 2), (1, 0, -1), (-2, 1, 0)), (("rock", "paper", "scissors"),) * 2))
-    held = solved(tree, 20000)
+    held = cfr.tables(tree)
+    last = []
+    for t in range(10000):
+        cfr.iterate(tree, held, t, 1, alternating=False)
+        if t >= 9000:
+            last.append(exploitability(tree, held.strategy))
     average = normalised(tree, held.average)
     assert average[1:4] == pytest.approx([0.25, 0.5, 0.25], abs=0.01)
-    assert exploitability(tree, average) < 0.01  # 0.0021 when this was written
-    assert exploitability(tree, held.strategy) > 0.1
+    assert exploitability(tree, average) < 0.01
+    assert max(last) > 0.5
 
 
 def test_cfr_plus_regrets_stay_nonnegative_and_cfrs_do_not():

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from etude.core.errors import UserError
 from etude.optim import SGD
 from etude.optim.schedules import (
     constant,
@@ -12,6 +13,7 @@ from etude.optim.schedules import (
     inverse_root,
     linear,
     one_cycle,
+    schedule,
     set_lr,
     snapshot_steps,
     snapshots,
@@ -127,3 +129,19 @@ def test_settings_that_make_no_sense():
         one_cycle(0, 0.1, 10, rise=1.0)
     with pytest.raises(ValueError, match="cycles must be at least 1"):
         snapshots(0, 0.1, 10, 0)
+
+
+def test_schedules_by_name():
+    expected = {
+        "constant": lambda k: constant(k, 0.3, 2),
+        "linear": lambda k: linear(k, 0.3, 20, 2),
+        "cosine": lambda k: cosine(k, 0.3, 20, 2),
+        "one_cycle": lambda k: one_cycle(k, 0.3, 20),
+    }
+    for name, function in expected.items():
+        rate = schedule(name, 0.3, 20, warm=2)
+        assert [rate(k) for k in range(25)] == [function(k) for k in range(25)]
+    with pytest.raises(
+        UserError, match=r"unknown schedule 'cosin', choose from constant, linear, .* did you mean 'cosine'"
+    ):
+        schedule("cosin", 0.3, 20)

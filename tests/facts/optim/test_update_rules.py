@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from etude.core.errors import UserError
 from etude.optim import SGD, AdaGrad, Adam, AdamW, Momentum, RMSProp, adagrad, adam, make, momentum, rmsprop, sgd
@@ -102,6 +103,14 @@ def test_sgd_is_bit_equal_to_torch(dtype, fused, weight_decay):
     a, b = parameters(dtype), parameters(dtype)
     train(SGD(a, lr=0.01, weight_decay=weight_decay, fused=fused), a, 100)
     train(torch.optim.SGD(b, lr=0.01, weight_decay=weight_decay, foreach=False), b, 100)
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_the_rmsprop_kernel_is_bit_equal_to_torchs_loop(weight_decay):
+    a, b = parameters(torch.float32), parameters(torch.float32)
+    train(RMSProp(a, lr=0.01, weight_decay=weight_decay), a, 100)
+    train(torch.optim.RMSprop(b, lr=0.01, weight_decay=weight_decay, foreach=False), b, 100)
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
@@ -395,11 +404,19 @@ def test_mixed_dtypes_hooks_and_deepcopy():
     params = [nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in (torch.float32, torch.float64, torch.bfloat16)]
     optimizer = Adam(params, lr=0.25)
     calls = []
-    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    handles = [
+        optimizer.register_step_pre_hook(lambda *_: calls.append("before")),
+        optimizer.register_step_post_hook(lambda *_: calls.append("after")),
+        register_optimizer_step_post_hook(lambda *_: calls.append("global")),
+    ]
     for p in params:
         p.grad = torch.ones_like(p)
-    optimizer.step()
-    assert calls == [1]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
+        optimizer.step()
+    assert calls == ["before", "after", "global"]
+    assert "Optimizer.step#Adam.step" in {event.key for event in profile.key_averages()}
+    for handle in handles:
+        handle.remove()
     assert [p[0].item() for p in params] == pytest.approx([0.75] * 3, abs=1e-7)
     assert [optimizer.state[p]["exp_avg"].dtype for p in params] == [p.dtype for p in params]
     assert copy.deepcopy(optimizer).state_dict()["state"][0]["step"] == 1
@@ -445,8 +462,8 @@ def test_second_moments_see_the_clipped_and_decayed_gradient():
 def test_asking_for_a_kernel_that_does_not_exist():
     p = nn.Parameter(torch.ones(1))
     p.grad = torch.ones(1)
-    with pytest.raises(RuntimeError, match="no fused kernel"):
-        RMSProp([p], fused=True).step()
+    with pytest.raises(RuntimeError, match="Chain has no fused kernel"):
+        Chain([p], adam.rule(), lr=0.1, fused=True).step()
     with pytest.raises(RuntimeError, match="no fused kernel"):
         Adam([p], corrected=False, fused=True).step()
     Adam([p], fused=True).step()

@@ -84,7 +84,9 @@ def test_convolution_is_cross_correlation():  # E25
     layer = nn.Conv2d(2, 3, 5).double()
     x = torch.randn(1, 2, 9, 9, dtype=torch.float64)
     for o in range(3):
-        expected = sum(correlate2d(x[0, c].numpy(), layer.weight[o, c].detach().numpy(), mode="valid") for c in range(2))
+        expected = sum(
+            correlate2d(x[0, c].numpy(), layer.weight[o, c].detach().numpy(), mode="valid") for c in range(2)
+        )
         torch.testing.assert_close(layer(x)[0, o].detach(), torch.from_numpy(expected) + layer.bias[o].detach())
 
 

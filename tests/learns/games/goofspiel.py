@@ -1,7 +1,7 @@
-"""Goofspiel with three cards, written by a user: `etude run games/cfr --game tests/learns/games/goofspiel.py:Goofspiel`.
+"""Goofspiel with three cards, written by a user: `etude run games/cfr --game path/to/goofspiel.py:Goofspiel`.
 
-Both players hold 1, 2, 3. For the prizes 3, 2, 1 in turn each lays a card unseen; the higher card takes the prize, equal
-cards nobody. Then both cards are shown. The most prize points win.
+Both players hold 1, 2, 3. For the prizes 3, 2, 1 in turn each lays a card unseen; the higher card takes the prize,
+equal cards nobody. Then both cards are shown. Whoever has more prize points wins.
 """
 
 from etude.blocks.games import OVER

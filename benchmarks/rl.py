@@ -1,0 +1,192 @@
+"""DQN against Stable-Baselines3: environment steps a second with the learning in them, and learning curves.
+
+    python benchmarks/rl.py            the race → results/bench/rl.json
+    python benchmarks/rl.py curves     5 seeds of both → results/rl/dqn_curves.json and docs/pictures/dqn_vs_sb3.png
+
+Both sides run on one thread (`torch.set_num_threads(1)`), which is also the faster setting of the peer on its defaults.
+The clock of ours is the loop of a real `etude run` (log, checkpoints and one last evaluation included); the peer's is
+`learn()` without callbacks. Equal: network, Adam, learning rate, batch, buffer, ε schedule, γ, clipping, and the number
+of updates per environment step. Not equal: ours acts in 8 worlds at once; the peer's default is 1. Two rows give the
+peer the same 8 worlds.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import tempfile
+import time
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+ZOO = {
+    "learning_rate": 2.3e-3, "batch_size": 64, "buffer_size": 100_000, "learning_starts": 1000, "gamma": 0.99,
+    "target_update_interval": 10, "train_freq": 256, "gradient_steps": 128, "exploration_fraction": 0.16,
+    "exploration_final_eps": 0.04, "policy_kwargs": {"net_arch": [256, 256]},
+}  # fmt: skip
+DEFAULTS: dict[str, Any] = {}  # the peer's own: 64-64, batch 32, 1 update every 4 steps, learning rate 1e-4
+WORLDS = 8
+SEEDS = range(5)
+
+
+def ours(preset: str, steps: int) -> float:
+    """Seconds an environment step of `etude run rl/dqn`, first step to last."""
+    import etude
+
+    with tempfile.TemporaryDirectory() as folder:
+        light = {"evaluate_every": 0, "evaluation_episodes": 1, "final_episodes": 1, "quiet": True, "threads": 1}
+        result = etude.run("rl/dqn", preset=preset, steps=steps, out=Path(folder) / "run", **light)
+        seconds = _loop_seconds(result.folder)
+    return seconds / result.metrics["env_steps"]
+
+
+def _loop_seconds(folder: Path) -> float:
+    sessions = json.loads((folder / "environment.json").read_text())["sessions"]
+    return sum(session["loop_seconds"] for session in sessions)
+
+
+def theirs(settings: dict[str, Any], steps: int, worlds: int = 1) -> float:
+    """Seconds an environment step of Stable-Baselines3's `learn`."""
+    model = _peer(settings, 0, worlds)
+    start = time.perf_counter()
+    model.learn(steps)
+    return (time.perf_counter() - start) / model.num_timesteps
+
+
+def _peer(settings: dict[str, Any], seed: int, worlds: int = 1) -> Any:
+    import torch
+    from stable_baselines3 import DQN
+    from stable_baselines3.common.env_util import make_vec_env
+
+    torch.set_num_threads(1)
+    settings = dict(settings)
+    if worlds > 1:  # train_freq counts calls there, so these keep the updates per environment step
+        settings["train_freq"] = max(1, settings.get("train_freq", 4) // worlds)
+        if "gradient_steps" not in settings:
+            settings["gradient_steps"] = settings["train_freq"] * worlds // 4
+    env = make_vec_env("CartPole-v1", n_envs=worlds, seed=seed)
+    return DQN("MlpPolicy", env, seed=seed, device="cpu", **settings)
+
+
+def rows(only: int | None = None) -> list[dict[str, object]]:
+    """The races, one row each (or one of them)."""
+    from race import race
+
+    peer, number = "Stable-Baselines3 DQN", version("stable-baselines3")
+    equal = "CartPole-v1, 1 thread, hyperparameters and updates per environment step; ours 8 worlds, peer {}"
+    races = (
+        ("dqn, the peer's default hyperparameters", "sb3", DEFAULTS, 4000, 1, 6.0),
+        ("dqn, the peer's defaults and 8 worlds", "sb3", DEFAULTS, 4000, WORLDS, 6.0),
+        ("dqn, RL Zoo's CartPole settings (256-256)", "default", ZOO, 4000, 1, 6.0),
+        ("dqn, RL Zoo's settings and 8 worlds", "default", ZOO, 4000, WORLDS, 6.0),
+    )
+    return [
+        race(
+            name,
+            lambda preset=preset, steps=steps: ours(preset, steps),
+            lambda settings=settings, steps=steps, worlds=worlds: theirs(settings, steps, worlds),
+            peer, number, bar, equal.format(worlds), pairs=5,
+        )
+        for name, preset, settings, steps, worlds, bar in (races if only is None else races[only : only + 1])
+    ]  # fmt: skip
+
+
+def curves(steps: int = 50_000, every: int = 2560) -> dict[str, Any]:
+    """Greedy return of both over `SEEDS`, evaluated in the same worlds by the same function at the same times.
+
+    Both keep the network that did best in 20 episodes and both score it, and the last one, on 100 fresh episodes.
+    """
+    import torch
+
+    import etude
+    from etude.blocks.envs import play
+    from etude.core.randomness import fold
+
+    found: dict[str, Any] = {"env": "CartPole-v1", "steps": steps, "peer_version": version("stable-baselines3")}
+    found |= {"settings": ZOO, "etude": [], "stable_baselines3": []}
+    for seed in SEEDS:
+        with tempfile.TemporaryDirectory() as folder:
+            result = etude.run("rl/dqn", steps=steps, seed=seed, out=Path(folder) / "run", quiet=True, threads=1)
+            log = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+            seconds = _loop_seconds(result.folder)
+        points = [(row["env_steps"], row["greedy_return"]) for row in log if "greedy_return" in row]
+        best, last = result.metrics["greedy_return"], result.metrics["last_greedy_return"]
+        found["etude"].append({"seed": seed, "curve": points, "best": best, "last": last, "seconds": seconds})
+
+        from stable_baselines3.common.callbacks import BaseCallback
+
+        class Watch(BaseCallback):
+            def __init__(self) -> None:
+                super().__init__()
+                self.points: list[tuple[int, float]] = []
+                self.top, self.kept = -np.inf, None
+
+            def _on_step(self) -> bool:
+                if self.num_timesteps % every == 0:
+                    here = greedy_of(self.model)
+                    score = float(play("CartPole-v1", here, 20, fold(seed, self.num_timesteps)).mean())  # noqa: B023
+                    self.points.append((self.num_timesteps, score))
+                    if score >= self.top:
+                        self.top, self.kept = score, copy.deepcopy(self.model.q_net.state_dict())
+                return True
+
+        def greedy_of(model: Any) -> Any:
+            def act(state: np.ndarray) -> np.ndarray:
+                with torch.no_grad():
+                    return model.q_net(torch.from_numpy(state)).argmax(1).numpy()
+
+            return act
+
+        model, watch = _peer(ZOO, seed), Watch()
+        start = time.perf_counter()
+        model.learn(steps, callback=watch)
+        seconds = time.perf_counter() - start
+        last = float(play("CartPole-v1", greedy_of(model), 100, seed, "last evaluation").mean())
+        model.q_net.load_state_dict(watch.kept)
+        best = float(play("CartPole-v1", greedy_of(model), 100, seed, "final evaluation").mean())
+        found["stable_baselines3"].append(
+            {"seed": seed, "curve": watch.points, "best": best, "last": last, "seconds": seconds}
+        )
+        print(seed, *(f"{who} best {found[who][-1]['best']:.1f} last {found[who][-1]['last']:.1f}; "
+                      for who in ("etude", "stable_baselines3")), file=sys.stderr, flush=True)  # fmt: skip
+    path = ROOT / "results" / "rl" / "dqn_curves.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    draw(found, ROOT / "docs" / "pictures" / "dqn_vs_sb3.png")
+    return found
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Mean over the seeds and the range from the worst to the best of them, at the times that both were evaluated."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="tight")
+    axes = figure.subplots()
+    for who, label in (("etude", "etude"), ("stable_baselines3", f"Stable-Baselines3 {found['peer_version']}")):
+        series = [np.array(one["curve"]) for one in found[who]]
+        count = min(len(one["curve"]) for each in ("etude", "stable_baselines3") for one in found[each])
+        x = np.mean([points[:count, 0] for points in series], 0)
+        y = np.array([points[:count, 1] for points in series])
+        (line,) = axes.plot(x, y.mean(0), label=label)
+        axes.fill_between(x, y.min(0), y.max(0), alpha=0.2, color=line.get_color(), linewidth=0)
+    axes.axhline(475, color="0.5", linewidth=0.8, linestyle="--")
+    axes.set(xlabel="environment steps", ylabel="greedy return, 20 episodes", title=f"DQN on {found['env']}, 5 seeds")
+    axes.legend(loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")  # the peer's, about its own dependencies
+    if sys.argv[1:] == ["curves"]:
+        curves()
+    else:
+        from race import report
+
+        report("rl", rows())

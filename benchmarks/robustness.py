@@ -1,0 +1,67 @@
+"""FGSM against torchattacks: the same images, at least at the same speed.
+
+One call on one batch, one thread, CPU seconds of the process (the machine may be shared). Both get the same network in
+PyTorch's default layout, in eval mode. Before anything is timed the attacked images are compared in float64, where both
+formulas of the gradient give one sign; in float32 the share of pixels that differ is reported.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from etude.basics.mlp import MLP
+from etude.robustness.fgsm import fgsm
+from etude.vision.lenet import LeNet
+from race import race, report
+
+BAR, EPS = 1.0, 0.1
+
+
+def rows() -> list[dict[str, object]]:
+    import torchattacks
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    found = []
+    for name, model in (("LeNet", LeNet(10)), ("MLP 256-128", MLP(784, (256, 128), 10))):
+        model.eval()
+        x, y = torch.rand(128, 1, 28, 28), torch.arange(128) % 10
+        exact = model.double()
+        same = torch.equal(fgsm(exact, x.double(), y, EPS), torchattacks.FGSM(exact, EPS)(x.double(), y))
+        assert same, f"{name}: the attacked images differ from torchattacks' in float64"
+        model = model.float()
+        attack = torchattacks.FGSM(model, EPS)
+
+        def ours(model: torch.nn.Module = model, x: Tensor = x, y: Tensor = y) -> Tensor:
+            return fgsm(model, x, y, EPS)
+
+        def peer(attack: torchattacks.FGSM = attack, x: Tensor = x, y: Tensor = y) -> Tensor:
+            return attack(x, y)
+
+        differ = float((ours() != peer()).double().mean())
+        assert differ < 1e-3, f"{name}: {differ:.2%} of the pixels differ in float32"
+        equal = f"identical images in float64, {differ:.1e} of the pixels differ in float32; one thread, CPU seconds"
+        version = torchattacks.__version__
+        name = f"FGSM, {name}, 128 of 1×28×28"
+        found.append(race(name, cpu(ours), cpu(peer), "torchattacks", version, BAR, equal, pairs=9))
+    return found
+
+
+def cpu(work: Callable[[], Tensor], repeats: int = 3) -> Callable[[], float]:
+    """CPU seconds of this process for one call, mean over `repeats`."""
+
+    def timed() -> float:
+        began = time.process_time()
+        for _ in range(repeats):
+            work()
+        return (time.process_time() - began) / repeats
+
+    return timed
+
+
+if __name__ == "__main__":
+    report("robustness", rows())

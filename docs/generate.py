@@ -1,0 +1,350 @@
+"""Write the generated part of the documentation: ``python docs/generate.py [DOCS]`` (default: this folder).
+
+Every page comes from what the catalogue reads in the sources and from the machine-written files in ``results/``;
+nobody types a score. Nothing is imported but the catalogue, so no torch is needed. What it writes is not kept in git:
+
+- ``methods/index.md`` and ``methods/<room>/<name>.md``: all methods, and one page for each
+- ``methods/benchmarks.md``: every recorded race
+- ``methods/SUMMARY.md``: the navigation of that folder
+- ``generated/course.txt`` and ``generated/errata.txt``: tables that course.md and errata.md include
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shutil
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "src"))
+
+from etude import catalog  # noqa: E402
+from etude.catalog import Entry  # noqa: E402
+
+# week, what it is about, the sections of the notes it covers
+COURSE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("1", "Risk, bias and variance, regularisation", ("2",)),
+    ("2", "Gradient descent and its variants", ("3",)),
+    ("3", "Networks, backpropagation, normalisation, initialisation, ensembles", ("4",)),
+    ("4", "Convolutional networks", ("5.1",)),
+    ("5", "Localisation, detection, segmentation", ("5.2",)),
+    ("6", "Looking inside a network; pictures by ascent", ("5.3", "5.4", "5.5")),
+    ("7", "Recurrent networks and sequence to sequence", ("6.1", "6.2", "6.3", "6.4")),
+    ("8", "Attention and the Transformer", ("6.5", "6.6", "6.7")),
+    ("9", "Word vectors and pre-trained language models", ("6.8", "6.9")),
+    ("10", "Imitation and policy gradients", ("7.1", "7.2", "7.3")),
+    ("11", "Actor-critic and value-based reinforcement learning", ("7.4", "7.5", "7.6")),
+    ("12", "Autoregressive models, autoencoders, latent variables", ("8.1", "8.2", "8.3", "8.4")),
+    ("13", "Flows and adversarial networks", ("8.5", "8.6")),
+    ("14", "Generalisation, attacks and defences", ("9",)),
+    ("15", "Meta-learning", ("10",)),
+    ("16", "Editing images with generators; games", ("11",)),
+)
+SIGNS = {"higher": "≥", "lower": "≤"}
+
+
+def pages() -> dict[str, str]:
+    """Every generated file: path under the docs folder → text."""
+    entries = list(catalog.entries().values())
+    rows = benchmark_rows()
+    found = {f"methods/{entry.name}.md": method_page(entry, rows) for entry in entries}
+    found["methods/index.md"] = index_page(entries)
+    found["methods/benchmarks.md"] = benchmarks_page(rows)
+    found["methods/SUMMARY.md"] = summary(entries)
+    found["generated/course.txt"] = course_table(entries)
+    found["generated/errata.txt"] = errata_table(entries)
+    return found
+
+
+def write(folder: Path) -> list[Path]:
+    """Write all pages under `folder`, remove generated pages that no longer belong, and return what was written."""
+    for stale in ("methods", "generated"):
+        shutil.rmtree(folder / stale, ignore_errors=True)
+    written = []
+    for name, text in pages().items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        written.append(path)
+    return written
+
+
+# ------------------------------------------------------------------------------------------------------------ pages
+
+
+def method_page(entry: Entry, rows: list[dict[str, Any]]) -> str:
+    """The page of one method: its contract, settings, presets, evidence, races and source."""
+    contract = entry.contract
+    source = _relative(entry.path)
+    parts = [f"# {entry.name}", f"**{prose(entry.title)}**"]
+    facts = [f"Evidence: **{entry.badge}**", f"Notes: {entry.section}", f"File: `{source}`"]
+    if entry.needs:
+        facts.append("Needs: " + ", ".join(f"`pip install 'etude[{extra}]'`" for extra in entry.needs))
+    parts.append(" · ".join(facts))
+    rest = contract["claim"].partition("\n")[2].strip()
+    if rest:
+        parts.append(prose(textwrap.dedent(rest)))
+    for heading in catalog.SECTIONS:
+        text = contract.get(heading, "")
+        if text:
+            parts += [f"## {heading}", _section(heading, text)]
+    parts += ["## Settings", table(("flag", "default", "meaning"), [_flag_row(field) for field in entry.fields])]
+    presets = [
+        (f"`{name}`", code(preset["changes"]), prose(preset["expect"])) for name, preset in entry.presets.items()
+    ]
+    parts += ["## Presets", table(("preset", "changes", "time → score"), presets)]
+    parts += ["## Evidence", evidence(entry)]
+    races = [row for row in rows if concerns(row, entry)]
+    if races:
+        parts += ["## Against the peers", race_table(races)]
+    parts += ["## Source", f"`etude copy {entry.name} mine.py` makes this file yours.", _source(entry, source)]
+    return "\n\n".join(parts) + "\n"
+
+
+def evidence(entry: Entry) -> str:
+    """The card of a method as a table, or the command that writes one."""
+    card = entry.card
+    if card is None:
+        planned = [
+            (prose(e["name"]), code(e["metric"]), f"{SIGNS[e['better']]} {e['bar']:g}", prose(e["published"]))
+            for e in entry.experiments
+        ]
+        told = f"No card has been written yet. `etude verify {entry.name}` runs the experiments and writes one."
+        return told + ("\n\n" + table(("experiment", "metric", "bar", "published"), planned) if planned else "")
+    rows = []
+    for row in card["experiments"]:
+        measured = "failed" if row["mean"] is None else f"{row['mean']:.4g} ± {row['spread']:.2g}"
+        bar = f"{SIGNS[row['better']]} {row['bar']:g}"
+        seconds = f"{max(row['seconds']):.0f}" if row["seconds"] else ""
+        memory = f"{max(row['peak_memory_mb']):.0f}" if row["peak_memory_mb"] else ""
+        passed = "yes" if row["passed"] else "**no**"
+        cells = (
+            prose(row["name"]),
+            code(row["metric"]),
+            measured,
+            str(len(row["seeds"])),
+            bar,
+            passed,
+            prose(row["published"]),
+            seconds,
+            memory,
+        )
+        rows.append(cells)
+    heads = ("experiment", "metric", "mean ± sd", "seeds", "bar", "cleared", "published", "seconds", "MB")
+    hardware, oracle = card["hardware"], card["oracle"]
+    machine = f"{prose(str(hardware.get('cpu', '?')))}, {hardware.get('cores', '?')} cores"
+    machine += f", {prose(hardware['gpu'])}" if "gpu" in hardware else ""
+    told = (
+        f"Badge **{card['badge']}**, written {card['written']} at commit `{card['commit']}` "
+        f"on {machine}, torch {prose(card['versions'].get('torch', '?'))}. "
+        f"Oracle: {oracle['tests']} tests of `{oracle['file']}` {'passed' if oracle['passed'] else '**failed**'}."
+    )
+    notes = "".join(
+        f"\n- {prose(row['name'])}: {prose(row['notes'])}" for row in card["experiments"] if row.get("notes")
+    )
+    commands = "\n".join(row["command"] for row in card["experiments"])
+    return told + "\n\n" + table(heads, rows) + ("\n" + notes + "\n" if notes else "") + f"\n\n```text\n{commands}\n```"
+
+
+def index_page(entries: list[Entry]) -> str:
+    """All methods by room, with the badge of each."""
+    parts = [
+        "# Methods",
+        f"{len(entries)} methods in {len({e.room for e in entries})} rooms; badges come from the cards in `results/`.",
+    ]
+    for room in sorted({entry.room for entry in entries}):
+        rows = [(f"[{e.name}]({e.name}.md)", prose(e.title), e.section, e.badge) for e in entries if e.room == room]
+        parts += [f"## {room}", table(("method", "what it does", "notes", "evidence"), rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def benchmarks_page(rows: list[dict[str, Any]]) -> str:
+    """Every recorded race, by the room whose script measured it."""
+    parts = [
+        "# Benchmarks",
+        "Ours against the peer library, runs alternating A B A B in one process tree; above 1 ours is faster.",
+    ]
+    if not rows:
+        parts.append("None recorded yet; `etude bench` runs them from a source checkout.")
+    for room in sorted({row["room"] for row in rows}):
+        parts += [f"## {room}", race_table([row for row in rows if row["room"] == room])]
+    return "\n\n".join(parts) + "\n"
+
+
+def summary(entries: list[Entry]) -> str:
+    """Navigation of the methods folder, in the form of literate-nav."""
+    lines = ["* [All methods](index.md)"]
+    for room in sorted({entry.room for entry in entries}):
+        lines.append(f"* {room}")
+        lines += [f"    * [{e.name.partition('/')[2]}]({e.name}.md)" for e in entries if e.room == room]
+    return "\n".join([*lines, "* [Benchmarks](benchmarks.md)"]) + "\n"
+
+
+def course_table(entries: list[Entry]) -> str:
+    """Week → sections of the notes → methods, for inclusion in course.md."""
+    rows = []
+    for week, about, sections in COURSE:
+        held = [e for e in entries if any(within(part, whole) for part in e.section.split(",") for whole in sections)]
+        held.sort(key=lambda e: _numbers(e.section))
+        methods = ", ".join(f"[{e.name}](methods/{e.name}.md)" for e in held)
+        rows.append((week, about, ", ".join(sections), methods or "none yet"))
+    return table(("week", "about", "notes", "methods"), rows) + "\n"
+
+
+def errata_table(entries: list[Entry]) -> str:
+    """Every erratum that a docstring says it corrects, with its corrected statement, for inclusion in errata.md."""
+    names = {entry.path: entry.name for entry in entries}
+    found: set[tuple[int, str, str]] = set()
+    for path in sorted(catalog.PACKAGE.rglob("*.py")):
+        place = f"[{names[path]}](methods/{names[path]}.md)" if path in names else f"`{_relative(path)}`"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                for number, statement in errata(ast.get_docstring(node) or ""):
+                    found.add((number, prose(statement), place))
+    rows = [(f"E{number:02d}", statement, place) for number, statement, place in sorted(found)]
+    return table(("erratum", "what is done instead", "where"), rows) + "\n"
+
+
+def errata(docstring: str) -> list[tuple[int, str]]:
+    """(number, statement) of each erratum named in the Differences of a docstring (in all of it, if it has none).
+
+    An item that opens with an erratum is its statement; a mention inside another item counts where no item opens so.
+    """
+    found: dict[int, list[str]] = {}
+    mentioned: dict[int, list[str]] = {}
+    for item in items(catalog.parse_contract(docstring).get("Differences", docstring)):
+        opening = re.match(r"((?:E\d{2,3}(?:, | and )?)+)(?:\s*\([^)]*\))?\s*:\s*", item)
+        for number in map(int, re.findall(r"\bE(\d{2,3})\b", opening[1] if opening else item)):
+            (found if opening else mentioned).setdefault(number, []).append(item[opening.end() :] if opening else item)
+    return [(number, text) for number, texts in (mentioned | found).items() for text in texts]
+
+
+# -------------------------------------------------------------------------------------------------------- benchmarks
+
+
+def benchmark_rows() -> list[dict[str, Any]]:
+    """The rows of ``results/bench/*.json``, each with the room of its file."""
+    found = []
+    for path in sorted((catalog.results_folder() / "bench").glob("*.json")):
+        found += [{"room": path.stem} | row for row in json.loads(path.read_text(encoding="utf-8"))]
+    return found
+
+
+def concerns(row: dict[str, Any], entry: Entry) -> bool:
+    """Whether a race is about this method: it lies in the method's room and names it as a word."""
+    words = row["name"].lower().replace("_", " ")
+    own = entry.name.partition("/")[2].replace("_", " ")
+    return row["room"] == entry.room and re.search(rf"\b{re.escape(own)}\b", words) is not None
+
+
+def race_table(rows: list[dict[str, Any]]) -> str:
+    """Ratios with their spread, the bar, the peer and what was checked to be equal."""
+    cells = [
+        (
+            prose(row["name"]),
+            f"{row['ratio']:.2f}× ({row['low']:.2f} – {row['high']:.2f})",
+            f"{row['bar']:g}×",
+            "yes" if row["ratio"] >= row["bar"] else "**no**",
+            prose(f"{row['peer']} {row['peer_version']}"),
+            prose(row["equal"]),
+        )
+        for row in rows
+    ]
+    return table(("what", "median ratio (low – high)", "bar", "cleared", "peer", "checked equal"), cells)
+
+
+# ---------------------------------------------------------------------------------------------------------- markdown
+
+
+def table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table of cells that `prose` and `code` made (a bar in prose is an entity there)."""
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    lines += ["| " + " | ".join(" ".join(cell.split()) for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def code(text: str) -> str:
+    """An inline code span (empty text stays empty)."""
+    return f"`{text}`" if text else ""
+
+
+def prose(text: str) -> str:
+    """Docstring text as Markdown: code spans and *emphasis* stay, arXiv numbers become links, the rest is literal.
+
+    Formulas such as ``x_i^2`` or ``w[o, c]`` must not turn into emphasis, superscripts, links or TeX.
+    """
+    parts = re.split(r"(``.+?``|`[^`]+`)", text)
+    return "".join(part if index % 2 else _literal(part) for index, part in enumerate(parts))
+
+
+def items(text: str) -> list[str]:
+    """The bullets and paragraphs of a section, each joined to one line."""
+    found: list[list[str]] = [[]]
+    for line in _hanging(text).splitlines():
+        line = line.strip()
+        if line.startswith("- ") or not line:
+            found.append([])
+        if line:
+            found[-1].append(line.removeprefix("- "))
+    return [" ".join(item) for item in found if item]
+
+
+def within(section: str, whole: str) -> bool:
+    """Whether section 5.1.3 lies in 5.1 (and not in 5.10)."""
+    section = section.strip()
+    return section == whole or section.startswith(whole + ".")
+
+
+def _section(heading: str, text: str) -> str:
+    if heading in ("Equation", "Algorithm"):
+        return f"```text\n{_hanging(text)}\n```"
+    text = _hanging(text)
+    if re.search(r"^\s*- ", text, flags=re.MULTILINE):
+        return "\n".join(f"- {prose(item)}" for item in items(text))
+    return prose(text)
+
+
+def _hanging(text: str) -> str:
+    """Take the common indent off the lines after the first; the first stands beside the heading and has none."""
+    first, _, rest = text.partition("\n")
+    if not first.strip():
+        return textwrap.dedent(rest).rstrip()
+    if first[0].isspace() or not rest:
+        return textwrap.dedent(text).rstrip()
+    return f"{first}\n{rest}".rstrip()
+
+
+def _literal(text: str) -> str:
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"[\\_\[\]{}]", r"\\\g<0>", text)
+    text = re.sub(r"[$^~|]|==", lambda found: "".join(f"&#{ord(letter)};" for letter in found[0]), text)
+    emphasis = r"(?<![\w*])\*(\w(?:[^*]*[\w.!?])?)\*(?![\w*])"
+    text = re.sub(emphasis + r"|\*", lambda found: found[0] if found[1] else "\\*", text)
+    return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
+
+
+def _flag_row(field: dict[str, str]) -> tuple[str, str, str]:
+    return (code("--" + field["name"].replace("_", "-")), code(field["default"]), prose(field["help"]))
+
+
+def _source(entry: Entry, source: str) -> str:
+    body = textwrap.indent(f"```python\n{entry.source.rstrip()}\n```", "    ")
+    return f'??? abstract "{source}"\n\n{body}'
+
+
+def _relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def _numbers(section: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", section.partition(",")[0])]
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent
+    print(f"{len(write(target))} files written under {target}")

@@ -1,0 +1,296 @@
+"""Gradients with respect to the input of any network, and the pictures and checks made from them
+
+Equation: for logits z = model(x) and a vector v(z) at the output, the map is vᵀ ∂z/∂x, nothing else.
+    Guided (Springenberg et al., arXiv:1412.6806): at each ReLU with input u and incoming gradient δ,
+    δ·1[u>0]·1[δ>0] goes on.
+
+`input_gradient` runs the model in eval mode on detached parameters (so it computes no gradient of them), under a
+`TorchFunctionMode` that sees every ReLU whether it is a module, a function, a method, in place, or one module used many
+times. When it returns, or raises, the model is as it was: no hook, the same training flags, requires_grad flags,
+gradients, parameters and buffers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from etude.blocks.plots import INK, PALETTE, PAPER, SOFT, WIDTH
+
+_RELUS = frozenset({F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_})
+_SIGNED = LinearSegmentedColormap.from_list("etude_signed", [PALETTE[0], PAPER, PALETTE[1]])
+
+
+# --------------------------------------------------------------------------------------------------------- gradients
+
+
+def input_gradient(
+    model: nn.Module, x: Tensor, start: Callable[[Tensor], Tensor], guided: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Backpropagate `start(logits)` to the input: the gradient, shape of x, and the logits (N, K), both detached.
+
+    x is floating (N, …), in the units the model takes; `start` is given the logits, K ≥ 2, and returns what enters at
+    each of them, (N, K): 1 at one logit for its gradient. Each image's gradient is its own: batch norm uses its running
+    estimates, and a layer that has none is refused. ``guided`` lets only positive gradients enter each ReLU. Raises
+    ValueError where x is not floating, the output is not (N, K) or does not depend on x, the items of the batch are
+    coupled, or ``guided`` is asked of a model in which no ReLU is seen.
+    """
+    if not x.is_floating_point():
+        raise ValueError(
+            f"x is {x.dtype}; it must be floating, in the units the model takes (uint8 pixels: x.float() / 255)"
+        )
+    model = getattr(model, "_orig_mod", model)  # torch.compile: a compiled graph would hide its ReLUs
+    if len(x) > 1:
+        for name, part in model.named_modules():
+            if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None:
+                raise ValueError(f"{name} normalises by the batch, which couples its images; give one image at a time")
+    lens = _Lens(guided)
+    conv = any(isinstance(part, nn.Conv2d) and part.in_channels == 1 for part in model.modules())
+    seeing: Any = lens if guided or conv else contextlib.nullcontext()  # the lens costs a little at every call
+    with torch.inference_mode(False), torch.enable_grad(), _evaluating(model):
+        leaf = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+        held = {name: value.detach() for name, value in model.named_parameters()}
+        held |= {name: value.detach().clone() for name, value in model.named_buffers()}
+        image = leaf.clone()  # x stays, should the model work in place
+        with seeing:
+            logits = torch.func.functional_call(model, held, (image,))
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] < 2:
+            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(
+                f"{type(model).__name__} returns {found} for {len(x)} images; it must return logits (N, classes)"
+            )
+        if guided and not lens.relus:
+            raise ValueError(
+                f"no ReLU is seen in {type(model).__name__}; the guided map would be the gradient, so use saliency"
+            )
+        gradient = None
+        if logits.requires_grad:
+            above = start(logits.detach())
+            with seeing:  # a checkpointed part runs forward again in here
+                (gradient,) = torch.autograd.grad(logits, leaf, above, allow_unused=True)
+    if gradient is None:
+        raise ValueError(
+            f"the output of {type(model).__name__} has no gradient at x; does it detach or round its input?"
+        )
+    return gradient.contiguous(), logits.detach()
+
+
+def chosen(logits: Tensor, target: Tensor | int | None) -> Tensor:
+    """Class numbers (N,) int64: `target` itself, one number for all images, or the predicted classes for None."""
+    count, classes = logits.shape
+    if target is None:
+        return logits.detach().argmax(1)
+    picked = torch.as_tensor(target, device=logits.device)
+    if picked.is_floating_point() or picked.dtype == torch.bool or picked.shape not in ((), (count,)):
+        raise ValueError(
+            f"target is {picked.dtype} {tuple(picked.shape)}; it must be class numbers ({count},) or one class number"
+        )
+    picked = picked.long().expand(count)
+    if count and not 0 <= int(picked.min()) <= int(picked.max()) < classes:
+        raise ValueError(
+            f"target holds classes {int(picked.min())} to {int(picked.max())}; the model has 0 to {classes - 1}"
+        )
+    return picked
+
+
+def unit(logits: Tensor, target: Tensor | int | None) -> Tensor:
+    """1 at the target's logit of each image and 0 elsewhere, (N, K): what starts the gradient of one logit."""
+    return torch.zeros_like(logits).scatter_(1, chosen(logits, target)[:, None], 1)
+
+
+class _Lens(TorchFunctionMode):
+    """Sees each torch function that a model calls: the ReLUs, and convolutions of one channel."""
+
+    def __init__(self, guided: bool) -> None:
+        super().__init__()
+        self.guided, self.relus = guided, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.conv2d and (fast := _one_channel(*args, **kwargs)) is not None:
+            return fast
+        out = func(*args, **kwargs)
+        if self.guided and func in _RELUS:
+            self.relus += 1
+            if out.requires_grad:
+                out.register_hook(_positive)  # on this call's own tensor: it goes when the graph goes
+        return out
+
+
+def _positive(gradient: Tensor) -> Tensor:
+    return gradient.clamp(min=0)
+
+
+class _OneChannel(torch.autograd.Function):
+    """A convolution of one input channel, stride 1, fixed weights; its input gradient is again a forward convolution.
+
+    The library's own backward for one channel takes three to five times as long on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.padding = padding
+        return torch.conv2d(x, weight, bias, padding=padding)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (weight,) = ctx.saved_tensors
+        around = [k - 1 - p for k, p in zip(weight.shape[2:], ctx.padding)]
+        return torch.conv2d(gradients[0], weight.flip(2, 3).transpose(0, 1), padding=around), None, None, None
+
+
+def _one_channel(
+    input: Tensor,
+    weight: Tensor,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor | None:
+    """The convolution by `_OneChannel` where that applies, else None."""
+    if input.ndim != 4 or weight.shape[1] != 1 or groups != 1 or input.device.type != "cpu" or isinstance(padding, str):
+        return None
+    around = (padding, padding) if isinstance(padding, int) else tuple(padding)
+    plain = set(np.atleast_1d(stride)) == {1} and set(np.atleast_1d(dilation)) == {1} and len(around) == 2
+    fixed = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    if not plain or not fixed or not input.requires_grad or any(p > k - 1 for k, p in zip(weight.shape[2:], around)):
+        return None
+    return _OneChannel.apply(input, weight, bias, around)  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every submodule has the training flag it had."""
+    flags = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part, training in flags:
+            part.training = training
+
+
+@torch.no_grad()
+def probabilities(model: nn.Module, x: Tensor) -> Tensor:
+    """Softmax of the logits (N, K) in eval mode; the model's training flags are as before when it returns."""
+    with _evaluating(model):
+        return model(x).softmax(1)
+
+
+# ------------------------------------------------------------------------------------------------------------ checks
+
+
+def heat(maps: Tensor) -> Tensor:
+    """max over channels of |map|: (N, C, H, W) → (N, H, W) (Simonyan et al., section 3.1)."""
+    return maps.abs().amax(1)
+
+
+def erase(x: Tensor, rank: Tensor, share: float, fill: Tensor | float = 0.0) -> Tensor:
+    """x (N, C, H, W) with the ⌈share·H·W⌉ pixels of highest `rank` (N, H, W) replaced by `fill` (broadcast to x)."""
+    flat = rank.flatten(1)
+    count = int(np.ceil(share * flat.shape[1]))
+    mask = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, flat.topk(count).indices, True)
+    return torch.where(mask.view(len(x), 1, *x.shape[2:]), torch.as_tensor(fill, dtype=x.dtype, device=x.device), x)
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Spearman's correlation of each pair of maps: (N, …), (N, …) → (N,) float64; ties share their mean rank.
+
+    0 where a map is constant.
+    """
+
+    def ranks(values: Tensor) -> Tensor:
+        values = values.flatten(1).contiguous()
+        order = values.sort(1).values
+        low, high = torch.searchsorted(order, values), torch.searchsorted(order, values, right=True)
+        place = (low + high).double()
+        return place - place.mean(1, keepdim=True)
+
+    one, two = ranks(a), ranks(b)
+    size = one.norm(dim=1) * two.norm(dim=1)
+    return torch.where(size > 0, (one * two).sum(1) / size.clamp(min=1e-300), 0.0)
+
+
+def shuffled(model: nn.Module, generator: torch.Generator, last_only: bool = False) -> nn.Module:
+    """A copy whose weights are random: the entries of each parameter are permuted, so their distribution stays.
+
+    `last_only` permutes the parameters of the last layer that has any, in the order of registration.
+    """
+    changed = copy.deepcopy(model)
+    owners = [part for part in changed.modules() if any(True for _ in part.parameters(recurse=False))]
+    for part in owners[-1:] if last_only else owners:
+        for parameter in part.parameters(recurse=False):
+            order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+            parameter.data = parameter.data.flatten()[order].view(parameter.shape)
+    return changed
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+
+def panel(columns: dict[str, Tensor], said: Sequence[Sequence[str]], least: float = 0.0) -> Figure:
+    """Rows of pictures with words beside them, one row an image.
+
+    `columns` by heading: (N, C, H, W) with C = 1 or 3 is drawn as pixels in [0, 1]; (N, H, W) as a map, blue below
+    0, red above, each scaled by its own largest absolute value (at least `least`). `said` holds the lines of each row.
+    """
+    count = len(said)
+    across = len(columns) + 1
+    tile = WIDTH / across
+    figure = Figure(figsize=(WIDTH, tile * count + 0.25), dpi=160, facecolor=PAPER)
+    tall = tile / (tile * count + 0.25)
+    for j, (heading, values) in enumerate(columns.items()):
+        figure.text((j + 0.03) / across, 1 - 0.06 * tall, heading, fontsize=8, color=SOFT, va="top", parse_math=False)
+        for i, value in enumerate(values[:count].detach().cpu().float()):
+            axes = figure.add_axes(((j + 0.03) / across, (count - 1 - i + 0.03) * tall, 0.94 / across, 0.94 * tall))
+            axes.set_axis_off()
+            sharp = "nearest" if max(value.shape[-2:]) <= 64 else "antialiased"
+            if value.ndim == 2:
+                top = max(float(value.abs().max()), least, 1e-30)
+                axes.imshow(value.numpy(), cmap=_SIGNED, vmin=-top, vmax=top, interpolation=sharp)
+            elif len(value) == 1:
+                axes.imshow(value[0].numpy(), cmap="gray", vmin=0, vmax=1, interpolation=sharp)
+            else:
+                axes.imshow(value.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation=sharp)
+    for i, lines in enumerate(said):
+        for k, line in enumerate(lines):
+            place = ((across - 1 + 0.06) / across, (count - i - 0.12 - 0.2 * k) * tall)
+            colour = SOFT if k == 0 else INK
+            figure.text(*place, line, fontsize=8, color=colour, va="top", parse_math=False)
+    return figure
+
+
+def verdicts(before: Tensor, after: Tensor, names: Sequence[str], truth: Tensor | None = None) -> list[list[str]]:
+    """Lines for `panel`: the truth, the prediction and its probability before and after; inputs (N, K) and (N,)."""
+
+    def top(row: Tensor) -> str:
+        sure, k = row.max(0)
+        share = 100 * float(sure)
+        return f"{_short(names[int(k)])} {'>99' if 99.5 <= share < 100 else f'{share:.0f}'}%"
+
+    rows = []
+    for i, (one, two) in enumerate(zip(before, after)):
+        head = [f"is {_short(names[int(truth[i])])}"] if truth is not None else ["predicted"]
+        rows.append([*head, f"before: {top(one)}", f"after: {top(two)}"])
+    return rows
+
+
+def one_plane(maps: Tensor) -> Tensor:
+    """Signed maps for one channel, `heat` for several: (N, C, H, W) → (N, H, W)."""
+    return maps[:, 0] if maps.shape[1] == 1 else heat(maps)
+
+
+def _short(name: str, most: int = 8) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"

@@ -1,0 +1,193 @@
+"""From text to token numbers and back, and from a long row of tokens to training windows.
+
+Papers: Sennrich et al., 2016, arXiv:1508.07909 (byte-pair encoding); Radford et al., 2019 (on bytes, GPT-2).
+A tokenizer here has `size`, `encode(text) -> (N,) int64`, `decode(ids) -> str` and `state()`, plain JSON from which
+`tokenizer(state)` builds it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from etude.core.errors import UserError
+
+__all__ = ["BytePairs", "Characters", "Tokenizer", "pieces", "split", "starts", "tokenizer", "windows"]
+
+
+class Tokenizer(Protocol):
+    """What a language model needs from its tokenizer."""
+
+    size: int
+
+    def encode(self, text: str) -> Tensor: ...
+    def decode(self, ids: Tensor | Iterable[int]) -> str: ...
+    def state(self) -> dict[str, Any]: ...
+
+
+class Characters:
+    """One token a character: token i is the i-th character of the sorted `alphabet`."""
+
+    def __init__(self, alphabet: str) -> None:
+        if not alphabet or len(set(alphabet)) != len(alphabet):
+            raise ValueError("the alphabet must hold at least one character and none twice")
+        self.alphabet = "".join(sorted(alphabet))
+        self._codes = np.frombuffer(self.alphabet.encode("utf-32-le"), dtype=np.uint32)
+
+    @classmethod
+    def of(cls, text: str) -> Characters:
+        """The tokenizer whose alphabet is every character of `text`."""
+        return cls("".join(set(text)))
+
+    @property
+    def size(self) -> int:
+        """The number of tokens."""
+        return len(self.alphabet)
+
+    def encode(self, text: str) -> Tensor:
+        """(N,) int64; raises UserError naming a character that is not in the alphabet."""
+        codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+        ids = np.searchsorted(self._codes, codes).clip(max=self.size - 1)
+        unknown = np.flatnonzero(self._codes[ids] != codes)
+        if len(unknown):
+            raise UserError(
+                f"the character {text[unknown[0]]!r} (position {unknown[0]}) does not occur in the text this "
+                f"tokenizer was made from; it knows {self.alphabet!r}"
+            )
+        return torch.from_numpy(ids.astype(np.int64))
+
+    def decode(self, ids: Tensor | Iterable[int]) -> str:
+        """The text of a row of token numbers."""
+        return "".join(self.alphabet[int(i)] for i in _numbers(ids))
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {"kind": "characters", "alphabet": self.alphabet}
+
+
+class BytePairs:
+    """Byte-level byte-pair encoding, as GPT-2 uses it: any text can be written, no unknown token exists.
+
+    A thin cover over the `tokenizers` package (extra `text`); `definition` is its JSON form (a tokenizer.json file).
+    """
+
+    def __init__(self, definition: str) -> None:
+        self._inner = _tokenizers().Tokenizer.from_str(definition)
+        self.definition = definition
+
+    @classmethod
+    def learn(cls, text: str, size: int) -> BytePairs:
+        """Learn the merges from `text` until there are `size` tokens (at least 256: the bytes)."""
+        if size < 256:
+            raise UserError(f"a byte-level vocabulary has at least 256 tokens, the bytes; got {size}")
+        package = _tokenizers()
+        inner = _byte_level(package.models.BPE(), package)
+        trainer = package.trainers.BpeTrainer(
+            vocab_size=size, show_progress=False, initial_alphabet=package.pre_tokenizers.ByteLevel.alphabet()
+        )
+        inner.train_from_iterator(text.splitlines(keepends=True), trainer)
+        return cls(inner.to_str())
+
+    @classmethod
+    def load(cls, folder: Path | str) -> BytePairs:
+        """Read a published tokenizer: a folder with tokenizer.json, or with GPT-2's vocab.json and merges.txt."""
+        folder = Path(folder)
+        whole, vocabulary, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
+        if whole.is_file():
+            return cls(whole.read_text(encoding="utf-8"))
+        if not (vocabulary.is_file() and merges.is_file()):
+            raise UserError(f"no tokenizer in {folder}: it needs tokenizer.json, or both vocab.json and merges.txt")
+        package = _tokenizers()
+        inner = _byte_level(package.models.BPE.from_file(str(vocabulary), str(merges)), package)
+        if inner.token_to_id("<|endoftext|>") is not None:
+            inner.add_special_tokens(["<|endoftext|>"])
+        return cls(inner.to_str())
+
+    @property
+    def size(self) -> int:
+        """The number of tokens."""
+        return self._inner.get_vocab_size()
+
+    def encode(self, text: str) -> Tensor:
+        """(N,) int64."""
+        return torch.tensor(self._inner.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
+
+    def decode(self, ids: Tensor | Iterable[int]) -> str:
+        """The text of a row of token numbers; bytes that are not valid UTF-8 become U+FFFD."""
+        return self._inner.decode([int(i) for i in _numbers(ids)], skip_special_tokens=False)
+
+    def token(self, name: str) -> int | None:
+        """The number of a named token such as "<|endoftext|>", None if there is none."""
+        return self._inner.token_to_id(name)
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {"kind": "bpe", "definition": self.definition}
+
+
+def tokenizer(state: dict[str, Any]) -> Characters | BytePairs:
+    """The tokenizer whose `state()` this is."""
+    if state["kind"] == "characters":
+        return Characters(state["alphabet"])
+    return BytePairs(state["definition"])
+
+
+def split(ids: Tensor, held_out: float = 0.1) -> tuple[Tensor, Tensor]:
+    """Cut (N,) into the first part for training and the last `held_out` fraction for validation; nothing is shared."""
+    cut = int(len(ids) * (1 - held_out))
+    return ids[:cut], ids[cut:]
+
+
+def starts(length: int, context: int, batch: int, generator: torch.Generator) -> Tensor:
+    """(batch,) random offsets o such that o … o + context all lie inside a text of `length` tokens."""
+    return torch.randint(length - context, (batch,), generator=generator)
+
+
+def windows(ids: Tensor, offsets: Tensor, context: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets, both (B, context): the target of a token is the token that follows it."""
+    rows = ids[offsets[:, None] + torch.arange(context + 1)]
+    return rows[:, :-1], rows[:, 1:]
+
+
+def pieces(tokens: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """The text of tokens that arrive one by one, each piece as soon as its characters are complete.
+
+    A character may be spread over several byte-level tokens; what is held back never exceeds three of them.
+    """
+    waiting: list[int] = []
+    for token in ids:
+        waiting.append(token)
+        text = tokens.decode(waiting)
+        if not text.endswith("\ufffd") or len(waiting) > 3:
+            yield text
+            waiting = []
+    if waiting:
+        yield tokens.decode(waiting)
+
+
+def _numbers(ids: Tensor | Iterable[int]) -> Iterable[int]:
+    return ids.tolist() if isinstance(ids, Tensor) else ids
+
+
+def _byte_level(model: Any, package: Any) -> Any:
+    inner = package.Tokenizer(model)
+    inner.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = package.decoders.ByteLevel()
+    return inner
+
+
+def _tokenizers() -> Any:
+    try:
+        import tokenizers
+        import tokenizers.decoders
+        import tokenizers.models
+        import tokenizers.pre_tokenizers
+        import tokenizers.trainers
+    except ModuleNotFoundError as error:
+        raise UserError("byte-pair tokens need the package tokenizers: pip install 'etude[text]'") from error
+    return tokenizers

@@ -1,0 +1,1 @@
+"""What a trained network looks at: maps of its input, and how far to trust them."""

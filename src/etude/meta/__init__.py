@@ -1,0 +1,1 @@
+"""Learning to learn: networks that adapt to a new task from a handful of examples."""

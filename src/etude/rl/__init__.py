@@ -1,0 +1,1 @@
+"""Reinforcement learning: act in a world, learn from what came of it."""

@@ -1,0 +1,348 @@
+"""Deep Q-network: Q-learning with a replay buffer and a target network
+
+Paper: Mnih et al., Playing Atari with Deep Reinforcement Learning, 2013, arXiv:1312.5602; Human-level control through
+deep reinforcement learning, Nature 518, 2015 (target network, error clipping). Replay: Lin, Self-improving reactive
+agents, 1992. `double`: van Hasselt, Guez & Silver, 2015, arXiv:1509.06461.
+
+Equation: y = r + γ (1 − terminated) max_a' Q_φ'(s', a'),    L(φ) = mean Huber₁(Q_φ(s, a) − y),    y constant
+
+Algorithm: (notes, Algorithm 22, with the K updates a round of Algorithm 21)
+    1. while the budget of environment steps lasts
+    2.     act ε-greedily (or by Boltzmann) in n worlds, add the transitions to B
+    3.     copy φ' ← φ when N environment steps have passed
+    4.     draw K minibatches from B uniformly; y = r + γ (1 − terminated) max_a' Q_φ'(s', a')
+    5.     K times: φ ← φ − α Adam(∇ mean Huber(Q_φ(s, a) − y))
+
+Differences:
+- E93 (notes 7.6.1-7.6.5): every target in the notes lacks the terminal mask. Here nothing is bootstrapped behind a
+  termination; behind a truncation (time limit) the value still counts. y is a constant.
+- E94 (7.6.2): the notes' ε-greedy gives the others ε/(|A|−1); the standard form spreads ε over all actions. Both are
+  here (`--exploration notes_epsilon_greedy`); Boltzmann has a temperature.
+- E96 (7.6.5): Nature's DQN on Atari also stacks 4 frames, repeats actions, clips rewards to ±1, uses RMSProp and a
+  buffer of 1 M. Here states are vectors, rewards are as they are, Adam takes the steps. Huber is the error clipping.
+- Line 5 writes the gradient out (backpropagation through an MLP is five lines) instead of recording a graph, and all
+  parameters are one vector φ; a test holds it against autograd. As φ' does not change in line 5 the targets of all K
+  minibatches are computed at once.
+- Against Stable-Baselines3 2.9 at equal hyperparameters: n = 8 worlds (its default is 1) at the same number of updates
+  per environment step; ε decides for each world by itself; the target is copied at the start of a round's learning,
+  which is the same when N is at most a round. Default init, Adam, Huber and gradient clipping at 10 are the same.
+- The score is GREEDY evaluation in worlds of its own; the training return includes the exploration. The network swings
+  between good and bad to the end, so by default the one that did best in the evaluations is kept and scored on fresh
+  episodes (greedy_return); last_greedy_return is the last one's score.
+- Under torchrun every rank has its own worlds and buffer and gradients are averaged; after a resume the other ranks
+  start new worlds and go on with rank 0's buffer.
+
+Expect: see PRESETS
+
+Command: `etude run rl/dqn --env CartPole-v1 --steps 50000`
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from etude.blocks.envs import Worlds, film, play
+from etude.blocks.replay import Replay
+from etude.blocks.returns import td_target
+from etude.catalog import Experiment, method
+from etude.core.checkpoint import Box
+from etude.core.config import Count, NonNegative, Positive, Probability, Whole
+from etude.core.errors import UserError
+from etude.core.randomness import fold
+from etude.core.run import Loaded, Run
+from etude.core.spec import Spec
+from etude.optim.adam import Adam
+from etude.rl.q_learning import boltzmann, draw, epsilon_greedy, linear
+
+
+@dataclass(frozen=True)
+class Config:
+    env: str = "CartPole-v1"
+    """A registered Gymnasium environment with discrete actions; ``module:Name-v0`` imports the module first."""
+    steps: Count = 50_000
+    """Environment steps in all (on each rank)."""
+    worlds: Count = 8
+    """Copies of the environment that act together."""
+    collect: Count = 256
+    """Environment steps in a round, before the updates."""
+    updates: Whole = 128
+    """Updates of φ in a round (K)."""
+    batch: Count = 64
+    """Transitions in a minibatch."""
+    buffer: Count = 100_000
+    """Transitions that the replay buffer holds."""
+    learning_starts: Whole = 1000
+    """Environment steps with uniform actions and no updates."""
+    target_every: Count = 10
+    """Environment steps between copies φ' ← φ (at the next round's learning)."""
+    gamma: Probability = 0.99
+    """Discount γ."""
+    learning_rate: Positive = 2.3e-3
+    """Adam's α."""
+    max_gradient_norm: Positive = 10.0
+    """The gradient is scaled down to this norm."""
+    hidden: tuple[Count, ...] = (256, 256)
+    """Widths of the hidden layers."""
+    heads: bool = True
+    """One output for each action; off: the action is an input and Q(s, a) the one output (7.6.6)."""
+    double: bool = False
+    """Choose a' by φ and value it by φ' (double DQN)."""
+    huber: bool = True
+    """Huber loss; off: ½(Q − y)² as in the notes."""
+    exploration: Literal["epsilon_greedy", "notes_epsilon_greedy", "boltzmann"] = "epsilon_greedy"
+    """How actions are tried out."""
+    epsilon_start: Probability = 1.0
+    """ε at the first step."""
+    epsilon_end: Probability = 0.04
+    """ε after its descent."""
+    epsilon_fraction: NonNegative = 0.16
+    """Share of the steps over which ε falls linearly."""
+    temperature: Positive = 1.0
+    """τ of Boltzmann exploration."""
+    evaluate_every: Whole = 10
+    """Rounds between greedy evaluations; 0: only the last."""
+    evaluation_episodes: Count = 20
+    """Episodes of each greedy evaluation along the way."""
+    final_episodes: Count = 100
+    """Fresh episodes of the last greedy evaluation, which gives greedy_return."""
+    keep_best: bool = True
+    """End with the network that did best in the evaluations along the way; off: with the last one."""
+
+
+PRESETS = {
+    "tiny": Config(steps=2000, hidden=(32,), updates=32, evaluate_every=4, evaluation_episodes=5, final_episodes=5),
+    "default": Config(),
+    "sb3": Config(  # Stable-Baselines3's own defaults, with which nothing is solved in 50,000 steps
+        collect=32, updates=8, batch=32, buffer=1_000_000, learning_starts=100, target_every=10_000, learning_rate=1e-4,
+        hidden=(64, 64), epsilon_end=0.05, epsilon_fraction=0.1, evaluate_every=100,
+    ),
+}  # fmt: skip
+
+EXPERIMENTS = (
+    Experiment(
+        "cartpole", preset="default", metric="greedy_return", bar=475.0, seeds=(0, 1, 2, 3, 4),
+        published="solved means 475 (Gymnasium's reward_threshold of CartPole-v1)",
+        notes="network chosen by 20-episode greedy evaluations every 2,560 steps, scored on 100 fresh episodes",
+    ),
+)  # fmt: skip
+
+
+FIELDS = ("state", "action", "reward", "next_state", "terminated")
+
+# B minibatch, S state, A actions, D input of the network (S, or S + A without heads)
+
+
+class QNetwork(nn.Module):
+    """Q_φ(s, ·), (N, S) → (N, A): an MLP with ReLU whose parameters are one vector φ: one kernel updates them all."""
+
+    def __init__(self, state: int, actions: int, hidden: tuple[int, ...], heads: bool = True) -> None:
+        super().__init__()
+        self.actions, self.heads = actions, heads
+        self.widths = (state, *hidden, actions) if heads else (state + actions, *hidden, 1)
+        parts = [part for a, b in pairwise(self.widths) for part in nn.Linear(a, b).parameters()]
+        self.phi = nn.Parameter(torch.cat([part.detach().flatten() for part in parts]))
+
+    def layers(self, vector: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Views of a vector of φ's length as (weight (out, in), bias (out,)) of each layer."""
+        sizes = [size for a, b in pairwise(self.widths) for size in (a * b, b)]
+        pieces = vector.split(sizes)
+        return [(w.view(len(b), -1), b) for w, b in zip(pieces[::2], pieces[1::2])]
+
+    def inputs(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Network input (*, D) and output column (*, 1) whose value is Q(s, a), for states (*, S), actions (*,)."""
+        if self.heads:
+            return state, action[..., None]
+        one_hot = nn.functional.one_hot(action, self.actions).to(state)
+        return torch.cat([state, one_hot], -1), torch.zeros_like(action)[..., None]
+
+    def forward(self, state: Tensor) -> Tensor:
+        return self.values(self.layers(self.phi), state)
+
+    def values(self, layers: list[tuple[Tensor, Tensor]], state: Tensor) -> Tensor:
+        """Q(s, ·) (N, A) under the given layers."""
+        if self.heads:
+            return activations(layers, state)[-1]
+        every = torch.arange(self.actions, device=state.device).repeat(len(state))
+        x, _ = self.inputs(state.repeat_interleave(self.actions, 0), every)
+        return activations(layers, x)[-1].view(-1, self.actions)
+
+
+def activations(layers: list[tuple[Tensor, Tensor]], x: Tensor) -> list[Tensor]:
+    """Input, every hidden layer after ReLU, and output of the MLP: (N, width) each."""
+    kept = [x]
+    for weight, bias in layers[:-1]:
+        kept.append(torch.addmm(bias, kept[-1], weight.t()).relu_())
+    weight, bias = layers[-1]
+    return [*kept, torch.addmm(bias, kept[-1], weight.t())]
+
+
+def backward(layers: list[tuple[Tensor, Tensor]], kept: list[Tensor], delta: Tensor, out: list[tuple[Tensor, Tensor]]):
+    """Write ∂L/∂φ into `out` (same views as `layers`), given ∂L/∂output `delta` (N, outputs) and the activations."""
+    for index in reversed(range(len(layers))):
+        torch.mm(delta.t(), kept[index], out=out[index][0])
+        torch.sum(delta, 0, out=out[index][1])
+        if index:
+            delta = torch.mm(delta, layers[index][0]).mul_(kept[index].sign())  # sign of a ReLU's output is its slope
+
+
+def slope(error: Tensor, huber: bool) -> Tensor:
+    """Derivative of Huber₁ (error clipped to ±1) or of ½ error²; (*,)."""
+    return error.clamp(-1.0, 1.0) if huber else error
+
+
+def loss(error: Tensor, huber: bool) -> Tensor:
+    """Mean of Huber₁ or of ½ error² over everything: 0-dim."""
+    size = error.abs()
+    return torch.where(size < 1, 0.5 * error * error, size - 0.5).mean() if huber else 0.5 * (error * error).mean()
+
+
+def act(q: NDArray, uniform: NDArray, config: Config, epsilon: float) -> NDArray[np.int64]:
+    """Actions (n,) for values (n, A) and uniform numbers (n,) by the configured exploration; ε = 1 is uniform."""
+    if config.exploration == "boltzmann" and epsilon < 1.0:
+        return draw(boltzmann(q, config.temperature), uniform)
+    notes = config.exploration == "notes_epsilon_greedy" and epsilon < 1.0
+    return draw(epsilon_greedy(q, epsilon, notes), uniform)
+
+
+def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
+    """`spec.extra` holds "size" (S) and "actions" (A)."""
+    return {"model": QNetwork(spec.extra["size"], spec.extra["actions"], config.hidden, config.heads)}
+
+
+@method("rl/dqn", paper="arXiv:1312.5602", section="7.6.3, 7.6.4, 7.6.5, 7.6.6, 7.6.8", needs=("rl",), threads=1)
+def train(config: Config, run: Run) -> dict[str, float]:
+    if config.worlds > config.collect or config.collect > config.buffer:
+        raise UserError("--worlds, --collect and --buffer must not fall: worlds <= collect <= buffer")
+    worlds = Worlds.make(config.env, config.worlds, run.seed, "training", run.rank)
+    spec = Spec(extra={"env": config.env, "size": worlds.size, "actions": worlds.actions})
+    run.describe(spec)
+    model = run.place(build(config, spec)["model"])
+    target = copy.deepcopy(model)
+    optimizer = Adam(model.parameters(), lr=config.learning_rate)
+    replay = Replay(
+        config.buffer, state=np.zeros(worlds.size, np.float32), action=np.int64(0), reward=np.float32(0),
+        next_state=np.zeros(worlds.size, np.float32), terminated=False,
+    )  # fmt: skip
+    box = Box(copied=0, updates=0, recent=[], best=-float("inf"), best_phi=model.phi.detach().clone(), last=0.0)
+    run.track(model=model, target=target, optimizer=optimizer, replay=replay, worlds=worlds, box=box)
+    if worlds.note:
+        run.say(worlds.note)
+        run.artifact("restarted_worlds", worlds.note)
+
+    # views of φ, φ' and the gradient: nothing below is recorded by autograd
+    gradient = model.phi.grad = torch.zeros_like(model.phi)
+    online, frozen, slopes = model.layers(model.phi.detach()), model.layers(target.phi.detach()), model.layers(gradient)
+
+    def q_of(state: NDArray[np.float32]) -> NDArray[np.float32]:
+        return model.values(online, torch.from_numpy(state).to(run.device)).cpu().numpy()
+
+    def greedy(state: NDArray[np.float32]) -> NDArray[np.int64]:
+        return q_of(state).argmax(1)
+
+    for step in run.steps(-(-config.steps // config.collect)):  # line 1
+        dice = run.generator("explore", step)
+        while worlds.steps < (step + 1) * config.collect:  # line 2
+            waiting = worlds.steps < config.learning_starts
+            progress = worlds.steps / config.steps
+            epsilon = linear(config.epsilon_start, config.epsilon_end, config.epsilon_fraction, progress)
+            uniform = torch.rand(config.worlds, generator=dice, dtype=torch.float64).numpy()
+            row = worlds.step(act(q_of(worlds.observation), uniform, config, 1.0 if waiting else epsilon))
+            replay.add(**{name: getattr(row, name) for name in FIELDS})
+        finished = worlds.drain()
+        if finished:
+            box.recent = (box.recent + finished)[-100:]
+            run.log(training_return=float(np.mean(finished)))
+        run.log(epsilon=epsilon, env_steps=float(worlds.steps))
+
+        if worlds.steps > config.learning_starts and config.updates:
+            if worlds.steps // config.target_every > box.copied:  # line 3
+                target.load_state_dict(model.state_dict())
+                box.copied = worlds.steps // config.target_every
+            index = replay.sample((config.updates, config.batch), run.generator("replay", step))  # line 4
+            rows = replay.gather(index, run.device)
+            x, column = model.inputs(rows["state"], rows["action"])
+            following = rows["next_state"].flatten(0, 1)
+            behind = model.values(frozen, following).view(*index.shape, -1)  # (K, B, A)
+            y = td_target(rows["reward"], rows["terminated"], behind.amax(-1), config.gamma)  # (K, B)
+            error = torch.empty_like(y)
+            for k in range(config.updates):  # line 5
+                if config.double:
+                    best = model.values(online, rows["next_state"][k]).argmax(1, keepdim=True)
+                    chosen = behind[k].gather(1, best)[:, 0]
+                    y[k] = td_target(rows["reward"][k], rows["terminated"][k], chosen, config.gamma)
+                kept = activations(online, x[k])
+                torch.sub(kept[-1].gather(1, column[k])[:, 0], y[k], out=error[k])
+                delta = torch.zeros_like(kept[-1])
+                delta.scatter_(1, column[k], slope(error[k], config.huber)[:, None] / config.batch)
+                backward(online, kept, delta, slopes)
+                if run.world > 1:
+                    run.average(model)
+                norm = torch.linalg.vector_norm(gradient)
+                run.average(gradient_norm=norm)  # finite exactly when the gradient is, and much cheaper to look at
+                gradient.mul_((config.max_gradient_norm / (norm + 1e-6)).clamp_(max=1.0))
+                optimizer.step()
+            box.updates += config.updates
+            run.log(loss=loss(error, config.huber), q_mean=(error + y).mean())
+        if run.every(config.evaluate_every):
+            returns = play(config.env, greedy, config.evaluation_episodes, fold(run.seed, step))
+            run.log(greedy_return=float(returns.mean()))
+            if returns.mean() >= box.best:
+                box.best = float(returns.mean())
+                box.best_phi.copy_(model.phi.detach())
+        if run.every(0):  # the last round: the last network is scored too, then the best one is put back
+            box.last = float(play(config.env, greedy, config.final_episodes, run.seed, "last evaluation").mean())
+            if config.keep_best:
+                model.phi.detach().copy_(box.best_phi)
+
+    returns = play(config.env, greedy, config.final_episodes, run.seed, "final evaluation")
+    pictures, total, reason = film(config.env, greedy, run.seed)
+    if pictures:
+        run.artifact("episode", pictures, caption=f"One greedy episode of {config.env}: return {total:g}")
+    else:
+        run.artifact("episode", reason)
+    worlds.close()
+    return {
+        "greedy_return": float(returns.mean()),
+        "greedy_return_low": float(returns.min()),
+        "last_greedy_return": box.last,
+        "training_return": float(np.mean(box.recent)) if box.recent else 0.0,
+        "env_steps": float(worlds.steps),
+        "updates": float(box.updates),
+    }
+
+
+@dataclass(frozen=True)
+class Sample:
+    count: Count = 3
+    """Episodes to play."""
+    seed: Whole = 0
+    """Seed of the worlds."""
+
+
+def sample(loaded: Loaded, options: Sample, folder: Path) -> str:
+    """Play greedily, write each episode as a GIF where the environment can be drawn, and return the scores."""
+    model = loaded.model
+
+    def greedy(state: NDArray[np.float32]) -> NDArray[np.int64]:
+        with torch.no_grad():
+            return model(torch.from_numpy(state)).argmax(1).numpy()
+
+    lines = []
+    for index in range(options.count):
+        pictures, total, reason = film(loaded.config.env, greedy, fold(options.seed, index))
+        if not pictures:
+            returns = play(loaded.config.env, greedy, options.count, options.seed)
+            return f"{reason}\nreturns: " + ", ".join(f"{value:g}" for value in returns)
+        path = folder / f"episode-{index}.gif"
+        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=50, loop=0)
+        lines.append(f"{path}: return {total:g}")
+    return "\n".join(lines)

@@ -1,0 +1,166 @@
+"""Several ranks: the result of one process at the whole batch, each test item once, one folder, one decision to stop."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+FILES = {
+    "config.json",
+    "environment.json",
+    "metrics.jsonl",
+    "result.json",
+    "report.html",
+    "done",
+    "checkpoints",
+    "artifacts",
+}
+
+
+def port() -> str:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return str(taken.getsockname()[1])
+
+
+def ranks(etude, *words: object) -> list:
+    """The command on two ranks, as torchrun would start it."""
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port()}
+    started = [etude.start(*words, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+    return [one.wait() for one in started]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(sorted((folder / "checkpoints").iterdir())[-1] / "tensors.safetensors")
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def agrees(one: Path, other: Path) -> None:
+    """Equal weights, moments, losses and scores to float tolerance."""
+    expected = tensors(other)
+    for name, tensor in tensors(one).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert losses(one) == pytest.approx(losses(other), rel=1e-5)
+    scores = (json.loads((folder / "result.json").read_text()) for folder in (one, other))
+    assert next(scores) == pytest.approx(next(scores), rel=1e-5)
+
+
+@pytest.fixture
+def alone(etude, tmp_path) -> Path:
+    """One process with the batch of both."""
+    done = etude("run", etude.choir, "--batch", "16", "--out", tmp_path / "alone")
+    assert (done.code, done.err) == (0, "")
+    return tmp_path / "alone"
+
+
+def test_torchrun_equals_one_process_at_the_doubled_batch(etude, tmp_path, alone) -> None:
+    words = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        port(),
+        "-m",
+        "etude",
+        "run",
+        etude.choir,
+        "--quiet",
+    ]
+    done = subprocess.run(
+        [sys.executable, *words], env=etude.environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Warning" not in done.stderr
+    (folder,) = (tmp_path / "runs").glob("*/*/*")
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert done.stdout.count(f"run:  {folder}") == 1
+    agrees(folder, alone)
+    noted = json.loads((folder / "artifacts" / "ranks.json").read_text())
+    assert len(set(noted["pids"])) == 2
+    assert sorted(noted["seen"][0] + noted["seen"][1]) == list(range(37))
+    assert all(a != b for a, b in zip(*noted["draws"], strict=True))
+    assert noted["draws"][0] == json.loads((alone / "artifacts" / "ranks.json").read_text())["draws"][0]
+    assert noted["means"][0] == noted["means"][1]
+
+
+@pytest.mark.parametrize("shard", [(), ("--shard",)])
+def test_a_signal_to_one_rank_stops_both_and_they_resume(etude, tmp_path, alone, shard) -> None:
+    folder = tmp_path / "run"
+    words = ["run", etude.choir, "--out", folder, "--quiet", *shard, "--fault", "terminate", "--at", "5"]
+    first, second = ranks(etude, *words)
+    assert (first.code, second.code) == (143, 143), first.err + second.err
+    assert first.err == f"stopped with the state of step 6 saved\nnext: etude resume {folder}\n"
+    assert second.err == ""
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000000006"]
+    first, second = ranks(etude, "resume", folder)
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    agrees(folder, alone)
+    assert {path.name for path in folder.iterdir()} == FILES
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentences"),
+    [
+        (("--fault", "nan_loss"), ("loss is nan",) * 2),
+        (("--fault", "nan_gradient"), ("the gradient of 0.weight is not finite",) * 2),
+        (
+            ("--fault", "nan_gradient", "--shard"),
+            ("a gradient on another rank is not finite", "the gradient of 0.weight is not finite"),
+        ),
+    ],
+)
+def test_nan_on_one_rank_stops_both(etude, tmp_path, flags, sentences) -> None:
+    folder = tmp_path / "run"
+    done = ranks(etude, "run", etude.choir, "--out", folder, "--quiet", "--save-every", "2", *flags)
+    for rank, sentence in zip(done, sentences, strict=True):
+        said = f"etude: {sentence} at step 5; the update was not made and the checkpoint of step 4 is kept\n"
+        assert (rank.code, rank.err) == (1, said)
+    assert (folder / "failed").is_file()
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000000002", "step-000000004"]
+
+
+def test_wrong_input_ends_both_ranks(etude, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    for done in ranks(etude, "run", etude.choir, "--out", tmp_path / "file" / "run"):
+        assert done.code == 2
+        assert done.err.startswith("etude: the run folder ")
+    assert "torchrun" in etude.refused("run", etude.choir, "--shard")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_killed_rank_does_not_harm_the_checkpoint(etude, tmp_path, alone) -> None:
+    folder = tmp_path / "run"
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port()}
+    words = ["run", etude.choir, "--out", folder, "--quiet", "--save-every", "2", "--steps", "12"]
+    die = """
+import os
+from etude.core.run import Run
+average = Run.average
+def dying(run, *arguments, **scalars):
+    if run.step == 7:
+        os.kill(os.getpid(), 9)
+    average(run, *arguments, **scalars)
+Run.average = dying
+"""
+    second = etude.start(*words, before=die, **shared, RANK="1", LOCAL_RANK="1")
+    first = etude.start(*words, **shared, RANK="0", LOCAL_RANK="0")
+    assert second.wait().code == -signal.SIGKILL
+    done = first.wait()
+    assert done.code == 1
+    assert len(done.err.splitlines()) == 1, done.err
+    first, second = ranks(etude, "resume", folder)
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    agrees(folder, alone)
