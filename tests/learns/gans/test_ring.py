@@ -9,17 +9,16 @@ import etude
 from etude.blocks import gans
 from etude.catalog import find, load_method
 
-# seconds are of one thread on a busy machine
-RING = [
-    ("gans/gan", {"steps": 1500}, 5, 0.3),
-    ("gans/wgan", {"steps": 300}, 3, 0.1),
-    ("gans/wgan_gp", {"steps": 300}, 5, 0.2),
+RING = [  # share of 8 modes, and of the samples within 3σ of one; an untrained generator has 0 and 0.01
+    ("gans/gan", {"seed": 0, "steps": 1500}, 4, 0.5),
+    ("gans/wgan", {"seed": 1, "steps": 1000}, 4, 0.25),
+    ("gans/wgan_gp", {"seed": 0, "steps": 300}, 6, 0.3),
 ]
 
 
-@pytest.mark.parametrize(("name", "flags", "modes", "share"), RING)
-def test_finds_modes(tmp_path, name, flags, modes, share):
-    result = etude.run(name, out=tmp_path / "run", quiet=True, seed=0, **flags)
+@pytest.mark.parametrize(("name", "settings", "modes", "share"), RING)
+def test_finds_modes(tmp_path, name, settings, modes, share):
+    result = etude.run(name, out=tmp_path / "run", quiet=True, evaluate_every=0, **settings)
     print(name, result.metrics)
     assert result.metrics["modes"] >= modes
     assert result.metrics["share"] >= share
