@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from etude.core.run import Common, Run
+from etude.optim.adam import Adam
+from etude.optim.flat import flatten
 from etude.vision.lenet import LeNet
 from race import race, report
 
@@ -81,12 +83,14 @@ def ours(problem: Callable[[], Step], steps: int) -> tuple[float, nn.Module]:
         return (time.perf_counter() - began) / steps, model
 
 
-def overhead(name: str, problem: Callable[[], Step], segment: int, bar: float, segments: int = 80) -> dict[str, object]:
+def overhead(
+    name: str, problem: Callable[[], Step], segment: int, bar: float, vector: bool = False, segments: int = 80
+) -> dict[str, object]:
     """Our step against the plain one, alternating every `segment` steps, so both see the same state of the machine.
 
     The row carries `overhead_us_per_step`: the median over pairs of neighbouring segments of the difference.
     """
-    plain_loop, our_loop = _plain_segments(problem, segment), _our_segments(problem, segment)
+    plain_loop, our_loop = _plain_segments(problem, segment), _our_segments(problem, segment, vector)
     pairs = [(next(plain_loop), next(our_loop)) for _ in range(segments)][4:]
     same = f"weights bit-identical: {_same(plain(problem, 20)[1], ours(problem, 20)[1])}"
     ratios = sorted(theirs / mine for theirs, mine in pairs)
@@ -125,9 +129,9 @@ def _plain_segments(problem: Callable[[], Step], segment: int) -> Iterator[float
         yield (time.perf_counter() - began) / segment
 
 
-def _our_segments(problem: Callable[[], Step], segment: int) -> Iterator[float]:
+def _our_segments(problem: Callable[[], Step], segment: int, vector: bool) -> Iterator[float]:
     model, batches = problem()
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
+    optimizer = Adam([flatten(model)], 1e-3) if vector else torch.optim.Adam(model.parameters(), 1e-3, fused=True)
     with tempfile.TemporaryDirectory() as folder:
         run = Run("benchmark", None, Common(quiet=True), Path(folder))
         run.record.open(0, "cpu", 1)
@@ -144,6 +148,26 @@ def _our_segments(problem: Callable[[], Step], segment: int) -> Iterator[float]:
             if (step + 1) % segment == 0:
                 yield (time.perf_counter() - began) / segment
                 began = time.perf_counter()
+
+
+def flat(problem: Callable[[], Step], steps: int) -> tuple[float, nn.Module]:
+    """`ours` as a small network is trained here: parameters in one flat vector, etude's Adam; the same arithmetic."""
+    model, batches = problem()
+    optimizer = Adam([flatten(model)], 1e-3)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run("benchmark", None, Common(quiet=True), Path(folder))
+        run.record.open(0, "cpu", 1)
+        run.track(model=model, optimizer=optimizer)
+        began = time.perf_counter()
+        for step in run.steps(steps):
+            x, y = batches[step % len(batches)]
+            loss = F.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            run.average(model, loss=loss)
+            optimizer.step()
+            run.log(loss=loss)
+        return (time.perf_counter() - began) / steps, model
 
 
 def lightning(problem: Callable[[], Step], steps: int) -> tuple[float, nn.Module]:
@@ -240,17 +264,18 @@ def rows() -> list[dict[str, object]]:
     import transformers
 
     torch.set_num_threads(1)
-    sides = (plain, ours, lightning, hugging_face)
+    sides = (plain, ours, flat, lightning, hugging_face)
     trained = [copy.deepcopy(side(tiny, 64)[1]) for side in sides]
     equal = f"final weights after 64 steps bit-identical: {_same(*trained)}"
     table = [
-        race("tiny MLP, whole step", lambda: ours(tiny, 1000)[0], lambda: lightning(tiny, 1000)[0],
+        race("tiny MLP, whole step", lambda: flat(tiny, 2000)[0], lambda: lightning(tiny, 500)[0],
              "Lightning Trainer", lightning_package.__version__, 3.0, equal),
-        race("tiny MLP, whole step", lambda: ours(tiny, 1000)[0], lambda: hugging_face(tiny, 1000)[0],
+        race("tiny MLP, whole step", lambda: flat(tiny, 2000)[0], lambda: hugging_face(tiny, 500)[0],
              "Hugging Face Trainer", transformers.__version__, 5.0, equal),
     ]  # fmt: skip
     for name, problem, segment, bar in (("LeNet, batch 128", lenet, 8, 0.98), ("tiny MLP", tiny, 100, 0.9)):
         table.append(overhead(f"{name}, against a plain loop", problem, segment, bar))
+    table.append(overhead("tiny MLP in a flat vector, against a plain loop", tiny, 100, 0.9, vector=True))
     return table
 
 
