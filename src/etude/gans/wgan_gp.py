@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from etude import optim
 from etude.blocks.gans import Sample, draw, flat, players, stage
-from etude.catalog import method
+from etude.catalog import Experiment, method
 from etude.core.config import Count, Fraction, NonNegative, Positive, Whole
 from etude.core.run import Loaded, Run
 from etude.core.spec import Spec
