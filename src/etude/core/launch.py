@@ -140,13 +140,13 @@ def find_run(text: str) -> Path:
     under = root if text == "latest" else root / text
     if text != "latest" and not under.is_dir() and text in {entry.rpartition("/")[2] for entry in catalog.entries()}:
         under = root / catalog.find(text).name
-    found = sorted(under.glob("**/config.json"), key=lambda file: file.stat().st_mtime_ns) if under.is_dir() else []
+    found = [file for file in under.glob("**/config.json") if file.parent.name != "artifacts"] if under.is_dir() else []
     if not found:
         if path.is_dir():
             raise UserError(f"{text} is not a run folder (it has no config.json)")
         known = [str(file.parent) for file in root.glob("*/*/*/config.json")]
         raise UserError(f"there is no run '{text}'{nearest(text, known)}; 'etude run METHOD' makes one under {root}/")
-    return found[-1].parent
+    return max(found, key=lambda file: file.stat().st_mtime_ns).parent
 
 
 def read_config(folder: Path) -> dict[str, Any]:

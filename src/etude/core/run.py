@@ -195,7 +195,8 @@ class Run:
         self._total = total
         every, save_due = self.common.save_every, time.perf_counter() + SAVE_SECONDS
         self.progress.start(self.step, total)
-        self._busy, began, progress = True, time.perf_counter(), self.progress
+        self._busy, progress = True, self.progress
+        began = time.perf_counter() - self.record.loop_seconds  # an earlier loop of this session counts too
         try:
             while self.step < total and not self._over and not self._stop:
                 self._seed(self.step, "step")

@@ -21,7 +21,7 @@ Differences:
 - FrozenLake, CliffWalking and Taxi are stepped in compiled code from Gymnasium's own transition tables, which gives the
   trajectories of Gymnasium's `step` draw by draw (a test); any other world with discrete states is stepped itself.
 - ω is 0.6: with ω = 0.8 and γ = 0.99 the first guess fades too slowly for 20,000 episodes of FrozenLake (success 0.511
-  on one of five seeds). Deterministic worlds take ω = 0.
+  on one of five seeds). Worlds without chance take ω = 0.
 
 Expect: see PRESETS
 
@@ -61,7 +61,7 @@ class Config:
     gamma: Fraction = 0.99
     """Discount γ."""
     power: NonNegative = 0.6
-    """ω of the step size α = n(s, a)^−ω, n the visits so far; 0 is α = 1 (for deterministic worlds)."""
+    """ω of the step size α = n(s, a)^−ω, n the visits so far; 0 is α = 1 (for worlds without chance)."""
     exploration: Literal["epsilon_greedy", "notes_epsilon_greedy", "boltzmann"] = "epsilon_greedy"
     """How actions are tried out."""
     epsilon_start: Probability = 1.0
