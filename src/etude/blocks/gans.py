@@ -9,7 +9,8 @@ Differences:
 - The features are the 84 units before the output of *our own LeNet*, trained for 400 steps on the data at hand with a
   seed of its own, so that every run on the same data has the same judge. The number is therefore called
   `lenet_frechet_distance`: it can be compared between runs of etude, never with a published Inception FID.
-- A mode or class counts as covered when it gets at least a quarter of its fair share of the samples.
+- `modes` counts the modes of the ring or the classes of the images; one counts as covered when it gets at least a
+  quarter of its fair share of the samples.
 - E114 (notes 8.6.4.1): the transposed-convolution networks are DCGAN's; the paper of 2014 had multi-layer perceptrons,
   and `SmallGAN` is the name of neither.
 """
@@ -17,7 +18,6 @@ Differences:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +32,6 @@ from etude.blocks import plots
 from etude.blocks.nn.init import initialise
 from etude.blocks.nn.norm import BatchNorm
 from etude.core.checkpoint import Box
-from etude.core.config import Count, Whole
 from etude.core.errors import UserError
 from etude.core.run import Loaded, Run
 from etude.core.spec import Spec
@@ -117,7 +116,7 @@ class Critic(nn.Module):
             if norm != "none":
                 layers.append(BatchNorm(maps) if norm == "batch" else nn.GroupNorm(1, maps))
             layers.append(nn.LeakyReLU(0.2))
-        self.main = nn.Sequential(*layers, nn.Conv2d(maps, 1, 4, 1, 0, bias=norm != "batch"))
+        self.main = nn.Sequential(*layers, nn.Conv2d(maps, 1, 4, 1, 0, bias=False))
         dcgan_init(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,22 +124,27 @@ class Critic(nn.Module):
 
 
 class PointCritic(nn.Module):
-    """Points (N, 2) → scores (N,): two hidden layers of ReLU units, nothing that ties the points of a batch."""
+    """Points (N, 2) → scores (N,): two hidden layers of ReLU units, nothing that ties the points of a batch.
 
-    def __init__(self, width: int) -> None:
+    A difference of two mean scores does not feel the last `bias`, so the Wasserstein critics have none.
+    """
+
+    def __init__(self, width: int, bias: bool = True) -> None:
         super().__init__()
         self.main = mlp(2, width, 1)
+        if not bias:
+            self.main[-1].bias = None  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.main(x).flatten()
 
 
 def players(
-    spec: Spec, latent: int, width: int, norm: Literal["batch", "layer", "none"]
+    spec: Spec, latent: int, width: int, norm: Literal["batch", "layer", "none"], bias: bool = False
 ) -> tuple[nn.Module, nn.Module]:
     """Generator and critic for this data: perceptrons for points, DCGAN's networks for images."""
     if spec.shape == (2,):
-        return mlp(latent, width, 2), PointCritic(width)
+        return mlp(latent, width, 2), PointCritic(width, bias)
     channels, size, _ = spec.shape
     return Generator(channels, size, latent, width), Critic(channels, size, width, norm)
 
@@ -247,20 +251,30 @@ class RingStage:
     def begin(self, generator: nn.Module, latent: int, judge: nn.Module | None) -> None:
         """Fix the noise of all measurements, and look at the generator before its first step."""
         self.z = torch.randn(self.count, latent, generator=self.run.generator("measure")).to(self.run.device)
-        if self.run.step == 0:
+        self.held = Box(first=0.0)
+        self.run.track(judged=self.held)
+        if self.held.first == 0.0:
+            self.held.first = self.measure(generator)["frechet_distance"]
             self.look(generator, 0)
 
     def look(self, generator: nn.Module, step: int) -> dict[str, float]:
         """Score the generator after `step` updates, log the scores and keep a picture."""
         samples = drawn(generator, self.z)
-        scores = ring_scores(samples)
+        scores = self._scores(samples)
         self.run.log(**scores)
         self.run.artifact("samples", scatter(samples[:1000]), "Points of one fixed noise, and of the ring.", step)
         return scores
 
     def measure(self, generator: nn.Module) -> dict[str, float]:
         """The scores alone."""
-        return ring_scores(drawn(generator, self.z))
+        return self._scores(drawn(generator, self.z))
+
+    def _scores(self, samples: Tensor) -> dict[str, float]:
+        """`modes` and `share`, and the Fréchet distance of the points themselves, which sees two moments only."""
+        variance = RADIUS**2 / 2 + SIGMA**2  # of the ring, in every direction; its mean is 0
+        distance = frechet(torch.zeros(2).double(), variance * torch.eye(2).double(), *gaussian(samples))
+        ratio = distance / (self.held.first or distance or 1.0)
+        return ring_scores(samples) | {"frechet_distance": distance, "frechet_ratio": ratio}
 
 
 class ImageStage:
@@ -327,7 +341,7 @@ class ImageStage:
         return {
             "lenet_frechet_distance": distance,
             "frechet_ratio": distance / (self.held.first or distance or 1.0),  # to the untrained generator's
-            "classes": float((shares >= ENOUGH * self.fair).sum()),
+            "modes": float((shares >= ENOUGH * self.fair).sum()),
         }
 
 
@@ -366,22 +380,12 @@ def scatter(samples: Tensor) -> Figure:
     return figure
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Settings of `etude sample`."""
-
-    count: Count = 64
-    """Samples to draw."""
-    seed: Whole = 0
-    """Seed of the noise."""
-
-
 @torch.no_grad()
-def draw(loaded: Loaded, options: Sample, folder: Path) -> str:
+def draw(loaded: Loaded, count: int, seed: int, folder: Path) -> str:
     """Write `count` samples of a trained generator into ``samples.png`` in `folder`, and say what is on it."""
-    noise = torch.Generator().manual_seed(options.seed)
-    samples = drawn(loaded.modules["generator"], torch.randn(options.count, loaded.config.latent, generator=noise))
-    said = f"{options.count} samples after {loaded.step} steps: "
+    noise = torch.Generator().manual_seed(seed)
+    samples = drawn(loaded.modules["generator"], torch.randn(count, loaded.config.latent, generator=noise))
+    said = f"{count} samples after {loaded.step} steps: "
     if loaded.spec.shape == (2,):
         scatter(samples).savefig(folder / "samples.png", dpi=144)
         scores = ring_scores(samples)

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from etude import optim
-from etude.blocks.gans import Sample, draw, flat, players, stage
+from etude.blocks.gans import draw, flat, players, stage
 from etude.catalog import Experiment, method
 from etude.core.config import Count, Fraction, NonNegative, Positive, Whole
 from etude.core.run import Loaded, Run
@@ -164,6 +164,16 @@ def train(config: Config, run: Run) -> dict[str, float]:
     return scores or data.measure(G)
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Settings of `etude sample`."""
+
+    count: Count = 64
+    """Samples to draw."""
+    seed: Whole = 0
+    """Seed of the noise."""
+
+
 def sample(loaded: Loaded, options: Sample, folder: Path) -> str:
     """Draw from the generator: a grid of images, or points over the ring."""
-    return draw(loaded, options, folder)
+    return draw(loaded, options.count, options.seed, folder)
