@@ -283,7 +283,7 @@ class Run:
             self._reduce([*(grad for grad in grads if not hasattr(grad, "to_local")), *statistics, *scalars.values()])
             grads = [getattr(grad, "to_local", lambda grad=grad: grad)() for grad in grads]
         base = grads[0]._base if grads else None
-        if base is not None and all([grad._base is base for grad in grads]):
+        if base is not None and all(grad._base is base for grad in grads):
             grads = [base]  # views of one flat gradient vector: look at it once
         # one dispatch marks `found` when any element is not finite; the factor 1 leaves gradients as they are
         if grads:
@@ -302,8 +302,8 @@ class Run:
         if self._sharded:  # each rank sees its own shards only
             torch.distributed.all_reduce(self._found)
         if self._found.item():
-            local = [(name, getattr(p.grad, "to_local", lambda p=p: p.grad)()) for name, p in named if p.grad is not None]
-            bad = [name for name, grad in local if not grad.isfinite().all()]
+            named_grads = [(name, p.grad) for name, p in named if p.grad is not None]
+            bad = [n for n, grad in named_grads if not getattr(grad, "to_local", lambda grad=grad: grad)().isfinite().all()]
             where = f"the gradient of {bad[0]}" if bad else "a gradient on another rank"
             raise RunError(f"{where} is not finite at step {self.step}; the update was not made and {self._kept()}")
 
