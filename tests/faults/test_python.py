@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import json
 import signal
 import threading
@@ -75,7 +76,7 @@ def test_command_line_and_python_agree() -> None:
     first, second = (json.loads((folder / "config.json").read_text()) for folder in (one.folder, Path("line")))
     assert {**first, "config": None} == {**second, "config": None}
     assert first["config"] == second["config"]
-    assert first["command"] == f"etude run {PIECE} --steps 12 --dropout 0.0 --widths 5 6 --quiet"
+    assert first["command"] == f"etude run {shlex.quote(str(PIECE))} --steps 12 --dropout 0.0 --widths 5 6 --quiet"
 
 
 def test_same_seed_agrees_and_two_seeds_differ() -> None:

@@ -94,7 +94,7 @@ def animation(frames: Sequence[Any], least: int = 240) -> list[Image.Image]:
     """
     drawn: list[Image.Image] = []
     for frame in frames:
-        if isinstance(frame, Figure):
+        if hasattr(frame, "savefig"):
             image = picture(frame)
         elif isinstance(frame, Image.Image):
             image = frame.convert("RGB")

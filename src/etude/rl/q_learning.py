@@ -23,8 +23,8 @@ Differences:
 - ω is 0.6: with ω = 0.8 and γ = 0.99 the first guess fades too slowly for 20,000 episodes of FrozenLake (success 0.511
   on one of five seeds). Worlds without chance take ω = 0.
 
-Expect: one core: FrozenLake 0.740 of the episodes reach the goal (the optimum) in 4 s; CliffWalking −13 (the optimum)
-    in 3 s.
+Expect: CPU 3 s on FrozenLake → greedy success 0.740 within 100 steps on seeds 0-4 (the best possible); CliffWalking −13
+on seeds 0-4; Taxi mean return 7.93, equal to Q* (seed 0).
 
 Command: `etude run rl/q_learning --env FrozenLake-v1`
 """
