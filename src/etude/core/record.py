@@ -7,6 +7,7 @@ Times live in environment.json, so metrics.jsonl of a resumed run equals the uni
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -75,7 +76,7 @@ class Record:
         self.rows += len(rows)
         if self.writes and rows:
             with self._metrics.open("a", encoding="utf-8") as file:
-                file.writelines(f"{json.dumps({'step': step} | row)}\n" for step, row in rows)
+                file.writelines(_line(step, row) for step, row in rows)
 
     def _cut(self) -> None:
         """Drop what the state does not know of yet: the resumed run writes it again, equal to the last digit."""
@@ -193,6 +194,14 @@ def peak_memory_mb() -> float:
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+def _line(step: int, row: dict[str, float]) -> str:
+    """One row as JSON; written out because it is done at every step (finite floats print as JSON wants them)."""
+    return f'{{"step": {step}{"".join([f", {_quoted(name)}: {value!r}" for name, value in row.items()])}}}\n'
+
+
+_quoted = functools.cache(json.dumps)
 
 
 def _now() -> str:

@@ -278,12 +278,11 @@ class Run:
             named = [(name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad]
             self._parameters[key] = (named, _statistics(modules), modules)
         named, statistics, _ = self._parameters[key]
-        grads = [p.grad for _, p in named if p.grad is not None]
+        grads = [grad for _, p in named if (grad := p.grad) is not None]
         if self.world > 1:
             self._reduce([*(grad for grad in grads if not hasattr(grad, "to_local")), *statistics, *scalars.values()])
             grads = [getattr(grad, "to_local", lambda grad=grad: grad)() for grad in grads]
-        base = grads[0]._base if grads else None
-        if base is not None and all(grad._base is base for grad in grads):
+        if grads and (base := grads[0]._base) is not None and all(grad._base is base for grad in grads):
             grads = [base]  # views of one flat gradient vector: look at it once
         # one dispatch marks `found` when any element is not finite; the factor 1 leaves gradients as they are
         if grads:
