@@ -15,7 +15,7 @@ Differences:
 - E13: the notes shuffle once 'in advance'. Here every epoch has its own permutation, and a batch may straddle two
   epochs, so no batch is short and every image is used exactly once an epoch.
 
-Expect: one core: 0.975 on the bundled digits in 2 s; MNIST 784-256-128-10: 0.978 in 6 s (5 epochs).
+Expect: one core: 0.975 on the bundled digits; MNIST 784-256-128-10: 0.978 in 6 s (5 epochs).
 Command: `etude run basics/mlp --preset mnist`
 """
 
@@ -73,7 +73,7 @@ class Config:
 
 PRESETS = {
     "tiny": Config(widths=(32,), steps=30, batch=32),  # 1 s
-    "default": Config(evaluate_every=100),  # 2 s → 0.975
+    "default": Config(evaluate_every=100),  # → 0.975
     "mnist": Config(data="mnist", steps=2344, evaluate_every=469),  # 6 s → 0.978
 }
 

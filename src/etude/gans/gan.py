@@ -33,7 +33,7 @@ Differences:
 - Instance noise blurs real *and* generated samples in both players' steps; σ falls linearly to 0 (`noise_until`).
 
 Expect: ring, one thread, about 10 s: 7, 8, 8 modes of 8 and 0.91, 0.92, 0.94 of the samples within 3σ (seeds 0-2);
-    without instance noise 8, 8, 6 modes. MNIST, about 0.13 s of one thread a step: the Fréchet distance falls to 0.22
+    without instance noise 8, 8, 6 modes. MNIST: the Fréchet distance falls to 0.22
     of the untrained generator's in 300 steps and to 0.07 in 700, with all ten classes (seed 0).
 Command: `etude run gans/gan`, `etude run gans/gan --preset mnist`, then `etude sample gans/gan --count 64`
 """

@@ -24,7 +24,7 @@ Differences:
 - The generator rests while the critic learns, so its n_critic batches come from one forward pass (for images: batch
   norm takes the statistics of them together). Clipping covers every parameter of the critic, as in the authors' code.
 
-Expect: ring, one thread, about 30 s: 8, 8, 8 modes of 8 and 0.53, 0.87, 0.88 of the samples within 3σ (seeds 0-2).
+Expect: ring, one thread, 14-18 s: 8, 8, 8 modes of 8 and 0.53, 0.87, 0.88 of the samples within 3σ (seeds 0-2).
 Command: `etude run gans/wgan`, then `etude sample gans/wgan --count 64`
 """
 

@@ -25,7 +25,7 @@ Differences:
 - The generator rests while the critic learns, so its n_critic batches come from one forward pass; x and x̃ pass the
   critic as one batch, which without batch norm is the same as two.
 
-Expect: ring, one thread, about 12 s: 8, 8, 8 modes of 8 and 0.78, 0.72, 0.75 of the samples within 3σ (seeds 0-2).
+Expect: ring, one thread, 5 s: 8, 8, 8 modes of 8 and 0.78, 0.72, 0.75 of the samples within 3σ (seeds 0-2).
 Command: `etude run gans/wgan_gp`, then `etude sample gans/wgan_gp --count 64`
 """
 

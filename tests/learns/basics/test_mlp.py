@@ -20,4 +20,4 @@ import etude
 def test_learns_digits(tmp_path, optimizer, rate):
     flags = {"optimizer": optimizer, "learning_rate": rate, "steps": 150}
     result = etude.run("basics/mlp", out=tmp_path / "run", quiet=True, seed=0, **flags)
-    assert result.metrics["test_accuracy"] >= 0.9  # measured 0.942-0.967
+    assert result.metrics["test_accuracy"] >= 0.9
