@@ -268,9 +268,9 @@ def rows() -> list[dict[str, object]]:
     trained = [copy.deepcopy(side(tiny, 64)[1]) for side in sides]
     equal = f"final weights after 64 steps bit-identical: {_same(*trained)}"
     table = [
-        race("tiny MLP, whole step", lambda: flat(tiny, 2000)[0], lambda: lightning(tiny, 500)[0],
+        race("tiny MLP, whole step", lambda: flat(tiny, 10_000)[0], lambda: lightning(tiny, 1000)[0],
              "Lightning Trainer", lightning_package.__version__, 3.0, equal),
-        race("tiny MLP, whole step", lambda: flat(tiny, 2000)[0], lambda: hugging_face(tiny, 500)[0],
+        race("tiny MLP, whole step", lambda: flat(tiny, 10_000)[0], lambda: hugging_face(tiny, 1000)[0],
              "Hugging Face Trainer", transformers.__version__, 5.0, equal),
     ]  # fmt: skip
     for name, problem, segment, bar in (("LeNet, batch 128", lenet, 8, 0.98), ("tiny MLP", tiny, 100, 0.9)):

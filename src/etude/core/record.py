@@ -198,10 +198,12 @@ def peak_memory_mb() -> float:
 
 def _line(step: int, row: dict[str, float]) -> str:
     """One row as JSON; written out because it is done at every step (finite floats print as JSON wants them)."""
-    return f'{{"step": {step}{"".join([f", {_quoted(name)}: {value!r}" for name, value in row.items()])}}}\n'
+    return f'{{"step": {step}{"".join([f"{_quoted(name)}{value!r}" for name, value in row.items()])}}}\n'
 
 
-_quoted = functools.cache(json.dumps)
+@functools.cache
+def _quoted(name: str) -> str:
+    return f", {json.dumps(name)}: "
 
 
 def _now() -> str:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 from torch import nn
@@ -93,14 +93,14 @@ class Run:
         self.seed = common.seed
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(common.device)
+        self._on_cpu = self.device.type == "cpu"
         self.step = 0
         self.complaints: list[str] = []
         self.progress = Progress(name, enabled=not common.quiet and self.rank == 0)
         self.record = record.Record(folder, writes=self.rank == 0)
         self._tracked: dict[str, Any] = {}
         self._saved: dict[str, Any] = {}
-        # named parameters and batch-norm statistics of the modules that `average` was called with
-        self._parameters: dict[tuple[int, ...], tuple[list[tuple[str, nn.Parameter]], list[torch.Tensor], Any]] = {}
+        self._parameters: dict[tuple[nn.Module, ...], list[nn.Parameter]] = {}  # of the modules given to `average`
         self._row: dict[str, Any] = {}
         self._last_row: dict[str, Any] = {}  # of the step in which the loop was left
         self._rows: list[tuple[int, dict[str, Any]]] = []
@@ -112,6 +112,7 @@ class Run:
         self._total = 0
         self._sharded = False
         self._state_step = -1  # step of the newest checkpoint on disk
+        self._keys: list[int] = []
         self._seeders = [torch.default_generator]
         if self.device.type == "cuda":
             torch.cuda.init()
@@ -273,38 +274,43 @@ class Run:
         at once, so the update never happens; on an accelerator the check is kept on the device and read at the next
         flush, always before a checkpoint is written, so the last checkpoint is good in either case.
         """
-        key = tuple(map(id, modules))
-        if key not in self._parameters:
-            named = [(name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad]
-            self._parameters[key] = (named, _statistics(modules), modules)
-        named, statistics, _ = self._parameters[key]
-        grads = [grad for _, p in named if (grad := p.grad) is not None]
+        parameters = self._parameters.get(modules)
+        if parameters is None:
+            parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+            self._parameters[modules] = parameters
+        grads = [grad for p in parameters if (grad := p.grad) is not None]
+        found = self._found
         if self.world > 1:
-            self._reduce([*(grad for grad in grads if not hasattr(grad, "to_local")), *statistics, *scalars.values()])
-            grads = [getattr(grad, "to_local", lambda grad=grad: grad)() for grad in grads]
+            whole = [grad for grad in grads if not hasattr(grad, "to_local")]
+            self._reduce([*whole, *_statistics(modules), *scalars.values()])
+            grads = [_local(grad) for grad in grads]
         if grads and (base := grads[0]._base) is not None and all(grad._base is base for grad in grads):
             grads = [base]  # views of one flat gradient vector: look at it once
-        # one dispatch marks `found` when any element is not finite; the factor 1 leaves gradients as they are
-        if grads:
-            torch._amp_foreach_non_finite_check_and_unscale_(grads, self._found, self._one)
-        if self.device.type != "cpu":
-            values = [
-                self._found / (1 - self._found),
-                *(value.detach().to(torch.float32).reshape(1) for value in scalars.values()),
-            ]
-            self._suspects.append((self.step, torch.cat(values).sum()))
-            return
-        for name, value in scalars.items():
-            number = value.item()
-            if not math.isfinite(number):
-                raise RunError(f"{name} is {number} at step {self.step}; the update was not made and {self._kept()}")
+        if grads:  # one dispatch marks `found` when any element is not finite; the factor 1 leaves them as they are
+            torch._amp_foreach_non_finite_check_and_unscale_(grads, found, self._one)
         if self._sharded:  # each rank sees its own shards only
-            torch.distributed.all_reduce(self._found)
-        if self._found.item():
-            named_grads = [(name, p.grad) for name, p in named if p.grad is not None]
-            bad = [n for n, grad in named_grads if not getattr(grad, "to_local", lambda grad=grad: grad)().isfinite().all()]
-            where = f"the gradient of {bad[0]}" if bad else "a gradient on another rank"
-            raise RunError(f"{where} is not finite at step {self.step}; the update was not made and {self._kept()}")
+            torch.distributed.all_reduce(found)
+        if self._on_cpu:
+            for value in scalars.values():
+                if not math.isfinite(value.item()):
+                    self._refuse(modules, scalars)
+            if found.item():
+                self._refuse(modules, scalars)
+        else:
+            numbers = [value.detach().to(torch.float32).reshape(1) for value in scalars.values()]
+            self._suspects.append((self.step, torch.cat([found / (1 - found), *numbers]).sum()))
+
+    def _refuse(self, modules: tuple[nn.Module, ...], scalars: dict[str, torch.Tensor]) -> NoReturn:
+        """Name the first scalar or gradient that is not finite."""
+        kept = f"at step {self.step}; the update was not made and {self._kept()}"
+        for name, value in scalars.items():
+            if not math.isfinite(value.item()):
+                raise RunError(f"{name} is {value.item()} {kept}")
+        for module in modules:
+            for name, p in module.named_parameters():
+                if p.grad is not None and not _local(p.grad).isfinite().all():
+                    raise RunError(f"the gradient of {name} is not finite {kept}")
+        raise RunError(f"a gradient on another rank is not finite {kept}")
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Context for forward passes: bfloat16 where ``--precision bf16`` asks for it, else nothing."""
@@ -350,7 +356,12 @@ class Run:
             self.progress.say("stopping after this step (once more stops at once)")
 
     def _seed(self, step: int, purpose: str) -> None:
-        key = fold(self.seed, step, self.rank, purpose)
+        if purpose == "step":  # keys are made 256 at a time: this runs between all steps, where cold code is what costs
+            if not self._keys:
+                self._keys = [fold(self.seed, later, self.rank, purpose) for later in range(step + 255, step - 1, -1)]
+            key = self._keys.pop()
+        else:
+            key = fold(self.seed, step, self.rank, purpose)
         for seeder in self._seeders:
             seeder.manual_seed(key)
 
@@ -371,21 +382,16 @@ class Run:
         if not rows:
             return
         waiting = [v for _, row in rows for v in row.values() if isinstance(v, torch.Tensor)]
-        read = iter(
-            torch.stack([v.double() if v.device.type == "cuda" else v.float() for v in waiting]).tolist()
-            if waiting
-            else []
-        )
-        lines = []
-        for step, row in rows:
+        read = iter(torch.stack([v.double() if v.is_cuda else v.float() for v in waiting]).tolist() if waiting else [])
+        for index, (step, row) in enumerate(rows):
             for name, value in row.items():
-                row[name] = value = next(read) if isinstance(value, torch.Tensor) else float(value)
+                if type(value) is not float:
+                    row[name] = value = next(read) if isinstance(value, torch.Tensor) else float(value)
                 if not math.isfinite(value):
-                    self.record.metrics(lines)
+                    self.record.metrics(rows[:index])
                     raise RunError(f"{name} is {value} at step {max(step - 1, 0)}; {self._kept()}")
             self._latest |= row
-            lines.append((step, row))
-        self.record.metrics(lines)
+        self.record.metrics(rows)
 
     def _reduce(self, tensors: list[torch.Tensor]) -> None:
         """Replace each tensor by its mean over the ranks, in place and in one message."""
@@ -404,6 +410,11 @@ class Run:
         torch.distributed.all_reduce(word, op=torch.distributed.ReduceOp.MAX)
         self._stop = word.item() == 2
         return word.item() == 1
+
+
+def _local(grad: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a gradient, or the gradient itself where it is not sharded."""
+    return grad.to_local() if hasattr(grad, "to_local") else grad  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _statistics(modules: tuple[nn.Module, ...]) -> list[torch.Tensor]:

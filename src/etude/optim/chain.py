@@ -201,8 +201,8 @@ class Chain(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Update every parameter that has a gradient; returns the closure's value (run with gradients on) or None."""
-        hooks = (self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks, _PRE_HOOKS, _POST_HOOKS)
-        if any(hooks) or torch.autograd._profiler_enabled():  # pyright: ignore[reportPrivateImportUsage]
+        hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks or _PRE_HOOKS or _POST_HOOKS
+        if hooks or torch.autograd._profiler_enabled():  # pyright: ignore[reportPrivateImportUsage]
             return _watched_step(self, closure)
         return self._step(closure)
 
@@ -210,29 +210,31 @@ class Chain(torch.optim.Optimizer):
     # training step, so it is put on only when something listens
     step.hooked = True  # pyright: ignore[reportFunctionMemberAccess]
 
-    @torch.no_grad()
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-
-        @functools.cache
-        def norm() -> Tensor:
-            grads = [parameter.grad for group in self.param_groups for parameter in group["params"]]
-            return global_norm(grad for grad in grads if grad is not None)
-
-        for group in self.param_groups:
-            kernel = None if group["fused"] is False else self._kernel(group)
-            if kernel is None and group["fused"]:
-                raise RuntimeError(f"{type(self).__name__} has no fused kernel for these settings: leave fused at None")
-            for bucket in self._buckets(group):
-                if kernel is not None and bucket.fusable:
-                    torch._foreach_add_(bucket.steps, 1)  # pyright: ignore[reportPrivateImportUsage]
-                    kernel(bucket)
-                else:
-                    self._run(group, bucket, norm)
+        with torch.no_grad():
+            norm = None
+            for group in self.param_groups:
+                kernel = None if group["fused"] is False else self._kernel(group)
+                if kernel is None and group["fused"]:
+                    name = type(self).__name__
+                    raise RuntimeError(f"{name} has no fused kernel for these settings: leave fused at None")
+                for bucket in self._buckets(group):
+                    if kernel is not None and bucket.fusable:
+                        torch._foreach_add_(bucket.steps, 1)  # pyright: ignore[reportPrivateImportUsage]
+                        kernel(bucket)
+                    else:
+                        norm = norm or functools.cache(self._norm)
+                        self._run(group, bucket, norm)
         return loss
+
+    def _norm(self) -> Tensor:
+        """‖g‖₂ over the gradients of all parameters."""
+        grads = [parameter.grad for group in self.param_groups for parameter in group["params"]]
+        return global_norm(grad for grad in grads if grad is not None)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop every gradient (or fill it with 0); for a flat vector both are one fill."""
@@ -253,10 +255,10 @@ class Chain(torch.optim.Optimizer):
             state = self.state[parameter]
             if "step" not in state:
                 self._begin(group, parameter, gradient, state)
-            key = (parameter.device, parameter.dtype)
+            key = (device := parameter.device, parameter.dtype)
             bucket = buckets.get(key)
             if bucket is None:
-                bucket = buckets[key] = Bucket([], [], [], [], parameter.device.type in _FUSED_DEVICES)
+                bucket = buckets[key] = Bucket([], [], [], [], device.type in _FUSED_DEVICES)
             bucket.steps.append(state["step"])
             if hasattr(parameter, "to_local"):  # sharded: every link is elementwise, so each rank updates its own part
                 parameter, gradient = parameter.to_local(), gradient.to_local()

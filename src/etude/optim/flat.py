@@ -62,10 +62,12 @@ class Vector(nn.Parameter):
         return self._gradient
 
     def _assign_gradient(self, value: Tensor | None) -> None:
-        gradient = self._own_gradient()
-        if value is None:
-            gradient.zero_()
-        elif value is not gradient:
+        if value is None:  # zero_grad, once a step: nothing to bring home
+            for _, parameter, view, _ in self._members:
+                if parameter.grad is not view:
+                    parameter.grad = view
+            self._gradient.zero_()
+        elif value is not (gradient := self._own_gradient()):
             gradient.copy_(value)
 
     grad = property(_own_gradient, _assign_gradient)  # pyright: ignore[reportAssignmentType]
