@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import signal
 import socket
 import subprocess
@@ -26,9 +28,13 @@ FILES = {
 
 
 def port() -> str:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return str(taken.getsockname()[1])
+    """A free port below those the system hands out by itself: another test's connection cannot take it meanwhile."""
+    draw = random.SystemRandom()
+    while True:
+        number = draw.randint(20_000, 32_000)
+        with socket.socket() as taken, contextlib.suppress(OSError):
+            taken.bind(("127.0.0.1", number))
+            return str(number)
 
 
 def ranks(etude, *words: object) -> list:
@@ -81,7 +87,7 @@ def test_torchrun_equals_one_process_at_the_doubled_batch(etude, tmp_path, alone
     done = subprocess.run(
         [sys.executable, *words], env=etude.environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert "Warning" not in done.stderr
     (folder,) = (tmp_path / "runs").glob("*/*/*")
