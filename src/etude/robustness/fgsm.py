@@ -155,7 +155,8 @@ def fgsm(
                 f"x lies in [{least:g}, {most:g}], not in [{low:g}, {high:g}]; give pixels and standardise inside "
                 "the model, or pass low and high"
             )
-    return (x.detach() + eps * direction(model, x, y, targeted, norm)).clamp_(low, high)
+    step = direction(model, x, y, targeted, norm)
+    return torch.add(x.detach(), step, alpha=eps, out=step).clamp_(low, high)
 
 
 def project(delta: Tensor, eps: float, norm: Norm = "linf") -> Tensor:

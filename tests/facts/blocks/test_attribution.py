@@ -247,3 +247,38 @@ def test_probabilities_restore_the_flags() -> None:
     assert all(part.training for part in model.modules())
     assert not found.requires_grad
     assert F.relu(found).grad_fn is None
+
+
+class Viewing(nn.Module):
+    """Colour convolutions, batch norm with and without weights, `view` of a tensor that may be channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(8, 6, 3, stride=2)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(8), nn.BatchNorm2d(6, affine=False)])
+        self.out = nn.Linear(6 * 3 * 3, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norms[1](self.two(self.norms[0](self.one(x)).relu())).relu()
+        return self.out(y.view(len(y), -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fast_equals_of_batch_norm_and_view_change_nothing(dtype) -> None:
+    torch.manual_seed(0)
+    model = Viewing().to(dtype)
+    model(torch.randn(16, 3, 9, 9, dtype=dtype))  # running estimates that are not 0 and 1
+    model.eval()
+    x = torch.rand(4, 3, 9, 9, dtype=dtype)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found, logits = input_gradient(model, x, lambda z: unit(z, torch.arange(4)))
+    leaf = x.clone().requires_grad_()
+    (plain,) = torch.autograd.grad(model(leaf).diagonal().sum(), leaf)
+    close = 1e-12 if dtype == torch.float64 else 1e-6
+    assert torch.allclose(found, plain, rtol=0, atol=close)
+    assert torch.allclose(logits, model(x), rtol=0, atol=close)
+    assert found.is_contiguous()
+    assert plain.abs().max() > 1e-3
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert model.one.weight.is_contiguous()
+    assert x.is_contiguous()
