@@ -1,13 +1,14 @@
 """The classifier that a method examines: one from an earlier run, or one trained on the spot
 
 `source` is a run folder, a method's name (its latest run), or ``fresh``: a network trained in the first steps of the
-run itself, so that the method works from nothing. A model object has no place in config.json: in Python it goes to the
-method's own functions (``fgsm(model, x, y, eps)``, ``saliency(model, x)``) and their ``explain``: they
-take any module.
+run itself, so that the method works from nothing. In Python it may be a model object, with the data to examine it on:
+``etude.run("robustness/fgsm", source=model, data="mnist")``; the methods' own functions (``fgsm(model, x, y, eps)``,
+``saliency(model, x)``) and their ``explain`` take any module and any tensor.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from etude import catalog, optim
 from etude import data as room
+from etude.blocks.attribution import probabilities
 from etude.core import launch
 from etude.core.checkpoint import Box
 from etude.core.config import replace
@@ -64,6 +66,12 @@ def resolve(run: Run, source: str, data: str, network: str = "lenet", steps: int
     """
     if source == "fresh":
         return _fresh(run, data or "digits", network, steps, batch)
+    if run.source is not None:
+        return _object(run, run.source, data)
+    if source.startswith(launch.OBJECT):
+        raise UserError(
+            f"{run.folder} examined {source}, which ended with its Python session; run it again with source=model"
+        )
     held = Box(folder="", step=-1)
     run.track(source=held)
     try:
@@ -94,12 +102,34 @@ def resolve(run: Run, source: str, data: str, network: str = "lenet", steps: int
             f"--data {name} has images {found.spec.shape} of {len(found.spec.classes)} classes; "
             f"the network of {folder} takes {spec.shape} of {len(spec.classes)}"
         )
-    model = loaded.model.to(run.device)
+    return Source(loaded.model.to(run.device), found, f"{loaded.name} ({folder})", 0, _trained)
 
-    def trained(step: int) -> Tensor:
-        raise AssertionError(f"step {step}: this network was trained by an earlier run")
 
-    return Source(model, found, f"{loaded.name} ({folder})", 0, trained)
+def _trained(step: int) -> Tensor:
+    raise AssertionError(f"step {step}: this network is trained already")
+
+
+def _object(run: Run, model: nn.Module, data: str) -> Source:
+    """A network of the caller's. It stays as it is; where it lives on another device, a copy is examined."""
+    kind = type(model).__name__
+    if not data:
+        raise UserError(
+            f"source is a {kind} object, so say what to examine it on: data='digits', another name, a folder"
+        )
+    found = room.images(data)
+    if any(tensor.device != run.device for tensor in (*model.parameters(), *model.buffers())):
+        model = copy.deepcopy(model).to(run.device)
+    two, wanted = found.test.x[:2].to(run.device).float() / 255, (2, len(found.spec.classes))
+    try:
+        logits = probabilities(model, two)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"the {kind} object cannot take images {tuple(two.shape)} of {data}: {reason}") from error
+    if tuple(logits.shape) != wanted:
+        raise UserError(
+            f"the {kind} object returns {tuple(logits.shape)} for two images; {data} needs logits {wanted}, one a class"
+        )
+    return Source(model, found, f"{kind} object", 0, _trained)
 
 
 def _fresh(run: Run, data: str, network: str, steps: int, batch: int) -> Source:

@@ -31,6 +31,9 @@ from etude.core.errors import RunError, UserError, nearest
 from etude.core.run import Common, Interrupted, Loaded, Run
 from etude.core.spec import Spec
 
+OBJECT = "the model object"
+"""How config.json names a network that was handed over in Python."""
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -53,7 +56,9 @@ def run(name: str, *, preset: str = "default", out: str | os.PathLike[str] | Non
     """Run a method and return its folder and metrics.
 
     `settings` are fields of the method's Config (``data="mnist"``, ``steps=2000``) and of `Common` (``seed``, ``device``,
-    ``precision``, ``threads``, ``save_every``, ``quiet``). Raises UserError for wrong input, RunError if the run fails.
+    ``precision``, ``threads``, ``save_every``, ``quiet``). A method with a ``source`` takes an `nn.Module` there too; such a
+    run cannot be resumed, for its folder holds only the object's name. Raises UserError for wrong input, RunError if
+    the run fails.
     """
     entry = catalog.find(name)
     module = catalog.load_method(entry)
@@ -61,13 +66,24 @@ def run(name: str, *, preset: str = "default", out: str | os.PathLike[str] | Non
     known = [*(field.name for field in dataclasses.fields(module.Config)), *shared, "preset", "out"]
     for unknown in settings.keys() - known:
         raise UserError(f"{entry.name} has no setting '{unknown}'{nearest(unknown, known)}")
+    source = settings.get("source")
+    if isinstance(source, torch.nn.Module) and "source" in known:
+        settings["source"] = f"{OBJECT} {type(source).__name__}"
+    else:
+        source = None
     common = replace(Common(), {k: v for k, v in settings.items() if k in shared}, "etude.run")
     config = configure(module, entry, preset, {k: v for k, v in settings.items() if k not in shared})
-    return start(entry, module, config, common, preset, Path(out) if out is not None else None)
+    return start(entry, module, config, common, preset, Path(out) if out is not None else None, source)
 
 
 def start(
-    entry: Entry, module: ModuleType, config: Any, common: Common, preset: str, out: Path | None = None
+    entry: Entry,
+    module: ModuleType,
+    config: Any,
+    common: Common,
+    preset: str,
+    out: Path | None = None,
+    source: torch.nn.Module | None = None,
 ) -> Finished:
     """Make the run folder and run the method in it. Wrong input leaves no folder behind."""
     check(config)
@@ -76,7 +92,7 @@ def start(
     with _ranks(common):
         folder, made = _share(lambda: _make_folder(entry, common, out, described))
         try:
-            return _execute(entry, module, config, common, folder, resume=False)
+            return _execute(entry, module, config, common, folder, resume=False, source=source)
         except UserError:
             if not (folder / "checkpoints").exists() and int(os.environ.get("RANK", 0)) == 0:
                 _remove(folder, made)
@@ -170,9 +186,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _execute(entry: Entry, module: ModuleType, config: Any, common: Common, folder: Path, resume: bool) -> Finished:
+def _execute(
+    entry: Entry,
+    module: ModuleType,
+    config: Any,
+    common: Common,
+    folder: Path,
+    resume: bool,
+    source: torch.nn.Module | None = None,
+) -> Finished:
     loop = catalog.loop_of(module)
     run = Run(entry.name, config, common, folder, resume=resume)
+    run.source = source
     for complaint in run.complaints:
         run.say(f"{complaint}; going on from step {run.step}")
     threads = common.threads or loop.etude["threads"] or _cores()  # type: ignore[attr-defined]

@@ -95,6 +95,7 @@ class Run:
         self.device = pick_device(common.device)
         self._on_cpu = self.device.type == "cpu"
         self.step = 0
+        self.source: nn.Module | None = None  # given as `source` in Python: it has no place in config.json
         self.complaints: list[str] = []
         self.progress = Progress(name, enabled=not common.quiet and self.rank == 0)
         self.record = record.Record(folder, writes=self.rank == 0)

@@ -61,7 +61,7 @@ from etude.core.run import Run
 @dataclass(frozen=True)
 class Config:
     source: str = "fresh"
-    """A run folder, a method name (its latest run), or fresh: train a network in the first steps of this run."""
+    """A run folder, a method name (its latest run), or fresh: train a network first. In Python also a model object."""
     data: str = ""
     """Dataset or folder to look at; empty takes what the network was trained on (digits for a fresh one)."""
     network: Network = "lenet"

@@ -102,8 +102,58 @@ def test_methods_take_a_run(tmp_path: Path) -> None:
         done = etude.run(name, **TINY, source="vision/lenet")
         assert "vision/lenet" in (done.folder / "artifacts" / "index.json").read_text()
         assert (done.folder / "metrics.jsonl").read_text().count("\n") == 2  # two batches, no training
-    with pytest.raises(UserError, match="--source is Linear"):
-        etude.run("insight/saliency", **TINY, source=torch.nn.Linear(2, 2))
+
+
+class Theirs(torch.nn.Module):
+    """A network that is none of ours: it scales its pixels itself and has a ReLU."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten())
+        self.head = torch.nn.LazyLinear(classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(2 * x - 1))
+
+
+def test_methods_take_a_model_object(tmp_path: Path) -> None:
+    model = Theirs()
+    model(torch.zeros(1, 1, 8, 8))
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for name in ("robustness/fgsm", "insight/saliency", "insight/guided_backprop"):
+        done = etude.run(name, **TINY, source=model, data="digits")
+        assert "Theirs object" in (done.folder / "artifacts" / "index.json").read_text()
+        assert '"source": "the model object Theirs"' in (done.folder / "config.json").read_text()
+        assert (done.folder / "metrics.jsonl").read_text().count("\n") == 2  # two batches, no training
+    assert model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    (done.folder / "done").unlink()
+    with pytest.raises(UserError, match="examined the model object Theirs, which ended with its Python session"):
+        etude.resume(done.folder)
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "sentence"),
+    [
+        (torch.nn.Flatten(), {}, "source is a Flatten object, so say what to examine it on"),
+        (torch.nn.Flatten(), {"data": "digits"}, r"returns \(2, 64\) for two images; digits needs logits \(2, 10\)"),
+        (
+            torch.nn.Linear(3, 10),
+            {"data": "digits"},
+            r"the Linear object cannot take images \(2, 1, 8, 8\) of digits: mat1",
+        ),
+        ("no/such/run", {}, "there is no run"),
+    ],
+)
+def test_a_model_that_does_not_fit_gets_one_sentence(tmp_path: Path, model, settings, sentence) -> None:
+    with pytest.raises(UserError, match=sentence) as caught:
+        etude.run("insight/saliency", **TINY, **settings, source=model, out=tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="basics/mlp has no setting 'source'"):
+        etude.run("basics/mlp", source=torch.nn.Linear(2, 2))
 
 
 def test_a_resumed_run_keeps_its_source(tmp_path: Path) -> None:
