@@ -1,4 +1,4 @@
-"""Bias and variance: the error of a model class splits into what is wrong and what wobbles
+"""Bias and variance: error splits into what is wrong and what wobbles
 
 Paper: Geman, Bienenstock, Doursat, Neural Networks and the Bias/Variance Dilemma, Neural Computation 4, 1992.
 
@@ -43,6 +43,7 @@ from etude.blocks.plots import INK, PALETTE, SOFT, heading, key, panels
 from etude.catalog import Experiment, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, NonNegative, Whole
+from etude.core.errors import UserError
 from etude.core.randomness import generator
 from etude.core.run import Run
 from etude.core.spec import Spec
@@ -113,11 +114,12 @@ def features(x: Tensor, degree: int) -> Tensor:
 
 def fit(phi: Tensor, y: Tensor, penalty: float = 0.0) -> Tensor:
     """argmin_θ Σ (y − φθ)² + λ ‖θ‖² of every dataset: phi (..., n, p), y (..., n) → (..., p). Needs n ≥ p or λ > 0."""
+    # driver gels: the default, gelsy, does not repeat to the last bit
     p = phi.shape[-1]
     if penalty:  # the penalty is p more observations of 0
         ridge = penalty**0.5 * torch.eye(p, dtype=phi.dtype).expand(*phi.shape[:-2], p, p)
         phi, y = torch.cat((phi, ridge), -2), torch.cat((y, y.new_zeros(*y.shape[:-1], p)), -1)
-    return torch.linalg.lstsq(phi, y.unsqueeze(-1)).solution.squeeze(-1)
+    return torch.linalg.lstsq(phi, y.unsqueeze(-1), driver="gels").solution.squeeze(-1)
 
 
 class Parts(NamedTuple):
@@ -151,6 +153,11 @@ def even(count: int) -> Tensor:
 @method("basics/bias_variance", paper="Geman et al. 1992", section="2.2", threads=1)
 def train(config: Config, run: Run) -> dict[str, float]:
     widest = max(config.degrees) + 1
+    if widest > config.samples and not config.penalty:
+        raise UserError(
+            f"--degrees has {widest - 1}, which {config.samples} samples do not determine; "
+            f"give at least {widest} --samples or a --penalty above 0"
+        )
     total = config.steps * config.datasets
     found = Box(
         x=torch.zeros(config.samples, dtype=torch.float64),  # the first dataset, to be drawn

@@ -6,7 +6,9 @@ import torch
 from numpy.polynomial import legendre
 from sklearn.linear_model import Ridge
 
+import etude
 from etude.basics.bias_variance import closed_form, decompose, even, features, fit, target
+from etude.core.errors import UserError
 
 torch.set_num_threads(1)
 
@@ -70,7 +72,7 @@ def test_closed_form_of_ridge(penalty):
     deviation = (exact.variance / count).sqrt()
     mean = fits.mean(0) - target(grid)
     assert ((mean.abs() - exact.bias_squared.sqrt()).abs() < 4 * deviation).all()
-    assert measured.bias_squared.mean() == pytest.approx(exact.bias_squared.mean(), rel=0.02)
+    assert measured.bias_squared.mean().item() == pytest.approx(exact.bias_squared.mean().item(), rel=0.02)
     torch.testing.assert_close(exact.error, exact.bias_squared + exact.variance)
 
 
@@ -104,7 +106,7 @@ def test_noise_term_against_observed_y():
     fits = fit(phi.expand(20_000, 15, 4), truth + noise) @ phi.T
     error = decompose(fits, truth).error.mean()
     fresh = 0.5 * normal(20_000, 15, seed=1)
-    assert (fits - truth - fresh).square().mean() - error == pytest.approx(0.25, rel=0.02)
+    assert (fits - truth - fresh).square().mean().item() - error.item() == pytest.approx(0.25, rel=0.02)
     assert (fits - truth - noise).square().mean() - error < 0.25 * 0.6  # the noise that was fitted is no test
 
 
@@ -117,3 +119,8 @@ def test_identity_is_not_one_of_the_0_1_loss():
     assert bias + variance == pytest.approx(4 / 3)
     error, bias_squared, spread = decompose(torch.tensor([[1.0], [1.0], [0.0]]), torch.zeros(1))
     assert error.item() == pytest.approx((bias_squared + spread).item())  # the squared error of the same votes splits
+
+
+def test_more_parameters_than_points_are_refused_without_a_penalty(tmp_path):
+    with pytest.raises(UserError, match="which 8 samples do not determine"):
+        etude.run("basics/bias_variance", out=tmp_path / "run", quiet=True, samples=8, degrees=(1, 8))
