@@ -108,7 +108,8 @@ def fold(delta: Tensor, like: Tensor) -> Tensor:
     """The transpose of broadcasting `like` to the shape of `delta`: the sum over the copies."""
     if delta.shape == like.shape:
         return delta
-    delta = delta.sum(tuple(range(delta.dim() - like.dim())))
+    if delta.dim() > like.dim():
+        delta = delta.sum(tuple(range(delta.dim() - like.dim())))
     copied = tuple(i for i, size in enumerate(like.shape) if size == 1 and delta.shape[i] != 1)
     return delta.sum(copied, keepdim=True) if copied else delta
 
@@ -132,7 +133,8 @@ def mul(a: Any, b: Any) -> Node:
 def power(a: Node, exponent: float) -> Node:
     """aᵏ elementwise for a constant k."""
     x = a.value
-    return Node(x**exponent, f"^{exponent:g}", (a, lambda d: d * (exponent * x ** (exponent - 1))))
+    slope = exponent * x ** (exponent - 1) if exponent else torch.zeros_like(x)
+    return Node(x**exponent, f"^{exponent:g}", (a, lambda d: d * slope))
 
 
 def matmul(a: Any, b: Any) -> Node:

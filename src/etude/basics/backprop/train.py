@@ -120,6 +120,11 @@ def train(config: Config, run: Run) -> dict[str, float]:
     seen = Box(curve=torch.zeros(min(config.compare, config.steps), 2, dtype=torch.float64))
     run.track(model=model, optimizer=optimizer, twin=twin, other=other, seen=seen)
     stream = Stream(len(data.train.y), config.batch, run.seed, run.rank, run.world)
+
+    def evaluate() -> dict[str, float]:
+        return {f"test_{name}": value for name, value in accuracy(run, model, data.test.x, data.test.y).items()}
+
+    scores: dict[str, float] = {}
     for step in run.steps(config.steps):
         index = stream.indices(step)
         x, y = data.train.x[index].to(run.device), data.train.y[index].to(run.device)
@@ -136,16 +141,17 @@ def train(config: Config, run: Run) -> dict[str, float]:
             seen.curve[step] = torch.stack((loss, theirs.detach()))
             run.log(autograd_loss=theirs)
         if run.every(config.evaluate_every):
-            scores = {f"test_{name}": v for name, v in accuracy(run, model, data.test.x, data.test.y).items()}
+            scores = evaluate()
             run.log(**scores)
-    scores = {f"test_{name}": v for name, v in accuracy(run, model, data.test.x, data.test.y).items()}
-    run.artifact("graph", graph_figure(*example()), "Forward the values, backward the gradients: tanh is used twice.")
+    scores = scores or evaluate()  # resumed after the last step
+    run.artifact(
+        "graph", graph_figure(*example()), "Values forward, gradients backward: tanh is used twice, so its δ is a sum."
+    )
     if config.compare:
         caption = "The same network, batches and update rule: our gradients and torch.autograd's."
         run.artifact("curves", curve_figure(seen.curve), caption)
-    return scores | {
-        "largest_difference": float((seen.curve[:, 0] - seen.curve[:, 1]).abs().max()) if config.compare else 0.0
-    }
+    ours, autograds = seen.curve.T
+    return scores | {"largest_difference": float((ours - autograds).abs().max()) if config.compare else 0.0}
 
 
 def curve_figure(curve: Tensor) -> Any:
@@ -205,8 +211,16 @@ def graph_figure(loss: Node, order: list[Node]) -> Any:
     for node, (x, y) in place.items():
         for operand, _ in node.edges:
             from_x, from_y = place[operand]
-            axes.annotate("", (x - 0.38, y), (from_x + 0.36, from_y), arrowprops={"arrowstyle": "-|>", "color": SOFT})
-        box = {"boxstyle": "round,pad=0.02", "facecolor": PAPER, "edgecolor": SOFT, "linewidth": 0.8}
+            long = column[node] - column[operand] > 1  # bows below the boxes in between
+            bow = {"connectionstyle": "arc3,rad=0.35"} if long else {}
+            end = (x, y - 0.4) if long else (x - 0.38, y)
+            axes.annotate("", end, (from_x + 0.36, from_y), arrowprops={"arrowstyle": "-|>", "color": SOFT, **bow})
+        box = {
+            "boxstyle": "round,pad=0.02",
+            "facecolor": PAPER if node.edges else "#e6edf5",
+            "edgecolor": SOFT,
+            "linewidth": 0.8,
+        }
         axes.add_patch(FancyBboxPatch((x - 0.34, y - 0.36), 0.68, 0.72, **box))
         middle = {"ha": "center", "va": "center", "fontsize": 8}
         axes.text(x, y + 0.22, node.name, color=INK, weight="bold", **middle)
