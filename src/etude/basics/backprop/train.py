@@ -1,4 +1,4 @@
-"""Backpropagation: a small reverse-mode engine of our own, and a network trained with it
+"""Backpropagation: our own reverse-mode engine, and a network trained with it
 
 Paper: Rumelhart, Hinton, Williams, Learning Representations by Back-Propagating Errors, Nature 323, 1986; Linnainmaa,
 The Representation of the Cumulative Rounding Error of an Algorithm, 1970 (reverse accumulation).
@@ -14,9 +14,9 @@ Algorithm:
 
 Differences:
 - E14 (notes 4.2, Algorithm 7): the notes set dL/dθ ← (df/dθ) δ, and δ ← (df/dx) δ "for each f". The Jacobian is
-  *transposed*, a value used twice *sums* what comes back on both ways (shared weights, fan-out, several losses), and the
-  order is reverse topological: nothing may be passed on from a value before all its uses have reported. The notes
-  say the first half of this only in 6.1.2.
+  *transposed*; what comes back from several uses of one value is *summed* (shared weights, fan-out, several losses),
+  which the notes say only in 6.1.2; and the order is reverse topological: nothing is passed on before all uses have
+  reported.
 - A broadcast operand was used once per copy, so its gradient is the sum over the copies (`fold`).
 - The values are plain tensors and the δs are not recorded: there are no second derivatives.
 
