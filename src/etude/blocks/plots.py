@@ -398,7 +398,7 @@ def heading(axes: Axes, text: str) -> None:
     axes.set_title(text, fontsize=9.5, color=INK)
 
 
-def key(axes: Axes, where: str = "best", **settings: Any) -> None:
+def key(axes: Axes, where: Any = "best", **settings: Any) -> None:
     """A legend that hides what lies under it."""
     settings = {"fontsize": 8, "labelcolor": INK, "facecolor": PAPER, "edgecolor": "none", "framealpha": 0.85} | settings
     axes.legend(loc=where, **settings)
