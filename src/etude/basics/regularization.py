@@ -163,10 +163,13 @@ def load(name: str) -> Data:
 
 
 def standardised(data: Data, train: Tensor) -> Data:
-    """Features to mean 0 and deviation 1 on the examples `train` (a regression's target too)."""
+    """Features to mean 0 and deviation 1 on the examples `train` (a regression's target too). What is constant there,
+    as a rare value can be in a small split, becomes 0 everywhere."""
 
     def scale(values: Tensor) -> Tensor:
-        return (values - values[train].mean(0)) / values[train].std(0, correction=0)
+        mean, deviation = values[train].mean(0), values[train].std(0, correction=0)
+        constant = deviation <= 1e-12 * values.abs().amax(0)
+        return (values - mean) / deviation.masked_fill(constant, torch.inf)
 
     return data._replace(x=scale(data.x), y=scale(data.y) if data.likelihood is gaussian else data.y)
 

@@ -205,6 +205,8 @@ def test_only_training_examples_set_the_scale():
     changed[50:] += 100
     torch.testing.assert_close(standardised(raw._replace(x=changed), inside).x[inside], data.x[inside])
     assert data.y[inside].mean().abs() < 1e-12
+    changed[:50, 1] = 0.3  # one value only among the training examples
+    assert (standardised(raw._replace(x=changed), inside).x[:, 1] == 0).all()
     classes = standardised(load("breast_cancer"), inside).y
     assert set(classes.tolist()) == {-1.0, 1.0}
 
