@@ -15,7 +15,8 @@ Algorithm:
 4. the same at one λ on all the data; and by gradient descent, once with λ‖θ‖² in the loss, once with weight decay 2λ
 
 Differences:
-- E04 (notes 2.3.1): the notes end with "… − λ‖θ‖²". The sign is +: −log p(θ) = +λ‖θ‖² + const, or J has no minimum.
+- E04 (notes 2.3.1): the notes end with "… − λ‖θ‖²". The sign is +: −log p(θ) = +λ‖θ‖² + const. With −, a classifier's J
+  falls for ever.
 - E05 (notes 2.3.1): "if Σ_θ(x) = I" is about the *likelihood*: it makes −log p(y | x, θ) half the squared error. The
   prior gives λ = 1/(2σ²), which multiplies the penalty beside the *sum* over examples; beside their mean it is λ/N.
   PyTorch's `weight_decay` is 2λ for SGD (and for Adam, where AdamW's decay is something else).
@@ -23,7 +24,7 @@ Differences:
   over p(θ | D); where that is skewed, its mean is another θ (the cross in the picture).
 - scikit-learn leaves the ½ out of ridge regression: Ridge(alpha) is α = 2λ = 1/σ². LogisticRegression(C) is C = 1/(2λ) = σ².
 
-Expect: CPU 3 s → diabetes, 30 training examples: test error 0.62 to 0.69 (of the variance) at λ = 5.6, which is 19 to 30 %
+Expect: CPU 4 s → diabetes, 30 training examples: test error 0.62 to 0.69 (of the variance) at λ = 5.6, which is 19 to 30 %
     below λ = 0.001; breast cancer, λ = ½, all 569 examples: J = 37.877766 after 9 Newton steps.
 Command: `etude run basics/regularization --preset breast_cancer`
 """
@@ -73,8 +74,8 @@ class Config:
 
 PRESETS = {
     "tiny": Config(steps=8, splits=2, sgd_steps=30),  # 1 s
-    "default": Config(),  # 3 s → least test error 0.62, at λ = 5.6
-    "breast_cancer": Config(data="breast_cancer", examples=100, splits=4),  # 4 s → J = 37.877766 at λ = ½
+    "default": Config(),  # 4 s → least test error 0.62, at λ = 5.6
+    "breast_cancer": Config(data="breast_cancer", examples=100, splits=4),  # 5 s → J = 37.877766 at λ = ½
 }
 
 EXPERIMENTS = (
