@@ -400,5 +400,11 @@ def heading(axes: Axes, text: str) -> None:
 
 def key(axes: Axes, where: Any = "best", **settings: Any) -> None:
     """A legend that hides what lies under it."""
-    settings = {"fontsize": 8, "labelcolor": INK, "facecolor": PAPER, "edgecolor": "none", "framealpha": 0.85} | settings
+    settings = {
+        "fontsize": 8,
+        "labelcolor": INK,
+        "facecolor": PAPER,
+        "edgecolor": "none",
+        "framealpha": 0.85,
+    } | settings
     axes.legend(loc=where, **settings)
