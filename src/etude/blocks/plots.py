@@ -371,3 +371,40 @@ def _percent(share: float) -> str:
     """Whole per cents, but never 100 % for a probability below one half of a per cent from it."""
     percent = 100 * float(share)
     return f"{percent:.0f}%" if percent < 99.5 else (">99%" if percent < 100 else "100%")
+
+
+def panels(
+    rows: int = 1, columns: int = 1, width: float = WIDTH, height: float = WIDTH * 0.62, **shared: Any
+) -> tuple[Figure, np.ndarray]:
+    """An empty figure of ``width`` × ``height`` inches and its axes, an object array (rows, columns), in the report's
+    style. ``shared`` goes to `Figure.subplots` (sharex, sharey, height_ratios)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor=PAPER, layout="constrained")
+    every = figure.subplots(rows, columns, squeeze=False, **shared)
+    for axes in every.flat:
+        axes.set_facecolor(PAPER)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[:].set_color("#a8a39a")
+        axes.tick_params(which="both", colors=SOFT, labelsize=8)
+        axes.tick_params(which="major", length=3)
+        axes.xaxis.label.set(color=SOFT, fontsize=9)
+        axes.yaxis.label.set(color=SOFT, fontsize=9)
+    return figure, every
+
+
+def heading(axes: Axes, text: str) -> None:
+    """Write a title over the axes; ``$…$`` in it is mathematics."""
+    axes.set_title(text, fontsize=9.5, color=INK)
+
+
+def key(axes: Axes, where: Any = "best", **settings: Any) -> None:
+    """A legend that hides what lies under it."""
+    settings = {
+        "fontsize": 8,
+        "labelcolor": INK,
+        "facecolor": PAPER,
+        "edgecolor": "none",
+        "framealpha": 0.85,
+    } | settings
+    axes.legend(loc=where, **settings)

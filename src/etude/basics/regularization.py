@@ -1,0 +1,328 @@
+"""Regularisation: the L2 penalty, and its reading as a Gaussian prior (MAP)
+
+Paper: Hoerl & Kennard, Ridge Regression: Biased Estimation for Nonorthogonal Problems, 1970; Krogh & Hertz, A Simple
+Weight Decay Can Improve Generalization, 1991; MacKay, Bayesian Interpolation, 1992 (the prior).
+
+Equation: by Bayes' rule p(θ | D) ∝ p(D | θ) p(θ). With the prior θ ~ N(0, σ²I) its negative logarithm is, up to constants,
+    J(θ) = −Σ_i log p(y_i | x_i, θ) + λ ‖θ‖²,   λ = 1/(2σ²);   ∇J = −Σ_i ∇ log p(y_i | x_i, θ) + 2λθ
+    Gaussian likelihood, unit noise:   −log p(y | x, θ) = ½ (y − θ·x)² + const       (diabetes)
+    Bernoulli likelihood, y = ±1:      −log p(y | x, θ) = log(1 + exp(−y θ·x))       (breast cancer)
+
+Algorithm:
+1. standardise the features on the training examples; the target of a regression too, so no intercept is needed
+2. for λ from large to small: θ(λ) ← argmin J by Newton's method, from the last θ (θ ← θ − (∇²J)⁻¹ ∇J, halved while J rises)
+3. the error of each θ(λ) on the training and on the test examples
+4. the same at one λ on all the data; and by gradient descent, once with λ‖θ‖² in the loss, once with weight decay 2λ
+
+Differences:
+- E04 (notes 2.3.1): the notes end with "… − λ‖θ‖²". The sign is +: −log p(θ) = +λ‖θ‖² + const. With −, a classifier's J
+  falls for ever.
+- E05 (notes 2.3.1): "if Σ_θ(x) = I" is about the *likelihood*: it makes −log p(y | x, θ) half the squared error. The
+  prior gives λ = 1/(2σ²), which multiplies the penalty beside the *sum* over examples; beside their mean it is λ/N.
+  PyTorch's `weight_decay` is 2λ for SGD (and for Adam, where AdamW's decay is something else).
+- E06 (notes 2.3.1): θ̂ is the mode of the posterior, a point estimate (MAP). Bayesian inference would average
+  over p(θ | D); where that is skewed, its mean is another θ (the cross in the picture).
+- scikit-learn leaves the ½ out of ridge regression: Ridge(alpha) is α = 2λ = 1/σ². LogisticRegression(C) is C = 1/(2λ) = σ².
+
+Expect: CPU 4 s → diabetes, 30 training examples: test error 0.62 to 0.69 (of the variance) at λ = 5.6, which is 19 to 30 %
+    below λ = 0.001; breast cancer, λ = ½, all 569 examples: J = 37.877766 after 9 Newton steps.
+Command: `etude run basics/regularization --preset breast_cancer`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from etude.blocks.plots import INK, PALETTE, PAPER, SOFT, heading, key, panels
+from etude.catalog import Experiment, method
+from etude.core.checkpoint import Box
+from etude.core.config import Count, Positive
+from etude.core.errors import UserError
+from etude.core.randomness import generator
+from etude.core.run import Run
+from etude.core.spec import Spec
+from etude.optim.newton import newton_step
+from etude.optim.sgd import SGD
+
+
+@dataclass(frozen=True)
+class Config:
+    data: Literal["diabetes", "breast_cancer"] = "diabetes"
+    """diabetes (442 patients, regression) or breast_cancer (569 tumours, two classes); both come with scikit-learn."""
+    examples: Count = 30
+    """Training examples of a split; the rest is for testing."""
+    splits: Count = 10
+    """Random splits into training and test examples; errors are averaged over them."""
+    smallest: Positive = 1e-3
+    """The smallest λ of the path."""
+    largest: Positive = 1e4
+    """The largest λ of the path."""
+    steps: Count = 29
+    """Values of λ, evenly spaced on a logarithmic axis."""
+    penalty: Positive = 0.5
+    """λ of the fit to all the data and of the pictured prior, whose variance is 1/(2λ)."""
+    sgd_steps: Count = 300
+    """Steps of gradient descent in the comparison with weight decay."""
+
+
+PRESETS = {
+    "tiny": Config(steps=8, splits=2, sgd_steps=30),  # 1 s
+    "default": Config(),  # 4 s → least test error 0.62, at λ = 5.6
+    "breast_cancer": Config(data="breast_cancer", examples=100, splits=4),  # 5 s → J = 37.877766 at λ = ½
+}
+
+EXPERIMENTS = (
+    Experiment("norm", preset="default", metric="norm_ratio", bar=0.99999, better="lower"),
+    Experiment("interior", preset="default", metric="test_gain", bar=0.05),
+    Experiment("weight_decay", preset="default", metric="decay_gap", bar=1e-12, better="lower"),
+    Experiment("cancer_below", preset="breast_cancer", metric="objective", bar=37.8777665, better="lower"),
+    Experiment("cancer_above", preset="breast_cancer", metric="objective", bar=37.8777655, published="37.877766"),
+    Experiment("cancer_steps", preset="breast_cancer", metric="newton_steps", bar=10, better="lower"),
+    Experiment("cancer_norm", preset="breast_cancer", metric="norm_ratio", bar=0.9999, better="lower"),
+    Experiment("cancer_interior", preset="breast_cancer", metric="test_gain", bar=0.05),
+    Experiment("cancer_decay", preset="breast_cancer", metric="decay_gap", bar=1e-12, better="lower"),
+)
+
+Likelihood = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def gaussian(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """−Σ log p(y | x, θ) without its constant, for y ~ N(θ·x, 1): theta (d,), x (n, d), y (n,) → ()."""
+    return (y - x @ theta).square().sum() / 2
+
+
+def bernoulli(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """−Σ log p(y | x, θ) for p(y | x, θ) = 1 / (1 + exp(−y θ·x)) with y = ±1: theta (d,), x (n, d), y (n,) → ()."""
+    return F.softplus(-y * (x @ theta)).sum()
+
+
+def posterior(likelihood: Likelihood, x: Tensor, y: Tensor, penalty: float) -> Callable[[Tensor], Tensor]:
+    """J(θ) = −Σ log p(y | x, θ) + λ ‖θ‖², whose minimum is the MAP estimate."""
+    return lambda theta: likelihood(theta, x, y) + penalty * theta.square().sum()
+
+
+def prior_scale(penalty: float) -> float:
+    """The σ of the prior N(0, σ²I) that belongs to λ = 1/(2σ²)."""
+    return 1 / sqrt(2 * penalty)
+
+
+def minimise(
+    loss: Callable[[Tensor], Tensor], theta: Tensor, tolerance: float = 1e-9, most: int = 100
+) -> tuple[Tensor, int]:
+    """Newton's method from `theta` (d,) until ‖∇J‖ ≤ tolerance; the step is halved while the loss rises. Returns θ and
+    the number of steps. Raises RuntimeError after `most` steps."""
+    for taken in range(most):
+        if torch.func.grad(loss)(theta).norm() <= tolerance:
+            return theta, taken
+        rate, before = 1.0, loss(theta)
+        new = newton_step(loss, theta, rate)
+        while not loss(new) <= before + 1e-12 * before.abs() and rate > 1e-6:
+            rate /= 2
+            new = newton_step(loss, theta, rate)
+        theta = new
+    raise RuntimeError(f"Newton's method has not converged after {most} steps")
+
+
+def descend(
+    loss: Callable[[Tensor], Tensor], theta: Tensor, rate: float, steps: int, penalty: float = 0.0, decay: float = 0.0
+) -> Tensor:
+    """Every θ of gradient descent on loss + `penalty` ‖θ‖² with SGD's weight decay `decay`: (steps, d)."""
+    parameter = theta.clone().requires_grad_()
+    optimizer, path = SGD([parameter], rate, weight_decay=decay), []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (loss(parameter) + penalty * parameter.square().sum()).backward()
+        optimizer.step()
+        path.append(parameter.detach().clone())
+    return torch.stack(path)
+
+
+class Data(NamedTuple):
+    """x (n, d), y (n,) float64, the names of the features, and −Σ log p(y | x, θ)."""
+
+    x: Tensor
+    y: Tensor
+    names: tuple[str, ...]
+    likelihood: Likelihood
+
+
+def load(name: str) -> Data:
+    """One of scikit-learn's datasets as it is bundled; classes are −1 (malignant) and 1."""
+    from sklearn import datasets
+
+    bunch = datasets.load_diabetes() if name == "diabetes" else datasets.load_breast_cancer()
+    y = bunch.target.astype("float64") if name == "diabetes" else 2.0 * bunch.target - 1
+    names = tuple(map(str, bunch.feature_names))
+    return Data(torch.from_numpy(bunch.data), torch.from_numpy(y), names, gaussian if name == "diabetes" else bernoulli)
+
+
+def standardised(data: Data, train: Tensor) -> Data:
+    """Features to mean 0 and deviation 1 on the examples `train` (a regression's target too). What is constant there,
+    as a rare value can be in a small split, becomes 0 everywhere."""
+
+    def scale(values: Tensor) -> Tensor:
+        mean, deviation = values[train].mean(0), values[train].std(0, correction=0)
+        constant = deviation <= 1e-12 * values.abs().amax(0)
+        return (values - mean) / deviation.masked_fill(constant, torch.inf)
+
+    return data._replace(x=scale(data.x), y=scale(data.y) if data.likelihood is gaussian else data.y)
+
+
+def mean_error(likelihood: Likelihood, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """The squared error, or the nats, per example."""
+    return likelihood(theta, x, y) * (2 if likelihood is gaussian else 1) / len(y)
+
+
+@method("basics/regularization", paper="Hoerl & Kennard 1970; MacKay 1992", section="2.3", threads=1)
+def train(config: Config, run: Run) -> dict[str, float]:
+    raw = load(config.data)
+    n, d = raw.x.shape
+    if not 2 <= config.examples < n:
+        raise UserError(f"--examples is {config.examples}; {config.data} has {n}, so give between 2 and {n - 1}")
+    if config.smallest >= config.largest:
+        raise UserError(f"--smallest is {config.smallest:g}; it must be below --largest, {config.largest:g}")
+    orders = [torch.randperm(n, generator=generator(run.seed, i, 0, "split")) for i in range(config.splits)]
+    splits = [(order[: config.examples], order[config.examples :]) for order in orders]
+    scaled = [standardised(raw, inside) for inside, _ in splits]  # line 1
+    penalties = torch.logspace(
+        torch.tensor(config.largest).log10(), torch.tensor(config.smallest).log10(), config.steps, dtype=torch.float64
+    )
+    run.describe(Spec(extra={"features": list(raw.names)}))
+    found = Box(
+        theta=torch.zeros(config.steps, config.splits, d, dtype=torch.float64),
+        error=torch.zeros(config.steps, config.splits, 2, dtype=torch.float64),
+    )
+    run.track(found=found)
+    for step in run.steps(config.steps):
+        taken = 0
+        for i, (data, parts) in enumerate(zip(scaled, splits)):
+            inside = parts[0]
+            loss = posterior(data.likelihood, data.x[inside], data.y[inside], float(penalties[step]))
+            theta, count = minimise(loss, found.theta[max(step - 1, 0), i].clone())  # line 2
+            taken += count
+            found.theta[step, i] = theta
+            for place, part in enumerate(parts):  # line 3
+                found.error[step, i, place] = mean_error(data.likelihood, theta, data.x[part], data.y[part])
+        train_error, test_error = found.error[step].mean(0)
+        run.log(
+            penalty=penalties[step],
+            norm=found.theta[step].norm(dim=1).mean(),
+            train_error=train_error,
+            test_error=test_error,
+            newton_steps=taken / config.splits,
+        )
+    whole = standardised(raw, torch.arange(n))  # line 4
+    bare = posterior(whole.likelihood, whole.x, whole.y, 0.0)
+    full = posterior(whole.likelihood, whole.x, whole.y, config.penalty)
+    theta, taken = minimise(full, torch.zeros(d, dtype=torch.float64))
+    steepest = torch.linalg.eigvalsh(whole.x.T @ whole.x)[-1] / (1 if whole.likelihood is gaussian else 4)
+    rate = 1 / float(steepest + 2 * config.penalty)
+    start = torch.zeros(d, dtype=torch.float64)
+    with_penalty = descend(bare, start, rate, config.sgd_steps, penalty=config.penalty)
+    with_decay = descend(bare, start, rate, config.sgd_steps, decay=2 * config.penalty)
+    norms, test = found.theta.norm(dim=2), found.error[..., 1].mean(1)
+    best = int(test.argmin())
+    run.artifact(
+        "path",
+        path_figure(penalties, found.theta[:, 0], found.error, scaled[0]),
+        "Above: one training set has a MAP estimate for every λ, and a larger λ pulls it to 0. Below: thin lines are "
+        "splits, thick ones their mean. The training error only rises with λ; the test error is least in between.",
+    )
+    run.artifact(
+        "posterior",
+        posterior_figure(raw, splits[0][0], config.penalty),
+        "Two correlated features and eight examples leave a valley of equally likely θ; the prior picks from it. Shades: "
+        "log densities within ½, 2 and 4½ of the highest.",
+    )
+    return {
+        "objective": float(full(theta)),
+        "newton_steps": float(taken),
+        "best_penalty": float(penalties[best]),
+        "test_error": float(test[best]),
+        "test_gain": float(1 - test[best] / torch.minimum(test[0], test[-1])),
+        "norm_ratio": float((norms[:-1] / norms[1:]).max()) if config.steps > 1 else 0.0,
+        "decay_gap": float((with_penalty - with_decay).abs().max()),
+    }
+
+
+def path_figure(penalties: Tensor, path: Tensor, error: Tensor, data: Data) -> Any:
+    """Coefficients (steps, d), and errors (steps, splits, 2) on training and test examples, by λ (steps,)."""
+    figure, every = panels(2, 1, height=5.4, sharex=True, height_ratios=(1.2, 1))
+    (upper,), (lower,) = every
+    named = path.abs().amax(0).argsort(descending=True)[: 10 if path.shape[1] <= 10 else 6].tolist()
+    for i in range(path.shape[1]):
+        place = named.index(i) if i in named else None
+        colour = RULED if place is None else PALETTE[place % len(PALETTE)]
+        style = "-" if place is None or place < len(PALETTE) else "--"
+        label = None if place is None else data.names[i]
+        upper.plot(
+            penalties, path[:, i], style, color=colour, linewidth=1.2, label=label, zorder=1 if place is None else 2
+        )
+    upper.axhline(0, color=SOFT, linewidth=0.6)
+    upper.set_ylabel("coefficient (per standard deviation)")
+    heading(upper, "Coefficients against the penalty")
+    key(upper, fontsize=6.5, ncols=2)
+    mean = error.mean(1)
+    best = int(mean[:, 1].argmin())
+    for place, (colour, name) in enumerate(zip(PALETTE, ("training examples", "test examples"))):
+        lower.plot(penalties, error[..., place], color=colour, linewidth=0.6, alpha=0.35)
+        lower.plot(penalties, mean[:, place], color=colour, linewidth=2, label=name)
+    lower.plot(penalties[best], mean[best, 1], "o", color=PALETTE[1], markersize=5)
+    lower.set_ylim(0, 1.4 * float(mean[0].max()))
+    for axes in (upper, lower):
+        axes.axvline(penalties[best], color=PALETTE[1], linewidth=0.8, linestyle=":")
+    lower.set_xscale("log")
+    lower.set_xlabel(r"penalty $\lambda$  (prior variance $1/2\lambda$)")
+    regression = data.likelihood is gaussian
+    lower.set_ylabel("squared error / variance of y" if regression else "−log p(y | x, θ), nats per example")
+    heading(lower, rf"Error against the penalty; least on the test at $\lambda$ = {float(penalties[best]):.2g}")
+    key(lower, "upper left")
+    return figure
+
+
+RULED = "#d3cdc0"
+
+
+def posterior_figure(raw: Data, inside: Tensor, penalty: float, count: int = 8, side: int = 161) -> Any:
+    """Prior, likelihood and posterior of two coefficients, with their maxima and the posterior's mean."""
+    few = inside[:count]
+    correlation = torch.corrcoef(raw.x.T).fill_diagonal_(0).triu()
+    i, j = divmod(int((correlation - 0.9).abs().argmin()), len(correlation))
+    two = standardised(raw._replace(x=raw.x[:, [i, j]]), inside)
+    x, y, scale = two.x[few], two.y[few], prior_scale(penalty)
+    line = torch.linspace(-3.2 * scale, 3.2 * scale, side, dtype=torch.float64)
+    theta = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).flatten(0, 1)
+    prior = penalty * theta.square().sum(1)
+    likelihood = torch.func.vmap(lambda t: two.likelihood(t, x, y))(theta)
+    joint = prior + likelihood
+    mode, _ = minimise(posterior(two.likelihood, x, y, penalty), torch.zeros(2, dtype=torch.float64))
+    mean = (-joint).softmax(0) @ theta
+    figure, every = panels(1, 3, width=6.4, height=2.7, sharex=True, sharey=True)
+    titles = (r"prior $p(\theta)$", rf"likelihood $p(D \mid \theta)$, n = {count}", r"posterior $p(\theta \mid D)$")
+    shades = ("#12304f", PALETTE[0], "#9dbad8")
+    for axes, heights, title in zip(every[0], (prior, likelihood, joint), titles):
+        above = (heights - heights.min()).view(side, side)
+        axes.contourf(line, line, above, levels=[0, 0.5, 2, 4.5], colors=shades)
+        axes.axhline(0, color=SOFT, linewidth=0.5)
+        axes.axvline(0, color=SOFT, linewidth=0.5)
+        axes.set_aspect("equal")
+        axes.set_xlabel(rf"$\theta_1$: {raw.names[i]}")
+        heading(axes, title)
+    every[0, 0].set_ylabel(rf"$\theta_2$: {raw.names[j]}")
+    top = theta[likelihood.argmin()]
+    ring = {"markersize": 7, "markeredgecolor": PAPER, "linestyle": "none"}
+    every[0, 0].plot(0, 0, "o", color=INK, label="mode", **ring)
+    if top.abs().max() < line[-1]:  # otherwise the likelihood has its maximum outside the picture, or none
+        every[0, 1].plot(*top, "s", color=PALETTE[1], label="maximum likelihood", **ring)
+        every[0, 2].plot(*top, "s", color=PALETTE[1], label="maximum likelihood", **ring)
+    every[0, 2].plot(*mode, "o", color=PALETTE[4], label="MAP", **ring)
+    every[0, 2].plot(*mean, "X", color=PALETTE[2], label="mean", **ring)
+    key(every[0, 2], "upper left", fontsize=6.5)
+    return figure
