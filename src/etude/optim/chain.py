@@ -263,6 +263,8 @@ class Chain(torch.optim.Optimizer):
             if hasattr(parameter, "to_local"):  # sharded: every link is elementwise, so each rank updates its own part
                 parameter, gradient = parameter.to_local(), gradient.to_local()
                 state = {name: value.to_local() for name, value in state.items() if hasattr(value, "to_local")}
+            elif gradient.stride() != parameter.stride():  # a fused kernel reads all tensors in one order of memory
+                gradient = _like(parameter, gradient)
             bucket.parameters.append(parameter)
             bucket.gradients.append(gradient)
             bucket.states.append(state)
@@ -299,6 +301,13 @@ class Chain(torch.optim.Optimizer):
                 if group.setdefault(name, off) != off:
                     raise ValueError(f"{type(self).__name__} cannot continue {name}={group[name]}")
         for parameter, values in self.state.items():
+            for name, value in values.items():
+                if (
+                    isinstance(value, Tensor)
+                    and value.shape == parameter.shape
+                    and value.stride() != parameter.stride()
+                ):
+                    values[name] = _like(parameter, value)
             if "step" in values:
                 values["step"] = torch.as_tensor(values["step"], dtype=torch.float32, device=_clock(parameter))
 
@@ -327,6 +336,11 @@ _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 def _clock(parameter: Tensor) -> torch.device:
     """Where a parameter's step counter lives: the fused kernels read it beside the parameter."""
     return parameter.device if parameter.device.type in _FUSED_DEVICES else torch.device("cpu")
+
+
+def _like(parameter: Tensor, value: Tensor) -> Tensor:
+    """The same numbers in the parameter's order of memory."""
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:

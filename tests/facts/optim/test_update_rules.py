@@ -355,6 +355,34 @@ def test_resume_is_exact_and_torch_state_moves_both_ways(name, ours, theirs, set
     assert gap(start, whole) < 1e-12
 
 
+@pytest.mark.parametrize("maker", [SGD, Momentum, RMSProp, AdaGrad, Adam, AdamW])
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_gradients_and_states_in_another_order_of_memory(maker, format):
+    """The fused kernels read memory in order; torch's own take a wrong step here without a word."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (4, 3, 2, 2)
+    value = torch.randn(shape, dtype=torch.float64, generator=generator)
+    slopes = [torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(4)]
+    other = torch.channels_last if format == torch.contiguous_format else torch.contiguous_format
+    ends = []
+    for odd in (False, True):
+        parameter = nn.Parameter(value.clone(memory_format=format))
+        optimizer = maker([parameter], lr=0.1)
+        for step, slope in enumerate(slopes):
+            parameter.grad = slope.clone(memory_format=other if odd else format)
+            optimizer.step()
+            if odd and step == 1:  # a state that was saved in the other order
+                saved = copy.deepcopy(optimizer.state_dict())
+                for entry in saved["state"].values():
+                    for name, part in entry.items():
+                        if part is not None and part.shape == shape:
+                            entry[name] = part.clone(memory_format=other)
+                optimizer = maker([parameter], lr=0.1)
+                optimizer.load_state_dict(saved)
+        ends.append(parameter.detach())
+    assert torch.equal(*ends)
+
+
 def test_a_saved_switch_that_we_lack_is_refused():
     theirs = torch.optim.Adam([nn.Parameter(torch.zeros(1))], amsgrad=True)
     with pytest.raises(ValueError, match="cannot continue amsgrad=True"):

@@ -100,7 +100,7 @@ def backpropagate(model: MLP, x: Tensor, y: Tensor) -> Tensor:
     loss = cross_entropy(forward(model, nodes, x), y)
     backward(loss)
     for parameter, node in nodes.items():
-        parameter.grad = node.grad.contiguous()  # the fused optimizers read memory in order
+        parameter.grad = node.grad
     return loss.value
 
 
