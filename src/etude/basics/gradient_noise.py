@@ -1,4 +1,4 @@
-"""How noisy a mini-batch gradient is, and how far from the minimum its noise leaves θ
+"""How noisy a mini-batch gradient is, and how far off the minimum that keeps θ
 
 Paper: Robbins & Monro, A Stochastic Approximation Method, 1951; Bottou, Stochastic Gradient Descent Tricks, 2012;
 Cochran, Sampling Techniques, 1977, chapter 2 (the finite-population factor).
