@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from etude.blocks.nn.init import orthogonal
 from etude.blocks.panels import label, legend, panels
-from etude.blocks.plots import INK, PALETTE, SOFT
+from etude.blocks.plots import PALETTE, SOFT
 from etude.catalog import Experiment, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, Positive
@@ -184,7 +184,7 @@ def figure(seen: Box, config: Config) -> Any:
     picture, both = panels(2, width=9.6, height=3.9)
     steps = np.arange(1, config.steps + 1)
     for axes, values in zip(both, (seen.loss, seen.norm)):
-        top = 1000.0 * float(np.nanmax(values[1:]))
+        top = 100.0 * float(np.nanmax(values[1:]))
         for i, ink in ((1, PALETTE[0]), (2, PALETTE[2]), (0, PALETTE[1])):
             raw = values[i]
             axes.loglog(steps, raw, color=ink, linewidth=0.5, alpha=0.3 if i else 0.0)
@@ -202,7 +202,7 @@ def figure(seen: Box, config: Config) -> Any:
     both[1].annotate("norm limit", (1, config.norm_limit), (2, 3), textcoords="offset points", fontsize=7.5, color=SOFT)
     label(both[0], f"adding problem, T = {config.length}: loss", "step", "squared error")
     label(both[1], "gradient before clipping", "step", "‖g‖")
-    legend(both[0], loc="lower left", labelcolor=INK)
+    legend(both[0], loc="center right")
     return picture
 
 
