@@ -302,7 +302,9 @@ class Run:
             torch.distributed.all_reduce(self._found)
         if self._found.item():
             named_grads = [(name, p.grad) for name, p in named if p.grad is not None]
-            bad = [n for n, grad in named_grads if not getattr(grad, "to_local", lambda grad=grad: grad)().isfinite().all()]
+            bad = [
+                n for n, grad in named_grads if not getattr(grad, "to_local", lambda grad=grad: grad)().isfinite().all()
+            ]
             where = f"the gradient of {bad[0]}" if bad else "a gradient on another rank"
             raise RunError(f"{where} is not finite at step {self.step}; the update was not made and {self._kept()}")
 
