@@ -19,7 +19,7 @@ Differences:
 - E13: the notes shuffle once "in advance". Every epoch needs a shuffle of its own; within one, drawing is without
   replacement, so the noise carries the factor (N − B)/(N − 1) and vanishes for the whole set.
 
-Expect: one core, 8 s → every measured variance within 3 % of its closed form.
+Expect: one core, 12 s → every measured variance within 3 % of its closed form.
 Command: `etude run basics/gradient_noise`, or on MNIST `etude run basics/gradient_noise --preset mnist`
 """
 
@@ -68,7 +68,7 @@ class Config:
 
 PRESETS = {
     "tiny": Config(examples=64, draws=2000, walkers=2000, rates=(0.1, 0.2), steps=60),  # 1 s
-    "default": Config(),  # 8 s → within 3 % of 1/B, and of 1/B · (N − B)/(N − 1)
+    "default": Config(),  # 12 s → within 3 % of 1/B, and of 1/B · (N − B)/(N − 1)
     "mnist": Config(data="mnist", examples=2048, draws=2000),
 }
 
