@@ -1,4 +1,4 @@
-"""An exploding recurrent network dies unclipped; clipped by value or norm, it learns
+"""An exploding recurrent network dies unclipped; clipped, it learns
 
 Paper: Pascanu, Mikolov & Bengio, On the Difficulty of Training Recurrent Neural Networks, 2012, arXiv:1211.5063; the
 adding problem: Hochreiter & Schmidhuber, Long Short-Term Memory, 1997, experiment 4.
