@@ -12,6 +12,7 @@ nobody types a score. Nothing is imported but the catalogue, so no torch is need
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import re
 import shutil
@@ -45,6 +46,8 @@ COURSE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("15", "Meta-learning", ("10",)),
     ("16", "Editing images with generators; games", ("11",)),
 )
+# errata in which nothing is computed otherwise, so no test can show them
+WORDS = {95: "a spelling"}
 SIGNS = {"higher": "≥", "lower": "≤"}
 
 
@@ -197,7 +200,21 @@ def course_table(entries: list[Entry]) -> str:
 
 
 def errata_table(entries: list[Entry]) -> str:
-    """Every erratum that a docstring says it corrects, with its corrected statement, for inclusion in errata.md."""
+    """Every erratum that a docstring says it corrects: the corrected statement, where it stands, the tests that show it."""
+    rows = [
+        (
+            f"E{number:02d}",
+            statement,
+            place,
+            "<br>".join(map(code, shown_by().get(number, ()))) or WORDS.get(number, "**no test**"),
+        )
+        for number, statement, place in errata_rows(entries)
+    ]
+    return table(("erratum", "what is done instead", "where", "shown by"), rows) + "\n"
+
+
+def errata_rows(entries: list[Entry]) -> list[tuple[int, str, str]]:
+    """(number, corrected statement, where) of every erratum that a docstring of the package names, in order."""
     names = {entry.path: entry.name for entry in entries}
     found: set[tuple[int, str, str]] = set()
     for path in sorted(catalog.PACKAGE.rglob("*.py")):
@@ -206,8 +223,22 @@ def errata_table(entries: list[Entry]) -> str:
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
                 for number, statement in errata(ast.get_docstring(node) or ""):
                     found.add((number, prose(statement), place))
-    rows = [(f"E{number:02d}", statement, place) for number, statement, place in sorted(found)]
-    return table(("erratum", "what is done instead", "where"), rows) + "\n"
+    return sorted(found)
+
+
+@functools.cache
+def shown_by() -> dict[int, list[str]]:
+    """Number of an erratum → the tests, as pytest names them, that name it (``E07``) in their docstring or a comment."""
+    found: dict[int, list[str]] = {}
+    for path in sorted((ROOT / "tests").glob("[fl]*s/*/test_*.py")):  # facts and learns
+        text = path.read_text(encoding="utf-8")
+        lines = re.sub(r"# noqa.*", "", text).splitlines()
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                own = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+                for number in sorted(set(map(int, re.findall(r"\bE(\d{2,3})\b", own)))):
+                    found.setdefault(number, []).append(f"{_relative(path)}::{node.name}")
+    return found
 
 
 def errata(docstring: str) -> list[tuple[int, str]]:

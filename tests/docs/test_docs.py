@@ -38,7 +38,7 @@ def generate() -> ModuleType:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site, built strictly from a copy of the sources by the commands of `make docs`."""
     root = tmp_path_factory.mktemp("docs copy")  # with a space in its path
-    for name in ("docs", "src"):
+    for name in ("docs", "src", "tests"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "methods", "generated"))
     for name in ("mkdocs.yml", "README.md", "pyproject.toml"):
         shutil.copy(ROOT / name, root / name)
@@ -148,6 +148,22 @@ def test_errata_are_read_from_docstrings(generate: ModuleType) -> None:
     found = sorted(generate.errata(text))
     assert found == [(12, "first goes on"), (15, "both"), (16, "both"), (140, "other (E140) here")]
     assert generate.errata("A note.\n\nNo heading, but E05 is\nmeant.\n") == [(5, "No heading, but E05 is meant.")]
+
+
+def test_every_erratum_is_shown_by_a_test(generate: ModuleType) -> None:
+    """A test shows an erratum by naming it in its docstring or a comment; the table links the two."""
+    rows = generate.errata_rows(list(catalog.entries().values()))
+    shown = generate.shown_by()
+    assert (
+        sorted({f"E{number:02d} ({place})" for number, _, place in rows if number not in {*shown, *generate.WORDS}})
+        == []
+    )
+    assert "tests/facts/optim/test_newton.py::test_plain_newton_converges_to_the_saddle_and_damping_escapes" in shown[8]
+    line = next(line for line in generate.pages()["generated/errata.txt"].splitlines() if line.startswith("| E08 "))
+    assert "`tests/facts/optim/test_newton.py::test_plain" in line
+    places = " ".join(place for _, _, place in rows)
+    for place in ("src/etude/optim/", "src/etude/blocks/", "src/etude/data/", "methods/basics/"):
+        assert place in places
 
 
 @pytest.mark.parametrize(

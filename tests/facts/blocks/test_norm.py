@@ -27,7 +27,7 @@ def draw(*shape, seed=0):
 # -------------------------------------------------------------------------------------------------- Standardise
 
 
-def test_standardise_equals_scikit_learn_from_the_training_split_only():
+def test_standardise_equals_scikit_learn_from_the_training_split_only():  # E26
     x = load_breast_cancer().data
     train, test = torch.from_numpy(x[:400]), torch.from_numpy(x[400:])
     scaler = StandardScaler().fit(x[:400])

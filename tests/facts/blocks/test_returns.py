@@ -44,7 +44,7 @@ def brute_return(reward, terminated, truncated, next_value, gamma):
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.7, 1.0])
-def test_every_mix_of_ends(lam):
+def test_every_mix_of_ends(lam):  # E93
     torch.manual_seed(0)
     length = 4
     for flags in itertools.product([(False, False), (True, False), (False, True), (True, True)], repeat=length):
@@ -90,7 +90,7 @@ def test_fixed_point_on_a_one_state_loop():
     assert td_target(reward, ~going, q, 0.95).item() == 2.0
 
 
-def test_target_is_a_constant_and_ignores_what_lies_behind_the_end():
+def test_target_is_a_constant_and_ignores_what_lies_behind_the_end():  # E93
     value = torch.tensor([1.0, float("nan")], requires_grad=True)
     y = td_target(torch.tensor([0.5, 0.25]), torch.tensor([False, True]), value, 0.5)
     assert not y.requires_grad

@@ -40,7 +40,7 @@ def test_parity_with_torch_encoder_layer(norm, activation):
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
-def test_parity_with_torch_decoder_layer(norm):
+def test_parity_with_torch_decoder_layer(norm):  # E65: one memory, the last encoder layer's
     block, theirs = twin(nn.TransformerDecoderLayer, norm, causal=True, cross=True)
     x, memory = torch.randn(3, 5, 8), torch.randn(3, 4, 8)
     key = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]], dtype=torch.bool)

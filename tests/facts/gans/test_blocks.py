@@ -57,7 +57,7 @@ def published_discriminator(ndf=64, nc=3):
         (lambda: Critic(3, 64, 64), published_discriminator, 2_765_568, (2, 3, 64, 64)),
     ],
 )
-def test_parity_with_the_published_layout(ours, theirs, count, inputs):
+def test_parity_with_the_published_layout(ours, theirs, count, inputs):  # E114
     torch.manual_seed(0)
     mine, other = ours(), theirs()
     assert sum(p.numel() for p in mine.parameters()) == count

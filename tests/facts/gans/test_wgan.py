@@ -35,7 +35,7 @@ def test_gap_is_the_difference_of_means():
 
 
 @pytest.mark.parametrize("shift", [1.5, -3.0, 6.0])
-def test_the_estimate_in_one_dimension(shift):
+def test_the_estimate_in_one_dimension(shift):  # E117, E119
     """A perceptron with slope at most K estimates between K·W/2 and K·W; a linear critic, the best for a shift, c·W."""
     g = torch.Generator().manual_seed(1)
     real, fake = torch.randn(400, 1, generator=g), shift + torch.randn(400, 1, generator=g)

@@ -18,7 +18,7 @@ def linear(w):
     return lambda x: x.flatten(1) @ w
 
 
-def test_linear_critic_has_the_exact_penalty():
+def test_linear_critic_has_the_exact_penalty():  # E117
     torch.manual_seed(0)
     for shape in ((2,), (1, 4, 4), (3, 5, 2)):
         w = torch.randn(torch.Size(shape).numel(), dtype=torch.float64, requires_grad=True)

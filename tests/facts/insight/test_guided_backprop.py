@@ -57,7 +57,7 @@ def test_three_layers_by_hand() -> None:
 
 
 @pytest.mark.parametrize("depth", [2, 3, 5])
-def test_random_networks_equal_the_definition(depth: int) -> None:
+def test_random_networks_equal_the_definition(depth: int) -> None:  # E44: both gates at every ReLU
     weights = [torch.randn(7 if i < depth - 1 else 3, 6 if i == 0 else 7, dtype=torch.float64) for i in range(depth)]
     model, x = layers(weights), torch.randn(20, 6, dtype=torch.float64)
     for target in range(3):

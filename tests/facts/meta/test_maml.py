@@ -86,7 +86,7 @@ def _finite_difference(model, loss, task, rate, steps, predict=None, count=6, h=
 
 
 @pytest.mark.parametrize("kind", ["regressor", "convolutional"])
-def test_second_order_passes_finite_differences_and_first_order_fails(kind):
+def test_second_order_passes_finite_differences_and_first_order_fails(kind):  # E131
     torch.manual_seed(0)
     dice = torch.Generator().manual_seed(1)
     if kind == "regressor":

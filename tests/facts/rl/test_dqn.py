@@ -57,7 +57,7 @@ def _one_thread():
 @pytest.mark.parametrize("heads", [True, False])
 @pytest.mark.parametrize("huber", [True, False])
 @pytest.mark.parametrize("hidden", [(), (7,), (9, 6, 5)])
-def test_written_out_gradient_is_that_of_autograd(heads, huber, hidden):
+def test_written_out_gradient_is_that_of_autograd(heads, huber, hidden):  # E96: with the clipped error too
     torch.manual_seed(0)
     model = QNetwork(4, 3, hidden, heads).double()
     state, action, y = torch.randn(11, 4).double(), torch.randint(3, (11,)), 2 * torch.randn(11).double()

@@ -24,7 +24,7 @@ from etude.rl.q_learning import (
 Q = np.array([[0.3, 1.0, -2.0, 0.9]])
 
 
-def test_epsilon_greedy_in_both_conventions():
+def test_epsilon_greedy_in_both_conventions():  # E94
     np.testing.assert_allclose(epsilon_greedy(Q, 0.2)[0], [0.05, 0.85, 0.05, 0.05])
     np.testing.assert_allclose(epsilon_greedy(Q, 0.2, notes=True)[0], [0.2 / 3, 0.8, 0.2 / 3, 0.2 / 3])
     np.testing.assert_allclose(epsilon_greedy(Q, 0.0)[0], [0, 1, 0, 0])

@@ -46,7 +46,7 @@ def test_a_linear_logistic_model_meets_its_worst_case_exactly(norm: str, dual: i
         assert bool((F.cross_entropy(model(other), y, reduction="none") <= loss + 1e-12).all())
 
 
-def test_the_clip_keeps_the_worst_case_of_ball_and_box() -> None:
+def test_the_clip_keeps_the_worst_case_of_ball_and_box() -> None:  # E124
     """On a linear model the best point of ball ∩ box is found corner by corner: the clipped step is that corner."""
     w, eps = torch.randn(3, dtype=torch.float64), 0.4
     model, x = logistic(w), torch.rand(9, 3, dtype=torch.float64)
@@ -115,7 +115,7 @@ def test_pixel_units_whatever_the_network_standardises() -> None:
     assert torch.equal(fgsm(plain, x, y, 0.1), fgsm(scaled, x, y, 0.1))
 
 
-def test_sign_of_zero_is_zero() -> None:
+def test_sign_of_zero_is_zero() -> None:  # E124
     """A pixel without influence is left alone, and so is an image without gradient (ℓ2 divides by no zero)."""
     w = torch.tensor([1.0, 0.0, -2.0])
     x = torch.full((2, 3), 0.5)

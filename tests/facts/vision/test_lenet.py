@@ -33,7 +33,7 @@ def test_1998_parameter_counts_are_the_papers():
     assert count(model.features) + count(f6) - unused == 60_000
 
 
-def test_table_1_connections():
+def test_table_1_connections():  # E29
     assert len(TABLE_1) == 16
     assert sum(map(len, TABLE_1)) == 60
     assert [len(row) for row in TABLE_1] == [3] * 6 + [4] * 9 + [6]

@@ -1,0 +1,279 @@
+"""Twenty layers: what the draw of the weights does to a signal and to its gradient
+
+Paper: LeCun, Bottou, Orr & Müller, Efficient BackProp, 1998; Glorot & Bengio, Understanding the Difficulty of Training
+Deep Feedforward Neural Networks, 2010; He, Zhang, Ren & Sun, Delving Deep into Rectifiers, 2015, arXiv:1502.01852; Saxe,
+McClelland & Ganguli, Exact Solutions to the Nonlinear Dynamics of Learning in Deep Linear Networks, 2013,
+arXiv:1312.6120. The draws are in `etude.blocks.nn.init`.
+
+Equation: zˡ = Wˡ aˡ⁻¹, aˡ = σ(zˡ), δˡ⁻¹ = σ'(zˡ⁻¹) ⊙ Wˡᵀ δˡ, where δ is the gradient at z. With D units in every layer and
+Var W = s², rms(zˡ) ≈ √D s · rms(aˡ⁻¹), so after L layers
+    linear   (√D s)ᴸ                      forward and backward: s² = 1/D keeps both
+    relu     (√(D/2) s)ᴸ, about           E[relu(z)²] = ½E[z²]: s² = 2/D keeps both
+    tanh     below (√D s)ᴸ                it squashes what is large; small signals pass as if linear
+
+Algorithm:
+1. for each initialiser and activation function: draw a network of L layers of D units, no bias
+2. send `count` inputs N(0, 1) forward; rms of z, histogram of a, inactive and dead ReLUs in each layer
+3. send δᴸ ~ N(0, 1) backward; rms of δ in each layer
+4. one layer of D ReLUs over real images, at bias 0 and at bias 0.1: inactive and dead units
+
+Differences:
+- E16: the notes' N(0, .0001) is a variance, σ = 0.01: 20 such layers leave 1e-13 of the signal.
+- E17: the notes' "Xavier", 1/D, is LeCun's; Glorot's 2/(fan_in + fan_out) is the same number here only because all layers
+  are square.
+- E18: a ReLU halves the second moment of z, not its variance. 2/D keeps it at any depth; 1/D halves it in every layer.
+- E19: at zero bias half of the units are *inactive* for an input. Dead is inactive for all of a data set: no unit of the
+  first layer is. Deeper the share grows, for ReLU networks make all inputs more and more alike.
+- E20: an orthogonal W has all singular values 1, and needs the gain √2 behind ReLUs (`orthogonal2`).
+
+Expect: one core, 10 s → rms of z in layer 20: small 1.2e-13 (tanh); lecun 0.162 (tanh), 1.7e-3 (relu); he 1.2 (relu).
+Command: `etude run basics/initialization`, or with MNIST's images `etude run basics/initialization --preset mnist`
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from etude import data as room
+from etude.blocks.nn.init import Init, active_fraction, dead_fraction, initialise
+from etude.blocks.nn.norm import Standardise
+from etude.blocks.panels import label, legend, panels
+from etude.blocks.plots import INK, PALETTE, SOFT
+from etude.catalog import Experiment, method
+from etude.core.checkpoint import Box
+from etude.core.config import Count
+from etude.core.run import Run
+from etude.core.spec import Spec
+
+
+@dataclass(frozen=True)
+class Config:
+    width: Count = 512
+    """Units D in every layer."""
+    depth: Count = 20
+    """Layers L."""
+    count: Count = 256
+    """Inputs that are sent through."""
+    data: str = "digits"
+    """Images for the count of dead units (digits, mnist, … or a folder of class-named image folders)."""
+    images: Count = 1000
+    """How many of them."""
+
+
+PRESETS = {
+    "tiny": Config(width=64, depth=8, count=64, images=100),  # 1 s
+    "default": Config(),  # 10 s → rms 1.2 after 20 ReLU layers of He's
+    "mnist": Config(data="mnist", images=10_000),  # 12 s → no dead unit among 512
+}
+
+EXPERIMENTS = (
+    Experiment("small_tanh", preset="default", metric="rms_tanh_small", bar=3e-13, better="lower"),
+    Experiment("small_relu", preset="default", metric="rms_relu_small", bar=1e-15, better="lower"),
+    Experiment("glorot_tanh_above", preset="default", metric="rms_tanh_glorot", bar=0.156),
+    Experiment("glorot_tanh_below", preset="default", metric="rms_tanh_glorot", bar=0.176, better="lower"),
+    Experiment("lecun_linear_above", preset="default", metric="rms_linear_lecun", bar=0.95),
+    Experiment("lecun_linear_below", preset="default", metric="rms_linear_lecun", bar=1.05, better="lower"),
+    Experiment("lecun_relu", preset="default", metric="rms_relu_lecun", bar=3e-3, better="lower"),
+    Experiment("he_relu_above", preset="default", metric="rms_relu_he", bar=0.5),
+    Experiment("he_relu_below", preset="default", metric="rms_relu_he", bar=2.0, better="lower"),
+    Experiment("orthogonal_relu_above", preset="default", metric="rms_relu_orthogonal2", bar=0.5),
+    Experiment("orthogonal_relu_below", preset="default", metric="rms_relu_orthogonal2", bar=2.0, better="lower"),
+    Experiment("he_gradient_above", preset="default", metric="gradient_relu_he", bar=0.5),
+    Experiment("he_gradient_below", preset="default", metric="gradient_relu_he", bar=2.0, better="lower"),
+    Experiment("inactive_above", preset="default", metric="inactive_bias_0", bar=0.47),
+    Experiment("inactive_below", preset="default", metric="inactive_bias_0", bar=0.53, better="lower"),
+    Experiment("none_dead", preset="default", metric="dead_bias_0", bar=0.0, better="lower"),
+    Experiment("none_dead_with_bias", preset="default", metric="dead_bias_01", bar=0.0, better="lower"),
+    Experiment("none_dead_on_mnist", preset="mnist", metric="dead_bias_0", bar=0.0, better="lower"),
+    Experiment("none_dead_on_mnist_with_bias", preset="mnist", metric="dead_bias_01", bar=0.0, better="lower"),
+)
+
+DRAWS: dict[str, tuple[Init, float]] = {
+    "small": ("small", 1.0),
+    "lecun": ("lecun", 1.0),
+    "glorot": ("glorot", 1.0),
+    "he": ("he", 1.0),
+    "orthogonal": ("orthogonal", 1.0),
+    "orthogonal2": ("orthogonal", math.sqrt(2)),
+}
+LABELS = ("small N(0, 0.01²)", "LeCun 1/D", "Glorot 2/(D + D)", "He 2/D", "orthogonal", "orthogonal × √2")
+FUNCTIONS = {"tanh": torch.tanh, "relu": torch.relu, "linear": lambda z: z}
+CASES = list(itertools.product(FUNCTIONS, DRAWS))
+BINS = 61
+INKS = (PALETTE[1], PALETTE[0], "#8db4de", PALETTE[2], PALETTE[3], PALETTE[4])
+STROKES = ("-", "-", "--", "-", "-", "--")
+
+
+def forward(weights: Sequence[Tensor], x: Tensor, function: str) -> list[Tensor]:
+    """The pre-activations z¹ … zᴸ, each (N, D), of inputs (N, D)."""
+    found, a = [], x
+    for weight in weights:
+        found.append(a @ weight.T)
+        a = FUNCTIONS[function](found[-1])
+    return found
+
+
+def backward(weights: Sequence[Tensor], z: Sequence[Tensor], last: Tensor, function: str) -> list[Tensor]:
+    """The gradients δ¹ … δᴸ at the pre-activations, given δᴸ = `last` (N, D)."""
+    found = [last]
+    for weight, before in zip(reversed(weights[1:]), reversed(z[:-1])):
+        down = found[-1] @ weight
+        slope = {"tanh": lambda t: 1 - t.tanh() ** 2, "relu": lambda t: (t > 0).to(t.dtype), "linear": torch.ones_like}
+        found.append(slope[function](before) * down)
+    return found[::-1]
+
+
+def rms(x: Tensor) -> float:
+    """Root mean square of all elements."""
+    return x.double().square().mean().sqrt().item()
+
+
+def histogram(z: Tensor, function: str) -> np.ndarray:
+    """Counts (BINS,) over [−1, 1] of the activations of tanh, over [−5, 5] of the pre-activations of the others."""
+    return torch.histc(z.tanh() if function == "tanh" else z / 5, BINS, -1.0, 1.0).numpy()
+
+
+def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
+    """No network is kept: each step draws one, measures it and forgets it."""
+    return {}
+
+
+@method("basics/initialization", paper="LeCun 1998; Glorot 2010; arXiv:1502.01852", section="4.4", threads=1)
+def train(config: Config, run: Run) -> dict[str, float]:
+    shape = (len(CASES), config.depth)
+    seen = Box(
+        rms=np.zeros(shape),
+        gradient=np.zeros(shape),
+        inactive=np.zeros(shape),
+        dead=np.zeros(shape),
+        histogram=np.zeros((*shape, BINS), np.float32),
+    )
+    run.track(seen=seen)
+    for step in run.steps(len(CASES)):  # line 1
+        function, name = CASES[step]
+        init, gain = DRAWS[name]
+        draw = run.generator("draw", step)
+        net = nn.ModuleList(nn.Linear(config.width, config.width, bias=False) for _ in range(config.depth))
+        initialise(net, init, gain=gain, generator=draw)
+        weights = [layer.weight.detach().to(run.device) for layer in net]
+        x, last = (torch.randn(config.count, config.width, generator=draw).to(run.device) for _ in range(2))
+        z = forward(weights, x, function)  # line 2
+        seen.rms[step] = [rms(layer) for layer in z]
+        seen.inactive[step] = [1 - active_fraction(layer) for layer in z]
+        seen.dead[step] = [dead_fraction(layer) for layer in z]
+        seen.histogram[step] = [histogram(layer.cpu(), function) for layer in z]
+        seen.gradient[step] = [rms(layer) for layer in backward(weights, z, last, function)]  # line 3
+        run.log(log10_rms=math.log10(seen.rms[step, -1]), log10_gradient=math.log10(seen.gradient[step, 0]))
+    found = {f"rms_{function}_{name}": float(seen.rms[i, -1]) for i, (function, name) in enumerate(CASES)}
+    found |= {f"gradient_{function}_{name}": float(seen.gradient[i, 0]) for i, (function, name) in enumerate(CASES)}
+    images = room.images(config.data).train.x[: config.images]
+    found |= census(images, config.width, run)  # line 4
+    run.artifact("depth", depth_figure(seen), "Signal forward and gradient backward, layer by layer.")
+    run.artifact("tanh", histogram_figure(seen, "tanh"), "Activations of tanh in five layers of each network.")
+    run.artifact("relu", histogram_figure(seen, "relu"), "What comes before the ReLU in five layers of each network.")
+    run.artifact("dead", dead_figure(seen), "Inactive for an input is not dead.")
+    return found
+
+
+def census(images: Tensor, width: int, run: Run) -> dict[str, float]:
+    """Inactive and dead shares of `width` ReLUs over `images` (N, C, H, W) at He's draw and bias 0 and 0.1.
+
+    Every pixel is standardised by itself. Otherwise what all images share pushes a unit the same way for each of them.
+    """
+    pixels = images.flatten(1)
+    x = Standardise.fit(pixels)(pixels).to(run.device)
+    found = {}
+    for name, bias in (("bias_0", 0.0), ("bias_01", 0.1)):
+        layer = initialise(nn.Linear(x.shape[1], width), "he", bias=bias, generator=run.generator("census", 0))
+        with torch.no_grad():
+            z = layer.to(run.device)(x)
+        found |= {f"inactive_{name}": 1 - active_fraction(z), f"dead_{name}": dead_fraction(z)}
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+
+def depth_figure(seen: Box) -> Any:
+    """rms of z (above) and of its gradient (below) against the layer, one plot an activation function."""
+    figure, axes = panels(3, rows=2, width=10, height=6.4)
+    layers = np.arange(1, seen.rms.shape[1] + 1)
+    for column, function in enumerate(FUNCTIONS):
+        for row, (values, title) in enumerate(((seen.rms, "rms of z"), (seen.gradient, "rms of ∂L/∂z"))):
+            here = axes[3 * row + column]
+            for i, name in enumerate(DRAWS):
+                line = values[CASES.index((function, name))]
+                here.semilogy(layers, line, color=INKS[i], linestyle=STROKES[i], linewidth=1.6, label=LABELS[i])
+            here.set_xticks([1, *range(5, len(layers) + 1, 5)])
+            label(here, f"{function}: {title}", "layer", title if column == 0 else "")
+    low = min(axis.get_ylim()[0] for axis in axes)
+    high = max(axis.get_ylim()[1] for axis in axes)
+    for axis in axes:
+        axis.set_ylim(low, high)
+    lines, names = axes[0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=6, frameon=False, fontsize=8.5, labelcolor=INK)
+    return figure
+
+
+def histogram_figure(seen: Box, function: str) -> Any:
+    """Histograms, a row for each draw and a column for each of five layers."""
+    depth = seen.rms.shape[1]
+    layers = sorted({round(t) for t in np.linspace(1, depth, 5)})
+    shown = ("small", "glorot", "he", "orthogonal2")
+    figure, axes = panels(len(layers), rows=len(shown), width=10, height=5.6)
+    reach = 1.0 if function == "tanh" else 5.0
+    edges = np.linspace(-reach, reach, BINS + 1)
+    for row, name in enumerate(shown):
+        case = CASES.index((function, name))
+        for column, layer in enumerate(layers):
+            here = axes[row * len(layers) + column]
+            counts = seen.histogram[case, layer - 1]
+            here.stairs(counts, edges, fill=True, color=INKS[list(DRAWS).index(name)])
+            here.set(
+                ylim=(0, 1.25 * counts.max()), yticks=[], xlim=(-1.03 * reach, 1.03 * reach), xticks=[-reach, 0, reach]
+            )
+            here.grid(False)
+            here.spines["left"].set_visible(False)
+            spread = seen.rms[case, layer - 1]
+            here.text(
+                0.98,
+                0.99,
+                f"rms z = {spread:.2g}",
+                transform=here.transAxes,
+                ha="right",
+                va="top",
+                fontsize=7.5,
+                color=SOFT,
+            )
+            if row == 0:
+                here.set_title(f"layer {layer}", fontsize=9.5, color=INK)
+            if row == len(shown) - 1:
+                here.set_xlabel("a = tanh(z)" if function == "tanh" else "z")
+            if column == 0:
+                here.set_ylabel(LABELS[list(DRAWS).index(name)])
+    return figure
+
+
+def dead_figure(seen: Box) -> Any:
+    """Shares of inactive (unit, input) pairs and of dead units against the layer, He's ReLU network."""
+    figure, (axes,) = panels(1, width=5.4, height=3.5)
+    layers = np.arange(1, seen.rms.shape[1] + 1)
+    case = CASES.index(("relu", "he"))
+    axes.plot(
+        layers, seen.inactive[case], color=PALETTE[0], linewidth=1.8, label="inactive: (unit, input) pairs with z ≤ 0"
+    )
+    axes.plot(layers, seen.dead[case], color=PALETTE[1], linewidth=1.8, label="dead: units with z ≤ 0 for every input")
+    axes.axhline(0.5, color=SOFT, linewidth=0.8, linestyle=":")
+    axes.set_ylim(-0.02, 0.75)
+    axes.set_xticks([1, *range(5, len(layers) + 1, 5)])
+    label(axes, "ReLU, He initialisation, bias 0", "layer", "share")
+    legend(axes, loc="upper left")
+    return figure
