@@ -97,8 +97,16 @@ PRESETS = {
     "mnist": Config(data="mnist", steps=2344, evaluate_every=469),  # 6 s → 0.978
     # softmax regression by gradient descent on all 60,000 images at once
     "softmax": Config(
-        data="mnist", widths=(), steps=300, batch=60_000, optimizer="sgd", learning_rate=0.1, evaluate_every=50
+        data="mnist",
+        widths=(),
+        init="small",
+        steps=150,
+        batch=60_000,
+        optimizer="sgd",
+        learning_rate=0.1,
+        evaluate_every=50,
     ),
+    # 512-512 units, 40 epochs of 2,000 images: 0.932 against 0.930 with --dropout 0 (means of seeds 0-2)
     "dropout": Config(data="mnist", examples=2000, widths=(512, 512), dropout=0.5, steps=625, evaluate_every=125),
 }
 
@@ -109,6 +117,29 @@ EXPERIMENTS = (
         metric="test_accuracy",
         bar=0.970,
         published="0.984 (2-layer 800 units, Srivastava 2014)",
+    ),
+    Experiment(
+        "softmax regression, gradient descent on the whole training set",
+        preset="softmax",
+        metric="test_accuracy",
+        bar=0.90,
+        published="0.880 (linear classifier, LeCun 1998)",
+        notes="150 updates at a constant learning rate of 0.1 on standardised pixels",
+    ),
+    Experiment(
+        "dropout 0.5, 2,000 images",
+        preset="dropout",
+        metric="test_accuracy",
+        bar=0.925,
+        published="0.9894 (3 × 1024 units, dropout and max-norm, all 60,000 images, Srivastava 2014)",
+    ),
+    Experiment(
+        "the same without dropout",
+        preset="dropout",
+        flags={"dropout": 0.0},
+        metric="test_accuracy",
+        bar=0.920,
+        notes="stands here for comparison",
     ),
 )
 

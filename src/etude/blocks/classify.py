@@ -93,7 +93,7 @@ class Recipe:
         if self.combine == "weights" and self.ensemble not in ("none", "snapshots"):
             raise UserError(
                 f"--combine weights averages the parameters of one network's snapshots; the members of --ensemble "
-                f"{self.ensemble} start from different weights, whose average computes nothing: take probability or vote"
+                f"{self.ensemble} begin with different weights, and their average is no trained network: take probability or vote"
             )
         if self.ensemble == "snapshots":
             snapshot_moments(self.schedule, self.steps, self.count)

@@ -82,6 +82,9 @@ class Ensemble(nn.Module):
     members or a wrong number of inputs.
     """
 
+    how: Combine
+    trunk: nn.Module | None
+
     def __init__(self, members: Iterable[nn.Module], how: Combine = "probability", trunk: nn.Module | None = None):
         super().__init__()
         self.members, self.trunk, self.how = nn.ModuleList(members), trunk, how
@@ -147,11 +150,11 @@ def split(network: nn.Module, at: str | None = None) -> Cut:
     except AttributeError as error:
         raise UserError(f"{type(network).__name__} has no part '{at}' to split at ({error})") from error
     if not isinstance(parent, nn.Sequential) or not key:
-        places = [f"{name}.{child}" for name, part in network.named_modules() if isinstance(part, nn.Sequential)
-                  for child, _ in part.named_children()]  # fmt: skip
+        chains = [(name, part) for name, part in network.named_modules() if isinstance(part, nn.Sequential)]
+        places = [f"{name}.{child}" for name, part in chains for child, _ in part.named_children()]
         raise UserError(f"'{at}' is not in a Sequential; split at one of {', '.join(places) or 'none'}")
     index = [name for name, _ in parent.named_children()].index(key)
-    head = nn.Sequential(*parent[index:])
+    head = nn.Sequential(*list(parent)[index:])
     del parent[index:]
     return _some(Cut(network, head), at)
 
@@ -194,6 +197,7 @@ class Snapshots(nn.Module):
     """
 
     taken: Tensor
+    how: Combine
 
     def __init__(self, network: nn.Module, count: int, how: Combine = "probability") -> None:
         super().__init__()
@@ -261,7 +265,7 @@ def average_parameters(networks: Sequence[nn.Module]) -> nn.Module:
     """
     average = copy.deepcopy(networks[-1])
     for name, parameter in average.named_parameters():
-        parts = [network.get_parameter(name) for network in networks]
+        parts: list[Tensor] = [network.get_parameter(name) for network in networks]
         if any(part.shape != parameter.shape for part in parts):
             raise ValueError(f"{name} has several shapes, so there is no average")
         parameter.copy_(torch.stack(parts).mean(0))
@@ -272,8 +276,9 @@ def average_parameters(networks: Sequence[nn.Module]) -> nn.Module:
 def reestimate(network: nn.Module, batches: Callable[[], Iterable[Tensor]]) -> bool:
     """Batch-norm statistics of the weights as they now are: one pass in training mode, plain average over the batches.
 
-    Statistics of a batch count equally, as in `torch.optim.swa_utils.update_bn`; dropout stays off. Returns whether
-    there was any batch normalisation (otherwise `batches` is not called).
+    Batches count equally, as in `torch.optim.swa_utils.update_bn` (which passes over layers that are not torch's own;
+    here both kinds are found), but dropout stays off. Returns whether there was any batch normalisation; without,
+    `batches` is not called.
     """
     layers = [part for part in network.modules() if _has_statistics(part)]
     if not layers:
@@ -283,7 +288,7 @@ def reestimate(network: nn.Module, batches: Callable[[], Iterable[Tensor]]) -> b
     network.eval()
     for layer in layers:
         layer.reset_running_stats()  # pyright: ignore[reportCallIssue]
-        layer.momentum = None  # pyright: ignore[reportAttributeAccessIssue]
+        layer.momentum = None  # pyright: ignore[reportArgumentType]  # plain average over the batches
         layer.train()
     try:
         for x in batches():
