@@ -472,7 +472,7 @@ def test_of_any_classifier_with_settings_in_words():
         "1998",
         0.01,
         32,
-        20,
+        600,
     )
     assert classifier(Config(settings=("widths=[5,4]", "examples=none")))[1].widths == (5, 4)
     assert classifier(Config(settings=("steps=3",), data="mnist", examples=9))[1].data == "mnist"
