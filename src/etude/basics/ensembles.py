@@ -22,13 +22,18 @@ Differences:
 - E22: M is the number of members, N of examples; drawing is with replacement; what averages is models, not policies.
   Their correlation bounds the gain, so ρ and both sides of the variance formula are reported.
 - E23: the notes average any snapshots of SGD: they must come from a cyclic or constant rate, and batch normalisation
-  needs new statistics behind an average of weights. The average is reported for every kind: of networks that began
-  differently it knows nothing, which is why `--combine weights` is refused there (in basics/mlp and vision/lenet).
-- Deep ensembles: no adversarial training (the paper's optional part); cross-entropy, the paper's proper scoring rule.
-- `averaged` is the mean of the M snapshots; Izmailov et al. keep a running mean, which is the same.
+  needs new statistics behind an average of weights. The average is reported for every kind, to show where it works:
+  0.921 for snapshots, 0.73 for five networks that began differently (0.92 each) and 0.25 for deeper ones. Hence
+  `--combine weights` is a choice for snapshots only (of basics/mlp and vision/lenet).
+- Deep ensembles: no adversarial training (the paper's optional part); cross-entropy is a proper scoring rule already.
+- Heads begin where `--split` says, each with initial weights of its own; TreeNets choose the place by experiment too.
+- An accuracy may well not grow with M; the negative log-likelihood never rises above the members' mean.
 
-Expect: to be measured
-Command: `etude run basics/ensembles --preset mnist`
+Expect: one core, MNIST with 2,000 training images, 3 to 6 s: 5 networks of 256 units 0.919 → 0.925, NLL 0.292 → 0.265
+    (seed 0); 256-128 units: one network NLL 0.294, 5 heads on one trunk 0.283, 5 networks 0.253; the average of the
+    last 10 epochs 0.921 against 0.920 of a snapshot.
+Command: `etude run basics/ensembles --preset mnist`; another classifier:
+    `etude run basics/ensembles --of vision/lenet --ensemble heads --split classifier.1 --settings steps=200`
 """
 
 from __future__ import annotations
@@ -248,14 +253,18 @@ def train(config: Config, run: Run) -> dict[str, float]:
     }
     result["averaged_gain"] = result["averaged_accuracy"] - mean_accuracy
     what = f"{members} {config.ensemble} of {config.of} on {len(data.train):,} images of {data.name}"
-    caption = f"{what}: the first m members together (lines), member m alone (dots), mean of the members (dashed)."
-    run.artifact("members", _picture(found), caption)
+    caption = f"{what}: the first m members together (lines), member m alone (dots), mean of the members (dashed)"
+    caption += "; snapshots count from the latest." if config.ensemble == "snapshots" else "."
+    # members whose weights can be averaged: one network's, or linear heads (whose average has the mean logits)
+    together = config.ensemble == "snapshots" or (config.ensemble == "heads" and config.split is None)
+    line = {"accuracy": result["averaged_accuracy"], "nll": result["averaged_nll"]} if together else {}
+    run.artifact("members", _picture(found, line), caption)
     names = {
         "one member (mean)": mean_accuracy,
         "vote": result["vote_accuracy"],
         "mean probability": result["accuracy"],
     }
-    if config.ensemble in ("snapshots", "heads"):
+    if together:
         names["averaged weights"] = result["averaged_accuracy"]
     errors = [100 * (1 - value) for value in names.values()]
     run.artifact("errors", bars(list(names), errors, x="test error, %"), f"{what}: how the answers are put together.")
@@ -265,7 +274,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
     return result | scores
 
 
-def _picture(found: dict[str, list[float]]) -> Figure:
+def _picture(found: dict[str, list[float]], averaged: dict[str, float]) -> Figure:
     """Accuracy and negative log-likelihood against the number of members, one above the other."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -276,17 +285,21 @@ def _picture(found: dict[str, list[float]]) -> Figure:
     for axis, name, label in zip(axes, ("accuracy", "nll"), ("accuracy", "negative log-likelihood, nats")):
         single = found[f"single_{name}"]
         axis.plot(m, found[name], color=PALETTE[0], linewidth=1.8, label="mean probability")
-        if name == "accuracy":
-            axis.plot(m, found["vote_accuracy"], color=PALETTE[1], linewidth=1.4, label="vote")
         axis.plot(m, single, "o", color=PALETTE[7], markersize=4.5, label="member m alone")
         axis.axhline(sum(single) / len(single), color=PALETTE[7], linewidth=1, linestyle="--", label="their mean")
+        if name == "accuracy":
+            axis.plot(m, found["vote_accuracy"], color=PALETTE[1], linewidth=1.4, label="vote")
+        if averaged:
+            axis.axhline(averaged[name], color=PALETTE[2], linewidth=1.2, linestyle=":", label="averaged weights")
         axis.set_ylabel(label, color=SOFT, fontsize=9)
         axis.set_facecolor(PAPER)
         axis.grid(axis="y", color=RULE, linewidth=0.8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.spines[:].set_color("#a8a39a")
         axis.tick_params(colors=SOFT, labelsize=8, length=3)
-    axes[0].legend(frameon=False, fontsize=8, labelcolor=INK)
+    axes[0].legend(
+        frameon=False, fontsize=8, labelcolor=INK, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2
+    )
     axes[1].set_xlabel("members m", color=SOFT, fontsize=9)
     axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
