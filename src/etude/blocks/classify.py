@@ -154,7 +154,8 @@ def learn(run: Run, recipe: Recipe, model: nn.Module, data: Images, augment: Aug
         recipe.learning_rate,
         weight_decay=recipe.weight_decay,
     )
-    rate = optim.schedule(recipe.schedule, recipe.learning_rate, recipe.steps, cycles=recipe.members or MEMBERS)
+    cycles = recipe.count if recipe.ensemble == "snapshots" else MEMBERS
+    rate = optim.schedule(recipe.schedule, recipe.learning_rate, recipe.steps, cycles=cycles)
     apart = isinstance(model, Ensemble) and model.trunk is None  # every member with a batch of its own
     batches = [_batches(run, recipe, data, augment, member) for member in range(recipe.count if apart else 1)]
 
