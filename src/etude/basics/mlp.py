@@ -37,12 +37,11 @@ from torch import Tensor, nn
 
 from etude import data as room
 from etude import optim
-from etude.blocks.classify import Normalizer, Recipe, ensemble, learn, normaliser, subset
+from etude.blocks.classify import Normalizer, Recipe, ensemble, learn, normaliser, pictures, subset
 from etude.blocks.ensembles import Combine, Kind, first_network
 from etude.blocks.nn.dropout import Dropout, Form
 from etude.blocks.nn.init import Init, initialise
 from etude.blocks.nn.norm import Standardise
-from etude.blocks.plots import classifier_pictures
 from etude.catalog import Experiment, method
 from etude.core.config import Count, Fraction, NonNegative, Positive, Whole
 from etude.core.errors import UserError
@@ -209,7 +208,5 @@ def train(config: Config, run: Run) -> dict[str, float]:
     run.describe(data.spec)
     model = run.place(build(config, data.spec)["model"])
     scores = learn(run, recipe, model, data)  # lines 1-3
-    layers = first_network(model).layers
-    first = layers[1].weight.view(config.widths[0], *data.spec.shape) if config.widths else None
-    classifier_pictures(run, model, data.test.x, data.test.y, data.spec.classes, first)
+    pictures(run, model, data, first_network(model).layers[1].weight)
     return scores

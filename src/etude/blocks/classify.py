@@ -35,6 +35,8 @@ from etude.blocks.ensembles import (
 )
 from etude.blocks.nn.dropout import Form
 from etude.blocks.nn.norm import BatchNorm, LayerNorm
+from etude.blocks.plots import classifier_pictures
+from etude.core import checkpoint
 from etude.core.errors import UserError
 from etude.core.fit import accuracy, fit
 from etude.core.randomness import generator
@@ -175,7 +177,7 @@ def learn(run: Run, recipe: Recipe, model: nn.Module, data: Images, augment: Aug
         if isinstance(model, Snapshots) and step in due:
             model.take()
             if model.how == "weights":
-                reestimate(model.networks()[0], lambda: training_images(run, data))
+                reestimate(model.networks()[0], lambda: training_images(run, data), through=model)
 
     def evaluate() -> dict[str, float]:
         return {f"test_{name}": value for name, value in accuracy(run, model, data.test.x, data.test.y).items()}
@@ -193,6 +195,13 @@ def learn(run: Run, recipe: Recipe, model: nn.Module, data: Images, augment: Aug
         evaluate=evaluate,
         evaluate_every=recipe.evaluate_every,
     )
+
+
+def pictures(run: Run, model: nn.Module, data: Images, first: Tensor) -> None:
+    """Confusion matrix, surest mistakes and the filters of a first layer's weight, (O, C, h, w) or (O, C·H·W)."""
+    whole = checkpoint.state_of(first)  # under --shard every rank holds a part of it
+    filters = whole if whole.ndim == 4 else whole.view(len(whole), *data.spec.shape)
+    classifier_pictures(run, model, data.test.x, data.test.y, data.spec.classes, filters)
 
 
 def training_images(run: Run, data: Images, batch: int = 1000) -> Iterator[Tensor]:

@@ -273,26 +273,27 @@ def average_parameters(networks: Sequence[nn.Module]) -> nn.Module:
 
 
 @torch.no_grad()
-def reestimate(network: nn.Module, batches: Callable[[], Iterable[Tensor]]) -> bool:
+def reestimate(network: nn.Module, batches: Callable[[], Iterable[Tensor]], through: nn.Module | None = None) -> bool:
     """Batch-norm statistics of the weights as they now are: one pass in training mode, plain average over the batches.
 
     Batches count equally, as in `torch.optim.swa_utils.update_bn` (which passes over layers that are not torch's own;
-    here both kinds are found), but dropout stays off. Returns whether there was any batch normalisation; without,
-    `batches` is not called.
+    here both kinds are found), but dropout stays off. `through` is a module around it that is called in its place (and
+    in evaluation calls it). Returns whether there was any batch normalisation; without, `batches` is not called.
     """
     layers = [part for part in network.modules() if _has_statistics(part)]
     if not layers:
         return False
-    modes = {part: part.training for part in network.modules()}
+    outer = network if through is None else through
+    modes = {part: part.training for part in outer.modules()}
     momenta = [layer.momentum for layer in layers]
-    network.eval()
+    outer.eval()
     for layer in layers:
         layer.reset_running_stats()  # pyright: ignore[reportCallIssue]
         layer.momentum = None  # pyright: ignore[reportArgumentType]  # plain average over the batches
         layer.train()
     try:
         for x in batches():
-            network(x)
+            outer(x)
     finally:
         for layer, momentum in zip(layers, momenta):
             layer.momentum = momentum

@@ -56,8 +56,7 @@ TINY = {"preset": "tiny", "quiet": True, "seed": 0, "threads": 1}
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
     """Drawing takes most of a tiny run; the learning tests and the contract tests draw."""
-    for method in ("basics.mlp", "vision.lenet"):
-        monkeypatch.setattr(f"etude.{method}.classifier_pictures", lambda *_: None)
+    monkeypatch.setattr("etude.blocks.classify.classifier_pictures", lambda *_: None)
     monkeypatch.setattr("etude.core.launch._report", lambda *_: None)
 
 
