@@ -98,11 +98,11 @@ _MNIST = ("widths=[256]", "steps=320", "evaluate_every=0")  # 20 epochs of 2,000
 _DEEP = ("widths=[256,128]", "steps=320", "evaluate_every=0")
 
 PRESETS = {
-    "tiny": Config(of_preset="tiny", examples=200, members=3),
-    "default": Config(settings=("steps=200", "evaluate_every=0"), examples=400),
-    "mnist": Config(data="mnist", examples=2000, settings=_MNIST),
-    "bagging": Config(data="mnist", examples=2000, settings=_MNIST, ensemble="bagging"),
-    "deep": Config(data="mnist", examples=2000, settings=_DEEP),
+    "tiny": Config(of_preset="tiny", examples=200, members=3),  # 1 s
+    "default": Config(settings=("steps=200", "evaluate_every=0"), examples=400),  # 2 s → NLL 0.184 → 0.160
+    "mnist": Config(data="mnist", examples=2000, settings=_MNIST),  # 3 s → NLL 0.292 → 0.265
+    "bagging": Config(data="mnist", examples=2000, settings=_MNIST, ensemble="bagging"),  # 0.344 → 0.277
+    "deep": Config(data="mnist", examples=2000, settings=_DEEP),  # 0.303 → 0.253
     "trunk": Config(data="mnist", examples=2000, settings=_DEEP, ensemble="heads", split="layers.3"),
     "snapshots": Config(data="mnist", examples=2000, settings=_MNIST, ensemble="snapshots", members=10),
     "cyclic": Config(
