@@ -23,14 +23,16 @@ def fit(
     rate: Callable[[int], float] | None = None,
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     clip: Callable[[], object] | None = None,
+    after: Callable[[int], object] | None = None,
     evaluate: Callable[[], dict[str, float]] | None = None,
     evaluate_every: int = 0,
 ) -> dict[str, float]:
     """Train `model` for `steps` updates and return the last evaluation.
 
     `batch(step)` gives inputs and targets of a step as a function of the step number; `rate(step)` the learning
-    rate; `loss(outputs, targets)` a 0-dim tensor; `clip()` is called between backward and update; `evaluate()` is
-    called every `evaluate_every` steps and at the end. Tracks ``model`` and ``optimizer``, so it resumes exactly.
+    rate; `loss(outputs, targets)` a 0-dim tensor, or one loss a member of an ensemble, (M,): their sum is descended,
+    their mean is logged; `clip()` is called between backward and update, `after(step)` behind the update; `evaluate()`
+    is called every `evaluate_every` steps and at the end. Tracks ``model`` and ``optimizer``, so it resumes exactly.
     """
     run.track(model=model, optimizer=optimizer)
     scores: dict[str, float] = {}
@@ -43,11 +45,17 @@ def fit(
         with run.autocast():
             value = loss(model(inputs), targets)
         optimizer.zero_grad()
-        value.backward()
+        if value.ndim:
+            value.sum().backward()
+            value = value.detach().mean()
+        else:
+            value.backward()
         run.average(model, loss=value)
         if clip is not None:
             clip()
         optimizer.step()
+        if after is not None:
+            after(step)
         run.log(loss=value)
         if evaluate is not None and run.every(evaluate_every):
             scores = evaluate()

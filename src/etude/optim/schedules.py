@@ -33,17 +33,22 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
     return lr
 
 
-Schedule = Literal["constant", "linear", "cosine", "one_cycle"]
-"""What a `--schedule` flag may say."""
+Schedule = Literal["constant", "linear", "cosine", "one_cycle", "cyclic"]
+"""What a `--schedule` flag may say; cyclic is `snapshots`."""
 
 
-def schedule(name: Schedule, peak: float, total: int, warm: int = 0) -> Callable[[int], float]:
-    """The rate as a function of the step alone, for a `--schedule` flag; `warm` steps of warm-up where it has none."""
+def schedule(name: Schedule, peak: float, total: int, warm: int = 0, cycles: int = 5) -> Callable[[int], float]:
+    """The rate as a function of the step alone, for a `--schedule` flag.
+
+    `warm` steps of warm-up come first where the schedule has none of its own (cyclic begins at its peak, so it takes
+    none); `cycles` is the number of restarts of cyclic.
+    """
     rates: dict[str, Callable[[int], float]] = {
         "constant": lambda step: constant(step, peak, warm),
         "linear": lambda step: linear(step, peak, total, warm),
         "cosine": lambda step: cosine(step, peak, total, warm),
         "one_cycle": lambda step: one_cycle(step, peak, total),
+        "cyclic": lambda step: snapshots(step, peak, total, cycles),
     }
     if name not in rates:
         raise UserError(f"unknown schedule {name!r}, choose from {', '.join(rates)}{nearest(name, rates)}")

@@ -22,6 +22,8 @@ Differences:
   mean-square-like loss (its eq. 8-9).
 - Optimizer: Adam with a one-cycle rate; the paper uses stochastic diagonal Levenberg-Marquardt over 20 passes.
 - E25: what is called convolution is cross-correlation; tensors are (N, C, H, W) and kernels (out, in, kh, kw).
+- The paper has neither normalisation nor dropout: `--normalizer` stands between a layer and its squashing function (batch:
+  one mean a map over N, H and W, E15; layer: one an image), `--dropout` behind C5 and F6 (E24). Ensembles: E22, E23.
 - E26: padding writes zeros *after* the mean is subtracted, so the border is the mean pixel of the training set.
 
 Expect: one core: 0.994 on the bundled digits in 20 s (busy machine); MNIST 0.988 in 20 s (3 epochs), 0.993 in 110 s (15 epochs).
@@ -30,6 +32,7 @@ Command: `etude run vision/lenet --preset mnist`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,16 +42,16 @@ from torch.nn import functional as F
 
 from etude import data as room
 from etude import optim
-from etude.blocks.nn.init import initialise
+from etude.blocks.classify import Normalizer, Recipe, ensemble, learn, normaliser, pictures, subset
+from etude.blocks.ensembles import Combine, Kind, first_network
+from etude.blocks.nn.dropout import Dropout, Form
+from etude.blocks.nn.init import Init, initialise
 from etude.blocks.nn.norm import Standardise
-from etude.blocks.plots import classifier_pictures
 from etude.catalog import Experiment, method
-from etude.core.config import Count, NonNegative, Positive, Whole
-from etude.core.fit import accuracy, fit
+from etude.core.config import Count, Fraction, NonNegative, Positive, Whole
 from etude.core.run import Run
 from etude.core.spec import Spec
 from etude.data.augment import shift
-from etude.data.batches import Stream
 
 # Table I of the paper: which of the six S2 maps feed each of the sixteen C3 maps
 TABLE_1 = (
@@ -79,6 +82,18 @@ class Config:
     """modern: full C3, max pooling, ReLU; 1998: sparse C3, trainable subsampling, scaled tanh."""
     size: Literal[28, 32] = 28
     """Side of the input images in pixels (others are resized); 28 is zero-padded to 32."""
+    examples: Count | None = None
+    """Training images to learn from, drawn by the seed; None takes all."""
+    init: Init | None = None
+    """Initialiser of the weights; None takes he for the modern style, lecun for 1998."""
+    bias_init: float = 0.0
+    """Initial value of all biases."""
+    normalizer: Normalizer = "none"
+    """Between a layer and its squashing function: batch normalisation (per map), layer normalisation, or none."""
+    dropout: Fraction = 0.0
+    """Probability that a unit of C5 and F6 is dropped in training."""
+    dropout_style: Form = "inverted"
+    """inverted: divide by the probability of keeping in training; classic: multiply by it at test."""
     steps: Count = 600
     """Number of parameter updates."""
     batch: Count = 128
@@ -91,6 +106,16 @@ class Config:
     """Learning rate over the run."""
     weight_decay: NonNegative = 0.0
     """L2 coefficient λ' in the gradient λ'·w (decoupled for adamw)."""
+    clip_norm: Positive | None = None
+    """Longest gradient, over all parameters of a network; None clips nothing."""
+    clip_value: Positive | None = None
+    """Largest absolute value of an element of the gradient; None clips nothing."""
+    ensemble: Kind = "none"
+    """Train several networks: other seeds, bootstrap samples, heads on one trunk, or snapshots of one."""
+    members: Count | None = None
+    """Networks in the ensemble; None takes 5."""
+    combine: Combine = "probability"
+    """What the ensemble answers: mean probability, majority vote, or (snapshots) the network of averaged weights."""
     shift: Whole = 1
     """Move each training image by up to this many pixels (0: never)."""
     evaluate_every: Whole = 0
@@ -142,8 +167,8 @@ class Subsample(nn.Module):
 class SparseConv(nn.Conv2d):
     """C3 of the paper: a convolution whose map o sees only the input maps of Table I (60 of 96 kernels)."""
 
-    def __init__(self) -> None:
-        super().__init__(6, 16, 5)
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__(6, 16, 5, bias=bias)
         table = torch.zeros(16, 6, 1, 1)
         for o, inputs in enumerate(TABLE_1):
             table[o, [int(c) for c in inputs]] = 1
@@ -174,27 +199,37 @@ class LeNet(nn.Module):
         std: tuple[float, ...] = (0.5,),
         size: int = 28,
         style: str = "modern",
+        normalizer: Normalizer = "none",
+        dropout: float = 0.0,
+        dropout_style: Form = "inverted",
     ) -> None:
         super().__init__()
         modern = style == "modern"
+        bias = normalizer != "batch"  # batch normalisation has its own
 
         def pool(channels: int) -> nn.Module:
             return nn.MaxPool2d(2) if modern else Subsample(channels)
 
-        squash = nn.ReLU if modern else ScaledTanh
+        def squash(*shape: int) -> list[nn.Module]:
+            return [*normaliser(normalizer, *shape), nn.ReLU() if modern else ScaledTanh()]
+
+        def drop() -> list[nn.Module]:
+            return [Dropout(dropout, dropout_style)] if dropout else []
+
         self.standardise = Standardise(mean, std)
         self.features = nn.Sequential(
-            nn.Conv2d(len(mean), 6, 5, padding=(32 - size) // 2),  # C1
-            squash(),
+            nn.Conv2d(len(mean), 6, 5, padding=(32 - size) // 2, bias=bias),  # C1
+            *squash(6, 28, 28),
             pool(6),  # S2
-            nn.Conv2d(6, 16, 5) if modern else SparseConv(),  # C3
-            squash(),
+            nn.Conv2d(6, 16, 5, bias=bias) if modern else SparseConv(bias),  # C3
+            *squash(16, 10, 10),
             pool(16),  # S4
-            nn.Conv2d(16, 120, 5),  # C5
-            squash(),
+            nn.Conv2d(16, 120, 5, bias=bias),  # C5
+            *squash(120, 1, 1),
+            *drop(),
         )
         self.classifier = nn.Sequential(
-            nn.Flatten(), nn.Linear(120, 84), squash(), nn.Linear(84, classes)
+            nn.Flatten(), nn.Linear(120, 84, bias=bias), *squash(84), *drop(), nn.Linear(84, classes)
         )  # F6, output
 
     def forward(self, x: Tensor) -> Tensor:
@@ -202,32 +237,30 @@ class LeNet(nn.Module):
 
 
 def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
-    """The network for this data: He initialisation under ReLU, LeCun's 1/fan-in under tanh."""
-    model = LeNet(len(spec.classes), spec.mean, spec.std, config.size, config.style)
-    return {"model": initialise(model, "he" if config.style == "modern" else "lecun")}
+    """The network for this data (He initialisation under ReLU, LeCun's 1/fan-in under tanh), or the ensemble of such."""
+    init: Init = config.init or ("he" if config.style == "modern" else "lecun")
+
+    def network() -> nn.Module:
+        model = LeNet(
+            len(spec.classes), spec.mean, spec.std, config.size, config.style,
+            config.normalizer, config.dropout, config.dropout_style,
+        )  # fmt: skip
+        return initialise(model, init, bias=config.bias_init)
+
+    return {"model": ensemble(network, config)}
+
+
+def augment(config: Config) -> Callable[[Tensor, torch.Generator], Tensor] | None:
+    """What happens to the images of a training batch, (B, C, H, W) uint8; None for nothing."""
+    return (lambda x, generator: shift(x, config.shift, generator)) if config.shift else None
 
 
 @method("vision/lenet", paper="LeCun et al. 1998", section="5.1.3.1", threads=1)
 def train(config: Config, run: Run) -> dict[str, float]:
-    data = room.images(config.data, config.size)
+    recipe = Recipe.of(config)
+    data = subset(room.images(config.data, config.size), config.examples, run.seed)
     run.describe(data.spec)
     model = run.place(build(config, data.spec)["model"])
-    optimizer = optim.make(config.optimizer, model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-    rate = optim.schedule(config.schedule, config.learning_rate, config.steps)
-    stream = Stream(len(data.train.y), config.batch, run.seed, run.rank, run.world)
-
-    def batch(step: int) -> tuple[Tensor, Tensor]:
-        index = stream.indices(step)
-        x = data.train.x[index]
-        if config.shift:
-            x = shift(x, config.shift, run.generator("shift", step))
-        return x.to(run.device), data.train.y[index].to(run.device)
-
-    def evaluate() -> dict[str, float]:
-        return {f"test_{name}": value for name, value in accuracy(run, model, data.test.x, data.test.y).items()}
-
-    scores = fit(
-        run, model, optimizer, batch, config.steps, rate=rate, evaluate=evaluate, evaluate_every=config.evaluate_every
-    )
-    classifier_pictures(run, model, data.test.x, data.test.y, data.spec.classes, model.features[0].weight)
+    scores = learn(run, recipe, model, data, augment(config))  # line 5
+    pictures(run, model, data, first_network(model).features[0].weight)
     return scores

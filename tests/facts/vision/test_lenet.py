@@ -6,6 +6,8 @@ from scipy.signal import correlate2d
 from torch import nn
 from torch.nn import functional as F
 
+import etude
+from etude.core.errors import UserError
 from etude.core.spec import Spec
 from etude.vision.lenet import TABLE_1, Config, LeNet, ScaledTanh, SparseConv, Subsample, build
 
@@ -119,3 +121,66 @@ def test_takes_bytes_and_unit_floats_alike():
     model = LeNet(10)
     x = torch.randint(0, 256, (3, 1, 28, 28), dtype=torch.uint8)
     torch.testing.assert_close(model(x), model(x.float() / 255))
+
+
+def test_a_normaliser_stands_between_each_layer_and_its_squashing():
+    for style in ("modern", "1998"):
+        batch, layer = (LeNet(10, style=style, normalizer=name) for name in ("batch", "layer"))
+        order = [type(part).__name__ for part in batch.features]
+        squash = "ReLU" if style == "modern" else "ScaledTanh"
+        convolution = "Conv2d" if style == "modern" else "SparseConv"
+        assert [order[i : i + 3] for i in (0, 4, 8)] == [
+            ["Conv2d", "BatchNorm", squash], [convolution, "BatchNorm", squash], ["Conv2d", "BatchNorm", squash]
+        ]  # fmt: skip
+        # γ and β a map and a unit in place of the biases; for layer normalisation they are per position, biases stay
+        assert count(batch) == count(LeNet(10, style=style)) + 6 + 16 + 120 + 84
+        assert count(layer) == count(LeNet(10, style=style)) + 2 * (6 * 28**2 + 16 * 10**2 + 120 + 84)
+
+
+def test_batch_normalisation_is_torchs_per_map_and_layer_normalisation_per_image():
+    torch.manual_seed(0)
+    x = torch.rand(5, 1, 28, 28)
+    batch, layer = (LeNet(10, normalizer=name).train() for name in ("batch", "layer"))
+    maps = batch.features[0](batch.standardise(x))
+    norm = nn.BatchNorm2d(6)
+    torch.testing.assert_close(batch.features[1](maps), norm(maps), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(batch.features[1].running_var, norm.running_var)
+    normal = layer.features[1](layer.features[0](layer.standardise(x)))
+    torch.testing.assert_close(normal.mean((1, 2, 3)), torch.zeros(5), rtol=0, atol=1e-5)
+    torch.testing.assert_close(normal.var((1, 2, 3), correction=0), torch.ones(5), rtol=1e-3, atol=1e-3)
+    assert torch.equal(layer(x)[:2], layer(x[:5])[:2])
+    assert not torch.allclose(batch(x)[:2], batch(x[:3])[:2], rtol=1e-3)  # a batch is normalised together
+
+
+def test_dropout_switches_off_units_of_the_dense_layers_in_training():
+    torch.manual_seed(0)
+    model, x = LeNet(10, dropout=0.5), torch.rand(64, 1, 28, 28)
+    c5 = model.features(model.standardise(x)).flatten(1)
+    plain = model.eval().features(model.standardise(x)).flatten(1)
+    dropped = (c5 == 0) & (plain != 0)
+    assert float(dropped.sum() / (plain != 0).sum()) == pytest.approx(0.5, abs=0.05)
+    torch.testing.assert_close(c5[~dropped], 2 * plain[~dropped])
+    assert [type(part).__name__ for part in model.classifier] == ["Flatten", "Linear", "ReLU", "Dropout", "Linear"]
+
+
+@pytest.mark.parametrize(("style", "scale"), [("modern", 2.0), ("1998", 1.0)])
+def test_the_initialiser_follows_the_style_unless_one_is_named(style, scale):
+    spec = Spec(shape=(1, 28, 28), classes=tuple("0123456789"), mean=(0.1,), std=(0.3,))
+    for init, variance in ((None, scale / 120), ("small", 1e-4), ("glorot", 2 / 204)):
+        torch.manual_seed(0)
+        model = build(Config(style=style, init=init, bias_init=0.2), spec)["model"]
+        assert model.classifier[1].weight.var().item() == pytest.approx(variance, rel=0.05)
+        assert bool((model.classifier[1].bias == 0.2).all())
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    ({"clip_norm": 1.0, "clip_value": 1.0}, "two ways to do one thing"),
+    ({"normalizer": "batch", "batch": 1}, "a batch of one"),
+    ({"ensemble": "snapshots"}, "snapshots of a one_cycle schedule would all be alike; take --schedule cyclic"),
+    ({"ensemble": "seeds", "combine": "weights"}, "begin with different weights"),
+    ({"members": 2}, "needs an ensemble"),
+])  # fmt: skip
+def test_combinations_that_make_no_sense(flags, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        etude.run("vision/lenet", preset="tiny", quiet=True, **flags, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
