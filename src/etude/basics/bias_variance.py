@@ -39,7 +39,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from etude.blocks.plots import INK, PALETTE, SOFT, heading, key, panels
+from etude.blocks.panels import label, legend, panels
+from etude.blocks.plots import INK, PALETTE, SOFT
 from etude.catalog import Experiment, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, NonNegative, Whole
@@ -227,10 +228,10 @@ def fits_figure(config: Config, found: Box, grid: Tensor, count: int = 40) -> An
     """Bundles of fits with their mean at up to four degrees (1, 3, 5 and 9 where they are among the degrees)."""
     wanted = [d for d in (1, 3, 5, 9) if d in config.degrees] or list(config.degrees[:4])
     rows, columns = (2, 2) if len(wanted) > 2 else (1, len(wanted))
-    figure, every = panels(rows, columns, width=6.4, height=2.4 * rows + 0.3, sharex=True, sharey=True)
-    for axes in every.flat[len(wanted) :]:
+    figure, every = panels(columns, rows, width=6.4, height=2.4 * rows + 0.3, sharex=True, sharey=True)
+    for axes in every[len(wanted) :]:
         axes.set_visible(False)
-    for axes, degree in zip(every.flat, wanted):
+    for axes, degree in zip(every, wanted):
         theta = found.theta[config.degrees.index(degree), :, : degree + 1]
         fits = theta @ features(grid, degree).T
         axes.plot(grid, fits[:count].T, color=PALETTE[0], linewidth=0.5, alpha=0.35)
@@ -239,18 +240,16 @@ def fits_figure(config: Config, found: Box, grid: Tensor, count: int = 40) -> An
         axes.plot(grid, fits.mean(0), color=PALETTE[1], linewidth=2, label=r"mean fit $\bar f$")
         axes.plot(found.x, found.y, "o", color=SOFT, markersize=2.5, label="one dataset")
         axes.set_ylim(-2, 2)
-        heading(axes, f"degree {degree}")
-    for axes in every[-1]:
-        axes.set_xlabel("x")
-    for axes in every[:, 0]:
-        axes.set_ylabel("y")
-    key(every.flat[0], "upper right", fontsize=7)
+        label(
+            axes, f"degree {degree}", "x" if axes in every[-columns:] else "", "y" if axes in every[::columns] else ""
+        )
+    legend(every[0], "upper right", fontsize=7)
     return figure
 
 
 def capacity_figure(config: Config, table: Tensor, noisy: Tensor) -> Any:
     """`table` (degrees, 3) of error, bias², variance and `noisy` (degrees,) against the degree, on a log axis."""
-    figure, ((axes,),) = panels(height=3.4)
+    figure, (axes,) = panels(height=3.4)
     order = sorted(range(len(config.degrees)), key=config.degrees.__getitem__)
     degrees = [config.degrees[i] for i in order]
     error, bias_squared, variance = table[order].T
@@ -274,8 +273,7 @@ def capacity_figure(config: Config, table: Tensor, noisy: Tensor) -> Any:
     axes.set_yscale("log")
     axes.set_ylim(float(table[table > 0].min()) / 4, 3 * float(noisy.max()))
     axes.set_xticks(degrees)
-    axes.set_xlabel("degree of the polynomial (capacity)")
-    axes.set_ylabel("mean squared error")
-    heading(axes, f"Bias and variance, n = {config.samples}, {config.steps * config.datasets:,} datasets")
-    key(axes, "best", fontsize=7.5)
+    title = f"Bias and variance, n = {config.samples}, {config.steps * config.datasets:,} datasets"
+    label(axes, title, "degree of the polynomial (capacity)", "mean squared error")
+    legend(axes, fontsize=7.5)
     return figure

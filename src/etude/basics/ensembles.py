@@ -61,7 +61,8 @@ from etude.blocks.ensembles import (
     vote_log_share,
 )
 from etude.blocks.metrics import accuracy, nll
-from etude.blocks.plots import INK, PALETTE, PAPER, RULE, SOFT, WIDTH, bars
+from etude.blocks.panels import panels
+from etude.blocks.plots import INK, PALETTE, WIDTH, bars
 from etude.catalog import Experiment, method
 from etude.core.config import Count, replace
 from etude.core.errors import UserError, nearest
@@ -278,11 +279,9 @@ def train(config: Config, run: Run) -> dict[str, float]:
 
 def _picture(found: dict[str, list[float]], averaged: dict[str, float]) -> Figure:
     """Accuracy and negative log-likelihood against the number of members, one above the other."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(WIDTH, WIDTH * 1.1), dpi=160, facecolor=PAPER, layout="constrained")
-    axes = figure.subplots(2, 1, sharex=True)
+    figure, axes = panels(rows=2, height=WIDTH * 1.1, sharex=True)
     m = range(1, len(found["nll"]) + 1)
     for axis, name, label in zip(axes, ("accuracy", "nll"), ("accuracy", "negative log-likelihood, nats")):
         single = found[f"single_{name}"]
@@ -293,15 +292,10 @@ def _picture(found: dict[str, list[float]], averaged: dict[str, float]) -> Figur
             axis.plot(m, found["vote_accuracy"], color=PALETTE[1], linewidth=1.4, label="vote")
         if averaged:
             axis.axhline(averaged[name], color=PALETTE[2], linewidth=1.2, linestyle=":", label="averaged weights")
-        axis.set_ylabel(label, color=SOFT, fontsize=9)
-        axis.set_facecolor(PAPER)
-        axis.grid(axis="y", color=RULE, linewidth=0.8)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.spines[:].set_color("#a8a39a")
-        axis.tick_params(colors=SOFT, labelsize=8, length=3)
+        axis.set_ylabel(label)
     axes[0].legend(
         frameon=False, fontsize=8, labelcolor=INK, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2
     )
-    axes[1].set_xlabel("members m", color=SOFT, fontsize=9)
+    axes[1].set_xlabel("members m")
     axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure

@@ -229,7 +229,7 @@ def clouds_figure(config: Config, run: Run) -> Any:
     """Three kinds of descent on one least-squares problem, with level lines; the cloud is the second half of a path."""
     x, y = plane(run)
     best = torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
-    figure, row = panels(3, width=10, height=3.9, share=True)
+    figure, row = panels(3, width=10, height=3.9, sharey=True)
     spots = torch.stack(torch.meshgrid(torch.linspace(-2, 2.6, 120), torch.linspace(-2.2, 2.2, 120), indexing="xy"), -1)
     height = ((spots.double() @ x.T - y) ** 2).mean(-1) / 2
     lowest = float(((x @ best - y) ** 2).mean() / 2)

@@ -14,12 +14,12 @@ Differences:
 - E12: the notes print the update with −(1/B) Σ log p in place of its gradient; line 2 has the gradient.
 - E13: the notes shuffle once 'in advance'. Here every epoch has its own permutation, and a batch may straddle two
   epochs, so no batch is short and every image is used exactly once an epoch.
-
 - E15: `--normalizer` puts batch or layer normalisation between W a + b and σ (batch normalisation replaces b).
 - E19: biases start at 0 unless `--bias-init` says otherwise.
-- E21: `--clip-norm` is one norm over all parameters of a network, the notes clip element by element (`--clip-value`).
+- E21: `--clip-norm` is one norm over all parameters of a network, the notes take one for each g_i; `--clip-value` clips
+  element by element.
 - E24: dropout's p is the probability of dropping; classic dropout multiplies by 1 − p at test (the notes: divides).
-- `--ensemble` and `--combine` train several networks at once; blocks/ensembles.py says how they differ (E22, E23).
+- `--ensemble` and `--combine` train several networks at once; `etude.blocks.ensembles` says how they differ.
 
 Expect: one core: 0.975 on the bundled digits; MNIST 784-256-128-10: 0.978 in 6 s (5 epochs); softmax regression by 150
     steps of gradient descent on all of MNIST 0.913; 2,000 images, 512-512 units: 0.932 with dropout, 0.930 without.

@@ -40,7 +40,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from etude.blocks.plots import INK, PALETTE, PAPER, SOFT, heading, key, panels
+from etude.blocks.panels import label, legend, panels
+from etude.blocks.plots import INK, PALETTE, PAPER, SOFT
 from etude.catalog import Experiment, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, Positive
@@ -254,8 +255,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
 
 def path_figure(penalties: Tensor, path: Tensor, error: Tensor, data: Data) -> Any:
     """Coefficients (steps, d), and errors (steps, splits, 2) on training and test examples, by λ (steps,)."""
-    figure, every = panels(2, 1, height=5.4, sharex=True, height_ratios=(1.2, 1))
-    (upper,), (lower,) = every
+    figure, (upper, lower) = panels(rows=2, height=5.4, sharex=True, height_ratios=(1.2, 1))
     named = path.abs().amax(0).argsort(descending=True)[: 10 if path.shape[1] <= 10 else 6].tolist()
     for i in range(path.shape[1]):
         place = named.index(i) if i in named else None
@@ -266,9 +266,8 @@ def path_figure(penalties: Tensor, path: Tensor, error: Tensor, data: Data) -> A
             penalties, path[:, i], style, color=colour, linewidth=1.2, label=label, zorder=1 if place is None else 2
         )
     upper.axhline(0, color=SOFT, linewidth=0.6)
-    upper.set_ylabel("coefficient (per standard deviation)")
-    heading(upper, "Coefficients against the penalty")
-    key(upper, fontsize=6.5, ncols=2)
+    label(upper, "Coefficients against the penalty", y="coefficient (per standard deviation)")
+    legend(upper, fontsize=6.5, ncols=2)
     mean = error.mean(1)
     best = int(mean[:, 1].argmin())
     for place, (colour, name) in enumerate(zip(PALETTE, ("training examples", "test examples"))):
@@ -279,11 +278,14 @@ def path_figure(penalties: Tensor, path: Tensor, error: Tensor, data: Data) -> A
     for axes in (upper, lower):
         axes.axvline(penalties[best], color=PALETTE[1], linewidth=0.8, linestyle=":")
     lower.set_xscale("log")
-    lower.set_xlabel(r"penalty $\lambda$  (prior variance $1/2\lambda$)")
     regression = data.likelihood is gaussian
-    lower.set_ylabel("squared error / variance of y" if regression else "−log p(y | x, θ), nats per example")
-    heading(lower, rf"Error against the penalty; least on the test at $\lambda$ = {float(penalties[best]):.2g}")
-    key(lower, "upper left")
+    label(
+        lower,
+        rf"Error against the penalty; least on the test at $\lambda$ = {float(penalties[best]):.2g}",
+        r"penalty $\lambda$  (prior variance $1/2\lambda$)",
+        "squared error / variance of y" if regression else "−log p(y | x, θ), nats per example",
+    )
+    legend(lower, "upper left")
     return figure
 
 
@@ -304,25 +306,24 @@ def posterior_figure(raw: Data, inside: Tensor, penalty: float, count: int = 8, 
     joint = prior + likelihood
     mode, _ = minimise(posterior(two.likelihood, x, y, penalty), torch.zeros(2, dtype=torch.float64))
     mean = (-joint).softmax(0) @ theta
-    figure, every = panels(1, 3, width=6.4, height=2.7, sharex=True, sharey=True)
+    figure, every = panels(3, width=6.4, height=2.7, sharex=True, sharey=True)
     titles = (r"prior $p(\theta)$", rf"likelihood $p(D \mid \theta)$, n = {count}", r"posterior $p(\theta \mid D)$")
     shades = ("#12304f", PALETTE[0], "#9dbad8")
-    for axes, heights, title in zip(every[0], (prior, likelihood, joint), titles):
+    for axes, heights, title in zip(every, (prior, likelihood, joint), titles):
         above = (heights - heights.min()).view(side, side)
         axes.contourf(line, line, above, levels=[0, 0.5, 2, 4.5], colors=shades)
         axes.axhline(0, color=SOFT, linewidth=0.5)
         axes.axvline(0, color=SOFT, linewidth=0.5)
         axes.set_aspect("equal")
-        axes.set_xlabel(rf"$\theta_1$: {raw.names[i]}")
-        heading(axes, title)
-    every[0, 0].set_ylabel(rf"$\theta_2$: {raw.names[j]}")
+        second = rf"$\theta_2$: {raw.names[j]}" if axes is every[0] else ""
+        label(axes, title, rf"$\theta_1$: {raw.names[i]}", second)
     top = theta[likelihood.argmin()]
     ring = {"markersize": 7, "markeredgecolor": PAPER, "linestyle": "none"}
-    every[0, 0].plot(0, 0, "o", color=INK, label="mode", **ring)
+    every[0].plot(0, 0, "o", color=INK, label="mode", **ring)
     if top.abs().max() < line[-1]:  # otherwise the likelihood has its maximum outside the picture, or none
-        every[0, 1].plot(*top, "s", color=PALETTE[1], label="maximum likelihood", **ring)
-        every[0, 2].plot(*top, "s", color=PALETTE[1], label="maximum likelihood", **ring)
-    every[0, 2].plot(*mode, "o", color=PALETTE[4], label="MAP", **ring)
-    every[0, 2].plot(*mean, "X", color=PALETTE[2], label="mean", **ring)
-    key(every[0, 2], "upper left", fontsize=6.5)
+        every[1].plot(*top, "s", color=PALETTE[1], label="maximum likelihood", **ring)
+        every[2].plot(*top, "s", color=PALETTE[1], label="maximum likelihood", **ring)
+    every[2].plot(*mode, "o", color=PALETTE[4], label="MAP", **ring)
+    every[2].plot(*mean, "X", color=PALETTE[2], label="mean", **ring)
+    legend(every[2], "upper left", fontsize=6.5)
     return figure

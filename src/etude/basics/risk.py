@@ -35,7 +35,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from etude.blocks.plots import INK, PALETTE, SOFT, heading, key, panels
+from etude.blocks.panels import label, legend, panels
+from etude.blocks.plots import INK, PALETTE, SOFT
 from etude.catalog import Experiment, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, Fraction, Positive
@@ -195,7 +196,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
 
 def curve_figure(true: Problem, sizes: tuple[int, ...], train: Tensor, risk: Tensor) -> Any:
     """Mean and 10 %-90 % band of `train` and `risk` (sizes, datasets) against n, with the closed forms."""
-    figure, ((axes,),) = panels()
+    figure, (axes,) = panels()
     low, high = min(sizes), max(sizes)
     line = torch.logspace(0, 1, 200, base=high / low).mul(low) if high > low else torch.tensor([float(low)])
     for values, form, colour, name, law in (
@@ -216,10 +217,9 @@ def curve_figure(true: Problem, sizes: tuple[int, ...], train: Tensor, risk: Ten
     axes.set_xticks(marks, [str(n) for n in marks])
     axes.set_xticks([], minor=True)
     axes.set_ylim(0, 1.15 * max(expected_true_risk(true, low), 2 * true.noise**2))
-    axes.set_xlabel("samples in the dataset n")
-    axes.set_ylabel("squared error")
-    heading(axes, f"Least squares with d = {len(true.weight)} features: train risk and true risk")
-    key(axes)
+    title = f"Least squares with d = {len(true.weight)} features: train risk and true risk"
+    label(axes, title, "samples in the dataset n", "squared error")
+    legend(axes)
     return figure
 
 
@@ -229,7 +229,7 @@ def parabolas_figure(stream: torch.Generator, noise: float, datasets: int = 8, n
     x, y = one.draw((datasets, n), stream)
     best = minimise(x, y)
     theta = torch.linspace(1 - 3 * noise, 1 + 3 * noise, 121, dtype=torch.float64)
-    figure, ((axes,),) = panels()
+    figure, (axes,) = panels()
     for i in range(datasets):
         label = rf"empirical risks $\hat R$, n = {n}" if i == 0 else None
         curve = torch.stack([empirical_risk(t[None], x[i], y[i]) for t in theta])
@@ -238,10 +238,9 @@ def parabolas_figure(stream: torch.Generator, noise: float, datasets: int = 8, n
     axes.plot(theta, true_risk(one, theta[:, None]), color=PALETTE[1], linewidth=2.2, label="true risk $R$")
     axes.plot(1, noise**2, "o", color=PALETTE[1], markersize=6)
     axes.set_ylim(0, 5 * noise**2)
-    axes.set_xlabel(r"parameter $\theta$ (the truth is w = 1)")
-    axes.set_ylabel("mean squared error")
-    heading(axes, "Empirical risk minimisation: each dataset has a minimum of its own")
-    key(axes, "upper right")
+    title = "Empirical risk minimisation: each dataset has a minimum of its own"
+    label(axes, title, r"parameter $\theta$ (the truth is w = 1)", "mean squared error")
+    legend(axes, "upper right")
     return figure
 
 
@@ -249,7 +248,7 @@ def fresh_figure(means: Tensor, exact: float, count: int) -> Any:
     """Running Monte-Carlo estimate from `means` (steps,), each over `count` fresh samples, against `exact`."""
     samples = count * torch.arange(1, len(means) + 1, dtype=means.dtype)
     error = 2 * sqrt(2) * exact / samples.sqrt()  # the loss is R(θ) times a χ² with one degree of freedom
-    figure, ((axes,),) = panels(height=2.6)
+    figure, (axes,) = panels(height=2.6)
     millions = samples / 1e6
     axes.fill_between(millions, exact - error, exact + error, color=PALETTE[1], alpha=0.15, linewidth=0)
     axes.axhline(
@@ -258,8 +257,6 @@ def fresh_figure(means: Tensor, exact: float, count: int) -> Any:
     axes.plot(
         millions, means.cumsum(0) * count / samples, color=PALETTE[0], linewidth=1.4, label="average on fresh samples"
     )
-    axes.set_xlabel("fresh samples (millions)")
-    axes.set_ylabel("risk of one fit")
-    heading(axes, "Monte-Carlo risk")
-    key(axes)
+    label(axes, "Monte-Carlo risk", "fresh samples (millions)", "risk of one fit")
+    legend(axes)
     return figure

@@ -240,7 +240,7 @@ def snapshot_moments(schedule: str, steps: int, members: int) -> list[int]:
     """The steps after which `members` snapshots are taken.
 
     cyclic: the last step of every cycle. constant: evenly over the second half, one of them at the end. Raises UserError
-    for another schedule (E23), or when there are fewer moments than members.
+    for another schedule, or when there are fewer moments than members.
     """
     if schedule == "cyclic":
         found = snapshot_steps(steps, members)
@@ -342,7 +342,7 @@ def first_network(model: nn.Module) -> nn.Module:
 
 
 class Spread(NamedTuple):
-    """E22 on data: variance over examples of the error 1 − p(y | x), of one member and of their mean."""
+    """The variance formula on data: variance over examples of the error 1 − p(y | x), of one member and of their mean."""
 
     variance: float
     """σ²: a member's variance, mean over the members."""

@@ -19,15 +19,18 @@ if TYPE_CHECKING:
 
 
 def panels(
-    columns: int = 2, rows: int = 1, width: float = 2 * WIDTH, height: float | None = None, share: bool = False
+    columns: int = 1, rows: int = 1, width: float = WIDTH, height: float | None = None, **shared: Any
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of `rows` × `columns` plots, row by row; `width` and `height` in inches. `share`: one vertical axis."""
+    """A figure of `rows` × `columns` plots, row by row; `width` and `height` in inches.
+
+    `shared` goes to `Figure.subplots` (sharex, sharey, height_ratios).
+    """
     from matplotlib.figure import Figure
 
-    tall = 0.72 * width / columns * rows if height is None else height
+    tall = 0.62 * width / columns * rows if height is None else height
     figure = Figure(figsize=(width, tall), dpi=144, facecolor=PAPER, layout="constrained")
     figure.get_layout_engine().set(wspace=0.06, h_pad=0.08)  # type: ignore[union-attr]
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=share)
+    grid = figure.subplots(rows, columns, squeeze=False, **shared)
     for axes in grid.flat:
         axes.set_facecolor(PAPER)
         axes.spines[["top", "right"]].set_visible(False)
@@ -40,16 +43,19 @@ def panels(
     return figure, list(grid.flat)
 
 
-def label(axes: Axes, title: str, x: str, y: str = "") -> None:
-    """Title on the left, names with units on the axes."""
+def label(axes: Axes, title: str, x: str = "", y: str = "") -> None:
+    """Title on the left, names with units on the axes (those that are given); ``$…$`` is mathematics."""
     axes.set_title(title, loc="left", fontsize=10, color=INK)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
+    if x:
+        axes.set_xlabel(x)
+    if y:
+        axes.set_ylabel(y)
 
 
-def legend(axes: Axes, **settings: Any) -> None:
-    """A small legend without a frame."""
-    axes.legend(**({"frameon": False, "fontsize": 8, "labelcolor": INK} | settings))
+def legend(axes: Axes, loc: str = "best", **settings: Any) -> None:
+    """A small legend without a frame, which hides what lies under it."""
+    style = {"fontsize": 8, "labelcolor": INK, "facecolor": PAPER, "edgecolor": "none", "framealpha": 0.85}
+    axes.legend(loc=loc, **(style | settings))
 
 
 def film(

@@ -23,7 +23,8 @@ Differences:
 - Optimizer: Adam with a one-cycle rate; the paper uses stochastic diagonal Levenberg-Marquardt over 20 passes.
 - E25: what is called convolution is cross-correlation; tensors are (N, C, H, W) and kernels (out, in, kh, kw).
 - The paper has neither normalisation nor dropout: `--normalizer` stands between a layer and its squashing function (batch:
-  one mean a map over N, H and W, E15; layer: one an image), `--dropout` behind C5 and F6 (E24). Ensembles: E22, E23.
+  one mean a map over N, H and W; layer: one an image), `--dropout` behind C5 and F6. For `--ensemble` see
+  `etude.blocks.ensembles`.
 - E26: padding writes zeros *after* the mean is subtracted, so the border is the mean pixel of the training set.
 
 Expect: one core: 0.994 on the bundled digits in 20 s (busy machine); MNIST 0.988 in 20 s (3 epochs), 0.993 in 110 s (15 epochs).

@@ -178,6 +178,7 @@ def test_wrong_numbers_of_members():
 
 
 def test_bootstrap_covers_a_share_of_one_minus_one_over_e():
+    """E22: with replacement, so 63.2 % of the examples occur."""
     n = 20_000
     drawn = [bootstrap(n, 3, member) for member in range(3)]
     for index in drawn:
@@ -193,6 +194,7 @@ def test_bootstrap_covers_a_share_of_one_minus_one_over_e():
 
 @pytest.mark.parametrize("members", [1, 2, 5])
 def test_the_variance_formula_holds_exactly(members):
+    """E22: var = ρσ² + (1 − ρ)σ²/M, so correlation limits the gain."""
     logits, y = draw(members, 60, 4) + draw(1, 60, 4, seed=5), torch.arange(60) % 4
     share = spread(logits, y)
     errors = 1 - logits.softmax(-1).numpy()[:, np.arange(60), y.numpy()]
@@ -297,7 +299,7 @@ def test_linear_model_averaging_weights_is_averaging_outputs():
 
 @pytest.mark.parametrize("ours", [BatchNorm, nn.BatchNorm1d])
 def test_averaged_weights_and_statistics_are_swa_utils(ours):
-    """AveragedModel and update_bn: the same parameters and statistics, from batches of unequal size too."""
+    """E23. AveragedModel and update_bn: the same parameters and statistics, from batches of unequal size too."""
     torch.manual_seed(0)
     network, twin = (
         nn.Sequential(nn.Linear(6, 8), norm(8), nn.ReLU(), nn.Linear(8, 3)).double() for norm in (ours, nn.BatchNorm1d)
@@ -357,6 +359,7 @@ def test_snapshots_train_one_network_and_answer_with_those_taken():
 
 
 def test_moments_of_snapshots():
+    """E23: only of a cyclic or a constant rate."""
     assert snapshot_moments("cyclic", 20, 4) == [4, 9, 14, 19]
     assert snapshot_moments("constant", 320, 10) == [175 + 16 * k for k in range(10)]  # the last ten sixteenths
     assert snapshot_moments("constant", 3, 3) == [0, 1, 2]

@@ -142,7 +142,9 @@ def test_schedules_by_name():
     for name, function in expected.items():
         rate = schedule(name, 0.3, 20, warm=2)
         assert [rate(k) for k in range(25)] == [function(k) for k in range(25)]
-    assert [schedule("cyclic", 0.3, 20, cycles=2)(k) for k in range(20)] == [snapshots(k, 0.3, 20, 2) for k in range(20)]
+    assert [schedule("cyclic", 0.3, 20, cycles=2)(k) for k in range(20)] == [
+        snapshots(k, 0.3, 20, 2) for k in range(20)
+    ]
     with pytest.raises(
         UserError, match=r"unknown schedule 'cosin', choose from constant, linear, .* did you mean 'cosine'"
     ):

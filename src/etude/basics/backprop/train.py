@@ -41,7 +41,8 @@ from etude import optim
 from etude.basics.backprop.engine import Node, backward, cross_entropy, relu, tanh, transpose
 from etude.basics.mlp import MLP
 from etude.blocks.nn.init import initialise
-from etude.blocks.plots import INK, PALETTE, PAPER, SOFT, heading, key, panels
+from etude.blocks.panels import label, legend, panels
+from etude.blocks.plots import INK, PALETTE, PAPER, SOFT
 from etude.catalog import Experiment, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, Positive, Whole
@@ -157,22 +158,19 @@ def train(config: Config, run: Run) -> dict[str, float]:
 
 def curve_figure(curve: Tensor) -> Any:
     """Losses (steps, 2) of our engine and of autograd, and how far they are apart."""
-    figure, ((upper,), (lower,)) = panels(2, 1, height=4.4, sharex=True, height_ratios=(1.5, 1))
+    figure, (upper, lower) = panels(rows=2, height=4.4, sharex=True, height_ratios=(1.5, 1))
     steps = torch.arange(1, len(curve) + 1)
     upper.plot(steps, curve[:, 1], color=PALETTE[1], linewidth=5, alpha=0.4, label="torch.autograd")
     upper.plot(steps, curve[:, 0], color=PALETTE[0], linewidth=1.2, label="our engine")
-    upper.set_ylabel("training loss (nats)")
     upper.set_ylim(bottom=0)
-    heading(upper, "Two engines, one loss curve")
-    key(upper)
+    label(upper, "Two engines, one loss curve", y="training loss (nats)")
+    legend(upper)
     gap = (curve[:, 0] - curve[:, 1]).abs()
     lower.semilogy(steps, gap.clamp(min=1e-9), ".", color=PALETTE[0], markersize=3)
     lower.axhline(1e-5, color=PALETTE[2], linewidth=1)
     lower.annotate("bar", (1, 1e-5), (0, 3), textcoords="offset points", fontsize=8, color=PALETTE[2])
     lower.set_ylim(5e-10, 1e-4)
-    lower.set_xlabel("step")
-    lower.set_ylabel("|difference|")
-    heading(lower, "Their difference (equal losses are drawn at 1e-9)")
+    label(lower, "Their difference (equal losses are drawn at 1e-9)", "step", "|difference|")
     return figure
 
 
@@ -205,7 +203,7 @@ def graph_figure(loss: Node, order: list[Node]) -> Any:
         for rank, node in enumerate(sorted(here, key=height.__getitem__)):
             place[node] = (level, rank - (len(here) - 1) / 2)
     tall = max(y for _, y in place.values()) - min(y for _, y in place.values()) + 1
-    figure, ((axes,),) = panels(width=6.4, height=0.85 * tall + 0.4)
+    figure, (axes,) = panels(width=6.4, height=0.85 * tall + 0.4)
     axes.set_axis_off()
     axes.set_xlim(-0.5, column[loss] + 0.5)
     axes.set_ylim(min(y for _, y in place.values()) - 0.5, max(y for _, y in place.values()) + 0.5)
@@ -227,7 +225,7 @@ def graph_figure(loss: Node, order: list[Node]) -> Any:
         axes.text(x, y + 0.22, node.name, color=INK, weight="bold", **middle)
         axes.text(x, y, f"{node.value.item():.3f}", color=PALETTE[0], **middle)
         axes.text(x, y - 0.23, f"δ {node.grad.item():.3f}", color=PALETTE[1], **middle)  # type: ignore[union-attr]
-    heading(
+    label(
         axes,
         r"$L = (h + v\,h)^2$ with $h = \tanh(w\,x + b)$: values forward, gradients $\delta = \partial L/\partial z$ back",
     )
