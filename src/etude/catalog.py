@@ -23,7 +23,7 @@ from typing import Any
 from etude.core.errors import UserError, nearest
 
 PACKAGE = Path(__file__).resolve().parent
-NOT_ROOMS = {"core", "blocks", "data", "optim", "_results", "__pycache__"}
+NOT_ROOMS = {"core", "blocks", "data", "optim", "_results", "cli", "__pycache__"}
 EXTRAS = {"rl": ("gymnasium",), "text": ("tokenizers",), "track": ("tensorboard",)}
 SECTIONS = ("Paper", "Equation", "Algorithm", "Differences", "Expect", "Command")
 

@@ -1,7 +1,7 @@
 """Imports run one way: core ← blocks, data, optim ← methods ← cli; and a method never imports another's loop.
 
-The sources are read, not imported. `etude.catalog` belongs to the core (it knows sources, not methods); any other file
-that lies directly in the package (cli, __main__) stands at the top.
+The sources are read, not imported. `etude.catalog` belongs to the core (it knows sources, not methods); the command
+line, and any other file that lies directly in the package (doctor, __main__), stands at the top.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 from etude import catalog
 
 CORE, SHARED, METHODS, TOP = range(4)
-TIER = {"core": CORE, "catalog": CORE, "blocks": SHARED, "data": SHARED, "optim": SHARED}
+TIER = {"core": CORE, "catalog": CORE, "blocks": SHARED, "data": SHARED, "optim": SHARED, "cli": TOP}
 LAZY = {"run": "etude.core.launch", "resume": "etude.core.launch", "load": "etude.core.launch"}  # names of etude itself
 
 # file, what it imports, and why; only inside a function, so that importing the file stays clean

@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from etude.core import report
-from etude.core.report import Axis, Contract, chart, read_metrics, render, smooth, thin
-from etude.core.report import Series as S
+from etude.core.report import Contract, render, tiles
+from etude.core.report.charts import Axis, chart, smooth, thin, value_axis
+from etude.core.report.headline import published_number
+from etude.core.report.reading import Series as S
+from etude.core.report.reading import read_metrics
 
 SECTIONS = ["headline", "curves", "pictures", "run", "config", "contract", "next"]
 
@@ -309,7 +311,7 @@ def test_gauge_places_bar_run_and_published_number(run: Path) -> None:
     ],
 )
 def test_published_number_is_drawn_only_on_the_scale_of_the_bar(text: str, limit: float, value: float | None) -> None:
-    assert report._published(text, limit) == (None if value is None else pytest.approx(value))
+    assert published_number(text, limit) == (None if value is None else pytest.approx(value))
 
 
 def test_states_of_a_run(run: Path) -> None:
@@ -348,10 +350,10 @@ def test_what_is_not_finite_is_marked_and_does_not_stretch_the_axis() -> None:
 
 def test_log_scale_only_for_what_falls_over_decades() -> None:
     values = np.array([1e-3, 1.0])
-    assert report.value_axis("loss", values).log
-    assert not report.value_axis("test_accuracy", values).log
-    assert not report.value_axis("loss", np.array([0.0, 1.0])).log
-    assert not report.value_axis("loss", np.array([0.02, 1.0])).log
+    assert value_axis("loss", values).log
+    assert not value_axis("test_accuracy", values).log
+    assert not value_axis("loss", np.array([0.0, 1.0])).log
+    assert not value_axis("loss", np.array([0.02, 1.0])).log
 
 
 @pytest.mark.parametrize(
@@ -385,7 +387,7 @@ def test_long_filmstrips_and_heavy_pictures_stay_light(run: Path, monkeypatch: p
         index.append({"file": f"f{step}.png", "name": "film", "step": step, "caption": "", "kind": "image"})
     write(run, "artifacts/index.json", index)
     shown = page(run)
-    assert len(shown.all("img")) == 1 + report.FRAMES
+    assert len(shown.all("img")) == 1 + tiles.FRAMES
     steps = [int(str(image["alt"]).rpartition(" ")[2]) for image in shown.all("img")]
     assert steps == [49, 0, 4, 9, 13, 18, 22, 27, 31, 36, 40, 45, 49]
     noise = np.random.default_rng(0).integers(0, 256, (300, 2400, 3), dtype=np.uint8)
@@ -402,7 +404,7 @@ def test_long_filmstrips_and_heavy_pictures_stay_light(run: Path, monkeypatch: p
     with Image.open(io.BytesIO(base64.b64decode(sources[0].partition(",")[2]))) as smaller:
         assert smaller.size == (1600, 200)
     assert base64.b64decode(sources[1].partition(",")[2]) == (run / "artifacts/film.gif").read_bytes()
-    monkeypatch.setattr(report, "ANIMATION_BYTES", 10)
+    monkeypatch.setattr(tiles, "ANIMATION_BYTES", 10)
     assert "first frame" in page(run).text
 
 
@@ -418,12 +420,12 @@ def test_long_filmstrips_and_heavy_pictures_stay_light(run: Path, monkeypatch: p
     ],
 )
 def test_json_values_as_tables(value: object, head: list[str], rows: list[list[object]]) -> None:
-    assert report._table(value) == (head, rows)
+    assert tiles.as_table(value) == (head, rows)
 
 
 def test_values_that_are_no_table() -> None:
     for value in (3, "text", [], {}, [1, 2], {"a": [1], "b": [2, 3]}):
-        assert report._table(value) is None
+        assert tiles.as_table(value) is None
 
 
 def test_the_old_page_stays_until_the_new_one_is_whole(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,182 @@
+"""The commands about methods: what there is, what each one promises, what was proved, and how to take one."""
+
+from __future__ import annotations
+
+import fnmatch
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from etude import catalog
+from etude.cli.shared import BADGES, Parser, console, plain, print_json, table
+from etude.core.errors import UserError, nearest
+
+
+def list_(words: list[str]) -> int:
+    parser = Parser("list")
+    parser.add_argument("room", nargs="?", help="only this room, or names that contain this text")
+    parser.add_argument(
+        "--json", action="store_true", help="a list of {name, title, room, section, paper, badge, needs}"
+    )
+    parser.add_argument("--names", action="store_true", help="names only")
+    options = parser.parse_args(words)
+    found = _matching(options.room)
+    if options.json:
+        print_json([entry.summary() for entry in found])
+    elif options.names:
+        print("\n".join(entry.name for entry in found))
+    else:
+        grid = table("method", "evidence", "what it does")
+        for column in grid.columns[:2]:
+            column.no_wrap = True
+        for entry in found:
+            colour = BADGES[entry.badge]
+            missing = f" [yellow](needs etude\\[{','.join(entry.missing)}])[/]" if entry.missing else ""
+            grid.add_row(f"[bold]{entry.name}[/]", f"[{colour}]{entry.badge}[/]", plain(entry.title) + missing)
+        screen = console()
+        screen.print(grid)
+        if sys.stdout.isatty():
+            screen.print(f"\n[dim]{len(found)} methods · etude info NAME · etude run NAME[/]")
+    return 0
+
+
+def info(words: list[str]) -> int:
+    parser = Parser("info")
+    parser.add_argument("method")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(words)
+    entry = catalog.find(options.method)
+    if options.json:
+        more = {"contract": entry.contract, "fields": entry.fields, "presets": entry.presets}
+        evidence = {"experiments": entry.experiments, "card": entry.card, "source": str(entry.path)}
+        print_json(entry.summary() | more | evidence)
+        return 0
+    screen = console()
+    colour = BADGES[entry.badge]
+    screen.print(f"[bold]{entry.name}[/]  [{colour}]{entry.badge}[/]\n{entry.title}", soft_wrap=True)
+    for heading, text in entry.contract.items():
+        if heading != "claim" and text:
+            screen.print(f"\n[bold]{heading}[/]")
+            screen.print(text, markup=False)
+    rest = entry.contract["claim"].partition("\n")[2].strip()
+    if rest:
+        screen.print("\n" + rest, markup=False)
+    screen.print("\n[bold]Settings[/]")
+    grid = table()
+    for field in entry.fields:
+        grid.add_row(f"--{field['name'].replace('_', '-')}", f"[cyan]{field['default']}[/]", plain(field["help"]))
+    screen.print(grid)
+    screen.print("\n[bold]Presets[/]")
+    grid = table()
+    for name, preset in entry.presets.items():
+        grid.add_row(name, plain(preset["changes"]), f"[dim]{preset['expect']}[/]")
+    screen.print(grid)
+    screen.print("\n[bold]Evidence[/]")
+    screen.print(
+        _evidence_table(entry) if entry.card else f"none recorded yet; write it with: etude verify {entry.name}"
+    )
+    screen.print(f"\n[bold]Source[/]\n{entry.path}", soft_wrap=True)
+    return 0
+
+
+def verify(words: list[str]) -> int:
+    parser = Parser("verify")
+    parser.add_argument("pattern", nargs="?", help="a method, a room or a wildcard; default: all with experiments")
+    parser.add_argument("--seeds", type=int, help="how many of the recorded seeds (a card needs all)")
+    parser.add_argument("--experiment", help="only the experiment of this name (no card is written)")
+    parser.add_argument("--keep", type=Path, help="keep the run folders here")
+    parser.add_argument("--json", action="store_true", help="print the cards")
+    options = parser.parse_args(words)
+    from etude.core import evidence
+
+    if options.seeds is not None and options.seeds < 1:
+        raise UserError(f"--seeds is {options.seeds}; it must be a whole number at least 1")
+    chosen = [entry for entry in _matching(options.pattern) if entry.experiments]
+    if not chosen:
+        raise UserError(f"no method matching '{options.pattern}' has recorded experiments")
+    cards = [
+        evidence.verify(entry, seeds=options.seeds, only=options.experiment, keep=options.keep) for entry in chosen
+    ]
+    if options.json:
+        print_json(cards)
+    else:
+        screen = console()
+        for card in cards:
+            screen.print(f"[bold]{card['name']}[/]  [{BADGES[card['badge']]}]{card['badge']}[/]")
+    return 0 if all(card["badge"] == "verified" for card in cards) else 1
+
+
+def bench(words: list[str]) -> int:
+    parser = Parser("bench")
+    parser.add_argument("pattern", nargs="?", help="a room (core, optim, games, …); default: all")
+    parser.add_argument(
+        "--json", action="store_true", help="a list of {name, peer, peer_version, ratio, low, high, bar, equal}"
+    )
+    parser.add_argument("--recorded", action="store_true", help="show the recorded rows without running anything")
+    options = parser.parse_args(words)
+    from etude.core import evidence
+
+    rows = evidence.bench(options.pattern, run=not options.recorded)
+    if options.json:
+        print_json(rows)
+        return 0
+    grid = table("what", "ratio", "low – high", "bar", "peer", "equal")
+    for row in rows:
+        colour = "green" if row["ratio"] >= row["bar"] else "red"
+        spread = f"{row['low']:.2f} – {row['high']:.2f}"
+        peer = f"{row['peer']} {row['peer_version']}"
+        grid.add_row(row["name"], f"[{colour}]{row['ratio']:.2f}x[/]", spread, f"{row['bar']}x", peer, row["equal"])
+    console().print(grid)
+    return 0 if all(row["ratio"] >= row["bar"] for row in rows) else 1
+
+
+def copy(words: list[str]) -> int:
+    parser = Parser("copy")
+    parser.add_argument("method")
+    parser.add_argument("file", type=Path)
+    options = parser.parse_args(words)
+    entry = catalog.find(options.method)
+    target = options.file / f"{entry.path.stem}.py" if options.file.is_dir() else options.file
+    if target.exists():
+        raise UserError(f"{target} exists already; name another file")
+    if target.suffix != ".py":
+        raise UserError(f"{target} must end in .py, so that 'etude run {target}.py' can take it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(entry.path, target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror})") from error
+    shown = target if target.is_absolute() else f"./{target}"
+    print(f"{target}\nnext: etude run {shown} --preset tiny")
+    return 0
+
+
+def _matching(pattern: str | None) -> list[catalog.Entry]:
+    """Entries of a room, or whose name contains the text or matches it as a wildcard; nothing found is a mistake."""
+    known = list(catalog.entries().values())
+    if pattern is None:
+        return known
+    text = pattern.rstrip("/")
+    found = [e for e in known if e.room == text or e.name == text] or [
+        e for e in known if text in e.name or fnmatch.fnmatch(e.name, text)
+    ]
+    if not found:
+        raise UserError(
+            f"no method matches '{pattern}'{nearest(text, [*(e.name for e in known), *(e.room for e in known)])}"
+        )
+    return found
+
+
+def _evidence_table(entry: catalog.Entry) -> Any:
+    card = entry.card or {}
+    grid = table("experiment", "metric", "measured", "bar", "published", "seconds", "")
+    for row in card.get("experiments", []):
+        measured = f"{row['mean']:.4g} ± {row['spread']:.2g}" if row.get("mean") is not None else "failed"
+        sign = "≥" if row["better"] == "higher" else "≤"
+        seconds = f"{max(row['seconds']):.0f}" if row.get("seconds") else ""
+        mark = "[green]✓[/]" if row["passed"] else "[red]✗[/]"
+        grid.add_row(
+            row["name"], row["metric"], measured, f"{sign} {row['bar']}", row.get("published", ""), seconds, mark
+        )
+    return grid

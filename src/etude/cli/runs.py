@@ -1,0 +1,136 @@
+"""The commands about runs: start one, go on with one, look at one, draw from one."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from etude import catalog
+from etude.cli.settings import parse, parse_settings
+from etude.cli.shared import Parser, print_json
+from etude.core.errors import UserError
+
+
+def run(words: list[str]) -> int:
+    if not words or words[0].startswith("-"):
+        if words and words[0] in ("-h", "--help"):
+            print("usage: etude run METHOD [--preset P] [--out DIR] [--FLAG VALUE …]\n")
+            print("'etude run METHOD --help' shows its flags; 'etude list' the methods")
+            return 0
+        raise UserError("name the method to run, as in: etude run vision/lenet ('etude list' shows all)")
+    entry = catalog.find(words[0])
+    module = catalog.load_method(entry)
+    from etude.core import launch
+
+    settings = parse_settings(entry, module, words[1:])
+    out = Path(settings.launch.out) if settings.launch.out else None
+    finished = launch.start(entry, module, settings.config, settings.common, settings.launch.preset, out)
+    _closing(finished, entry, module)
+    return 0
+
+
+def resume(words: list[str]) -> int:
+    parser = Parser("resume")
+    parser.add_argument("run", help="a run folder, a method's name (its latest run) or 'latest'")
+    options = parser.parse_args(words)
+    from etude.core import launch
+
+    folder = launch.find_run(options.run)
+    entry = catalog.find(launch.read_config(folder)["method"])
+    if (folder / "done").is_file():
+        print(f"{folder} has already finished; nothing to continue", file=sys.stderr)
+    finished = launch.resume(folder)
+    _closing(finished, entry, catalog.load_method(entry))
+    return 0
+
+
+def _closing(finished: Any, entry: catalog.Entry, module: Any) -> None:
+    """The last lines of a run: its metrics, its folder and the next command to try (rank 0 only)."""
+    if int(os.environ.get("RANK", 0)):
+        return
+    for name, value in finished.metrics.items():
+        print(
+            f"{name.replace('_', ' ')}: {value:.4f}"
+            if abs(value) >= 1e-3 or value == 0
+            else f"{name.replace('_', ' ')}: {value:.3e}"
+        )
+    after = f"etude sample {finished.folder}" if hasattr(module, "sample") else f"etude show {finished.folder}"
+    print(f"\nrun:  {finished.folder}\nnext: {after}")
+
+
+def show(words: list[str]) -> int:
+    parser = Parser("show")
+    parser.add_argument("run", nargs="?", default="latest", help="a run folder, a method's name or 'latest'")
+    parser.add_argument("--no-open", action="store_true", help="do not start a browser")
+    parser.add_argument(
+        "--tensorboard", action="store_true", help="also write TensorBoard event files into the run folder"
+    )
+    parser.add_argument("--json", action="store_true", help="print config, result and state as JSON")
+    options = parser.parse_args(words)
+    from etude.core import launch, record
+
+    folder = launch.find_run(options.run)
+    described = launch.read_config(folder)
+    entry = catalog.find(described["method"])
+    path = launch.write_report(entry, folder)
+    state = "done" if (folder / "done").is_file() else "failed" if (folder / "failed").is_file() else "unfinished"
+    result_file = folder / "result.json"
+    result = json.loads(result_file.read_text(encoding="utf-8")) if result_file.is_file() else {}
+    if options.tensorboard:
+        print(f"tensorboard --logdir {record.to_tensorboard(folder)}", file=sys.stderr)
+    if options.json:
+        print_json({"run": str(folder), "state": state, "result": result, "report": str(path), **described})
+        return 0
+    print(f"{described['method']}  {state}\n{described['command']}")
+    last = result or ({k: v for row in record.read_metrics(folder) for k, v in row.items()})
+    for name, value in last.items():
+        print(f"  {name.replace('_', ' '):<20} {value:.6g}")
+    if state == "failed":
+        print("  " + (folder / "failed").read_text(encoding="utf-8").splitlines()[0])
+    if state != "done":
+        print(f"continue with: etude resume {folder}")
+    print(path)
+    if (
+        not options.no_open
+        and sys.stdout.isatty()
+        and (os.environ.get("DISPLAY") or sys.platform in ("darwin", "win32"))
+    ):
+        import webbrowser
+
+        webbrowser.open(path.resolve().as_uri())
+    return 0
+
+
+def sample(words: list[str]) -> int:
+    if words and words[0] in ("-h", "--help"):
+        print("usage: etude sample RUN [--FLAG VALUE …]\n")
+        print("'etude sample RUN --help' shows the flags of that run's method; RUN may be 'latest'")
+        return 0
+    if not words or words[0].startswith("-"):
+        raise UserError("name the run to draw from, as in: etude sample latest")
+    from etude.core import launch
+
+    folder = launch.find_run(words[0])
+    entry = catalog.find(launch.read_config(folder)["method"])
+    module = catalog.load_method(entry)
+    if not hasattr(module, "sample"):
+        raise UserError(f"{entry.name} learns no distribution to draw from; see its results with: etude show {folder}")
+    from etude.core.config import check
+
+    default = module.Sample()
+    options = parse(module.Sample, default, {"options": default}, words[1:], f"etude sample {words[0]}", entry.title)
+    check(options)
+    target = folder / "samples"
+    target.mkdir(exist_ok=True)
+    text = module.sample(launch.load(folder), options, target)
+    if text:
+        print(text)
+    written = sorted(target.iterdir())
+    if written:
+        print(f"\nfiles: {target}/ ({', '.join(path.name for path in written[-4:])})")
+    else:
+        target.rmdir()
+    return 0
