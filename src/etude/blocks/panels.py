@@ -52,7 +52,7 @@ def label(axes: Axes, title: str, x: str = "", y: str = "") -> None:
         axes.set_ylabel(y)
 
 
-def legend(axes: Axes, loc: str = "best", **settings: Any) -> None:
+def legend(axes: Axes, loc: Any = "best", **settings: Any) -> None:
     """A small legend without a frame, which hides what lies under it."""
     style = {"fontsize": 8, "labelcolor": INK, "facecolor": PAPER, "edgecolor": "none", "framealpha": 0.85}
     axes.legend(loc=loc, **(style | settings))

@@ -348,6 +348,18 @@ def test_what_is_not_finite_is_marked_and_does_not_stretch_the_axis() -> None:
     assert 'data-y="-1.1 1.1"' in chart([S("x", np.arange(4.0), np.array([-1.0, 1e305, -1e305, 1.0]))])
 
 
+def test_a_curve_over_many_decades_is_smoothed_where_it_is_drawn() -> None:
+    """A running sum of the values themselves loses what is sixteen decades below the first."""
+    values = 10.0 ** -np.linspace(0, 30, 400)
+    drawn = chart([S("loss", np.arange(400.0), values)])
+    thick = re.search(r'class="line s0" d="M([^"]+)"', drawn)
+    assert thick
+    y = [float(pair.split()[1]) for pair in thick[1].split("L")]
+    assert np.diff(y).min() > 0  # falls to the end: y counts downwards
+    assert y[-1] > 940
+    assert "moving geometric mean" in drawn
+
+
 def test_log_scale_only_for_what_falls_over_decades() -> None:
     values = np.array([1e-3, 1.0])
     assert value_axis("loss", values).log

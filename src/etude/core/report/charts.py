@@ -147,8 +147,10 @@ def _curve(series: Series, style: str, across: Axis, up: Axis) -> _Curve:
     raw = _path(across, up, *thin(one.steps, one.values))
     end, title = number(one.values[-1]), "last value"
     if len(one.steps) >= SMOOTH_FROM:
-        mean, width = smooth(one.values)
-        end, title = number(mean[-1]), f"moving mean over {width} values, drawn thick over the values themselves"
+        # on a logarithmic axis the mean of logarithms: a running sum would drown what is decades below the rest
+        mean, width = smooth(np.log(one.values) if up.log else one.values)
+        mean, kind = (np.exp(mean), "moving geometric mean") if up.log else (mean, "moving mean")
+        end, title = number(mean[-1]), f"{kind} over {width} values, drawn thick over the values themselves"
         behind = f'<path class="raw {style}" d="{raw}"/>'
         before += f'<path class="line {style}" d="{_path(across, up, *thin(one.steps, mean, 300))}"/>'
     else:
