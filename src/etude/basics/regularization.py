@@ -261,9 +261,9 @@ def path_figure(penalties: Tensor, path: Tensor, error: Tensor, data: Data) -> A
         place = named.index(i) if i in named else None
         colour = RULED if place is None else PALETTE[place % len(PALETTE)]
         style = "-" if place is None or place < len(PALETTE) else "--"
-        label = None if place is None else data.names[i]
+        feature = None if place is None else data.names[i]
         upper.plot(
-            penalties, path[:, i], style, color=colour, linewidth=1.2, label=label, zorder=1 if place is None else 2
+            penalties, path[:, i], style, color=colour, linewidth=1.2, label=feature, zorder=1 if place is None else 2
         )
     upper.axhline(0, color=SOFT, linewidth=0.6)
     label(upper, "Coefficients against the penalty", y="coefficient (per standard deviation)")

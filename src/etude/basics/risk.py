@@ -231,9 +231,9 @@ def parabolas_figure(stream: torch.Generator, noise: float, datasets: int = 8, n
     theta = torch.linspace(1 - 3 * noise, 1 + 3 * noise, 121, dtype=torch.float64)
     figure, (axes,) = panels()
     for i in range(datasets):
-        label = rf"empirical risks $\hat R$, n = {n}" if i == 0 else None
+        named = rf"empirical risks $\hat R$, n = {n}" if i == 0 else None
         curve = torch.stack([empirical_risk(t[None], x[i], y[i]) for t in theta])
-        axes.plot(theta, curve, color=PALETTE[0], linewidth=0.8, alpha=0.6, label=label)
+        axes.plot(theta, curve, color=PALETTE[0], linewidth=0.8, alpha=0.6, label=named)
     axes.plot(best, empirical_risk(best, x, y), "o", color=PALETTE[0], markersize=4, label=r"their minima $\hat\theta$")
     axes.plot(theta, true_risk(one, theta[:, None]), color=PALETTE[1], linewidth=2.2, label="true risk $R$")
     axes.plot(1, noise**2, "o", color=PALETTE[1], markersize=6)
