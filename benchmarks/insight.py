@@ -79,21 +79,20 @@ def rows() -> list[dict[str, object]]:
             assert off <= CLOSE, f"{kind} on {name} differs from captum by {off:.1e} of the largest entry"
             equal = f"maps equal to {off:.0e} of the largest entry; one thread, CPU seconds"
             found.append(
-                race(f"{kind}, {name}", cpu(ours), cpu(peer), "captum", captum.__version__, BAR, equal, pairs=9)
+                race(f"{kind}, {name}", cpu(ours), cpu(peer), "captum", captum.__version__, BAR, equal, pairs=25)
             )
     return found
 
 
-def cpu(work: Callable[[], Tensor], repeats: int = 3) -> Callable[[], float]:
-    """CPU seconds of this process for one call, mean over `repeats`."""
+def cpu(work: Callable[[], Tensor], repeats: int = 8) -> Callable[[], float]:
+    """CPU seconds of this process for one call: the least of `repeats`, which other programs disturb least."""
 
-    def timed() -> float:
+    def once() -> float:
         began = time.process_time()
-        for _ in range(repeats):
-            work()
-        return (time.process_time() - began) / repeats
+        work()
+        return time.process_time() - began
 
-    return timed
+    return lambda: min(once() for _ in range(repeats))
 
 
 if __name__ == "__main__":

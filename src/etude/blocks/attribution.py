@@ -4,30 +4,29 @@ Equation: for logits z = model(x) and a vector v(z) at the output, the map is v�
     Guided (Springenberg et al., arXiv:1412.6806): at each ReLU with input u and incoming gradient δ,
     δ·1[u>0]·1[δ>0] goes on.
 
-`input_gradient` runs the model in eval mode and computes no gradient of its parameters. For guided maps, and for the
-faster equals of some functions, a `TorchFunctionMode` sees every call: a ReLU as a module, a function, a method, in
-place, or one module used many times. When it returns, or raises, the model is as it was: no hook, the same training
-flags, requires_grad flags, gradients, parameters and buffers.
+`input_gradient` runs the model in eval mode and computes no gradient of its parameters; `etude.blocks.lens` sees every
+function that the model calls. When it returns, or raises, the model is as it was: no hook, the same training flags,
+requires_grad flags, gradients, parameters and buffers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
+from etude.blocks.lens import Folding, Lens, Norm, Unfold
 from etude.blocks.plots import INK, PALETTE, PAPER, SOFT, WIDTH
 
-_RELUS = frozenset({F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_})
+_FOLDS: weakref.WeakKeyDictionary[nn.Module, dict[str, Norm]] = weakref.WeakKeyDictionary()
+"""Batch norms that were seen to follow convolutions, by model."""
 _SIGNED = LinearSegmentedColormap.from_list("etude_signed", [PALETTE[0], PAPER, PALETTE[1]])
 
 
@@ -54,44 +53,61 @@ def input_gradient(
         for name, part in model.named_modules():
             if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None:
                 raise ValueError(f"{name} normalises by the batch, which couples its images; give one image at a time")
-    lens = _Lens(guided)
-    convolutions = [part for part in model.modules() if isinstance(part, nn.Conv2d)]
-    on_cpu = x.device.type == "cpu"
-    # channels last and batch norm as one affine map: together a third off the time of a residual network
-    last = on_cpu and x.ndim == 4 and bool(convolutions) and all(part.in_channels > 1 for part in convolutions)
-    seeing: Any = lens if guided or (convolutions and on_cpu) else contextlib.nullcontext()  # it costs a little a call
     with contextlib.ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_evaluating(model))
-        leaf = x.clone() if x.is_inference() else x.detach()
-        leaf = (leaf.contiguous(memory_format=torch.channels_last) if last else leaf).requires_grad_()
-        image = leaf.clone()  # x stays, should the model work in place
-        with seeing:
-            if seeing is lens:
-                logits = torch.func.functional_call(model, _fixed(model, last), (image,))
-            else:
-                logits = model(image)
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] < 2:
-            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(
-                f"{type(model).__name__} returns {found} for {len(x)} images; it must return logits (N, classes)"
-            )
-        if guided and not lens.relus:
-            raise ValueError(
-                f"no ReLU is seen in {type(model).__name__}; the guided map would be the gradient, so use saliency"
-            )
-        gradient = None
-        if logits.requires_grad:
-            above = start(logits.detach())
-            with seeing:  # a checkpointed part runs forward again in here
-                (gradient,) = torch.autograd.grad(logits, leaf, above, allow_unused=True)
+        try:
+            gradient, logits = _pass(model, x, start, guided, _FOLDS.get(model, {}))
+        except Unfold:  # the model took another way than in the call that `_FOLDS` knows of
+            _FOLDS.pop(model, None)
+            gradient, logits = _pass(model, x, start, guided, {})
     if gradient is None:
         raise ValueError(
             f"the output of {type(model).__name__} has no gradient at x; does it detach or round its input?"
         )
     return gradient.contiguous(), logits.detach()
+
+
+def _pass(
+    model: nn.Module,
+    x: Tensor,
+    start: Callable[[Tensor], Tensor],
+    guided: bool,
+    folds: dict[str, Norm],
+) -> tuple[Tensor | None, Tensor]:
+    """Forward and back once, with `folds` of batch norm into convolutions: the gradient (None for none) and the logits."""
+    convolutions = [part for part in model.modules() if isinstance(part, nn.Conv2d)]
+    on_cpu = x.device.type == "cpu"
+    # channels last and folded batch norm halve the time of a residual network
+    last = on_cpu and x.ndim == 4 and bool(convolutions) and all(part.in_channels > 1 for part in convolutions)
+    leaf = x.clone() if x.is_inference() else x.detach()
+    leaf = (leaf.contiguous(memory_format=torch.channels_last) if last else leaf).requires_grad_()
+    image = leaf.clone()  # x stays, should the model work in place
+    lens, seeing, held = Lens(guided), contextlib.nullcontext(), {}
+    if guided or (convolutions and on_cpu):  # the lens costs a little at every call
+        held = _fixed(model, last)
+        lens = seeing = Lens(guided, Folding({**held, **dict(model.named_buffers())}, folds))
+    with seeing:
+        logits = torch.func.functional_call(model, held, (image,)) if held else model(image)
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] < 2:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"{type(model).__name__} returns {found} for {len(x)} images; it must return logits (N, classes)"
+        )
+    if guided and not lens.relus:
+        raise ValueError(
+            f"no ReLU is seen in {type(model).__name__}; the guided map would be the gradient, so use saliency"
+        )
+    if lens.folding is not None and (proved := lens.folding.proved()) and not folds:
+        _FOLDS[model] = proved
+    gradient = None
+    if logits.requires_grad:
+        above = start(logits.detach())
+        with seeing:  # a checkpointed part runs forward again in here
+            (gradient,) = torch.autograd.grad(logits, leaf, above, allow_unused=True)
+    return gradient, logits
 
 
 def chosen(logits: Tensor, target: Tensor | int | None) -> Tensor:
@@ -115,95 +131,6 @@ def chosen(logits: Tensor, target: Tensor | int | None) -> Tensor:
 def unit(logits: Tensor, target: Tensor | int | None) -> Tensor:
     """1 at the target's logit of each image and 0 elsewhere, (N, K): what starts the gradient of one logit."""
     return torch.zeros_like(logits).scatter_(1, chosen(logits, target)[:, None], 1)
-
-
-class _Lens(TorchFunctionMode):
-    """Sees each torch function that a model calls: the ReLUs, and on a CPU what has a faster equal.
-
-    Those are convolutions of one channel, batch norm in eval mode, and `view` of a tensor that is channels last, which
-    must copy (as `reshape` does).
-    """
-
-    def __init__(self, guided: bool) -> None:
-        super().__init__()
-        self.guided, self.relus = guided, 0
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.conv2d and (fast := _one_channel(*args, **kwargs)) is not None:
-            return fast
-        if func is F.batch_norm and (fast := _affine_norm(*args, **kwargs)) is not None:
-            return fast
-        if func is Tensor.view and not args[0].is_contiguous() and not isinstance(args[1], torch.dtype):
-            func = Tensor.reshape
-        out = func(*args, **kwargs)
-        if self.guided and func in _RELUS:
-            self.relus += 1
-            if out.requires_grad:
-                out.register_hook(_positive)  # on this call's own tensor: it goes when the graph goes
-        return out
-
-
-def _positive(gradient: Tensor) -> Tensor:
-    return gradient.clamp(min=0)
-
-
-class _OneChannel(torch.autograd.Function):
-    """A convolution of one input channel, stride 1, fixed weights; its input gradient is again a forward convolution.
-
-    The library's own backward for one channel takes three to five times as long on a CPU.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int]) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.padding = padding
-        return torch.conv2d(x, weight, bias, padding=padding)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (weight,) = ctx.saved_tensors
-        around = [k - 1 - p for k, p in zip(weight.shape[2:], ctx.padding)]
-        return torch.conv2d(gradients[0], weight.flip(2, 3).transpose(0, 1), padding=around), None, None, None
-
-
-def _one_channel(
-    input: Tensor,
-    weight: Tensor,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor | None:
-    """The convolution by `_OneChannel` where that applies, else None."""
-    if input.ndim != 4 or weight.shape[1] != 1 or groups != 1 or input.device.type != "cpu" or isinstance(padding, str):
-        return None
-    around = (padding, padding) if isinstance(padding, int) else tuple(padding)
-    plain = set(np.atleast_1d(stride)) == {1} and set(np.atleast_1d(dilation)) == {1} and len(around) == 2
-    fixed = not weight.requires_grad and (bias is None or not bias.requires_grad)
-    if not plain or not fixed or not input.requires_grad or any(p > k - 1 for k, p in zip(weight.shape[2:], around)):
-        return None
-    return _OneChannel.apply(input, weight, bias, around)  # type: ignore[no-any-return]
-
-
-def _affine_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor | None:
-    """Batch norm of (N, C, H, W) by its running estimates as shift + scale · input in one pass, else None."""
-    if training or running_mean is None or running_var is None or input.ndim != 4 or input.device.type != "cpu":
-        return None
-    scale = (running_var + eps).rsqrt()
-    scale = scale if weight is None else scale * weight
-    shift = -running_mean * scale if bias is None else bias - running_mean * scale
-    return torch.addcmul(shift[:, None, None], input, scale[:, None, None])
 
 
 def _fixed(model: nn.Module, last: bool) -> dict[str, Tensor]:

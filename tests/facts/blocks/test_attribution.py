@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from etude.blocks import attribution
 from etude.blocks.attribution import (
     chosen,
     erase,
@@ -57,6 +61,7 @@ def test_equals_autograd_in_eval_mode(model: nn.Module) -> None:
     torch.testing.assert_close(gradient, torch.autograd.grad(total(expected), leaf)[0], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("channels", [1, 3, 5])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
     ("kernel", "options"),
@@ -71,12 +76,12 @@ def test_equals_autograd_in_eval_mode(model: nn.Module) -> None:
         (3, {"padding": "same"}),
     ],
 )
-def test_one_channel_convolutions(kernel: int | tuple[int, int], options: dict, bias: bool) -> None:
-    """The shortcut for one input channel, and everything it must leave to the library."""
+def test_convolutions_of_few_channels(kernel: int | tuple[int, int], options: dict, bias: bool, channels: int) -> None:
+    """The shortcut for few input channels, and everything it must leave to the library."""
     model = nn.Sequential(
-        nn.Conv2d(1, 3, kernel, bias=bias, **options), nn.Tanh(), nn.Flatten(), nn.LazyLinear(2)
+        nn.Conv2d(channels, 3, kernel, bias=bias, **options), nn.Tanh(), nn.Flatten(), nn.LazyLinear(2)
     ).double()
-    x = torch.rand(2, 1, 9, 11, dtype=torch.float64)
+    x = torch.rand(2, channels, 9, 11, dtype=torch.float64)
     model(x)
     leaf = x.clone().requires_grad_()
     expected = torch.autograd.grad(total(model(leaf)), leaf)[0]
@@ -282,3 +287,74 @@ def test_fast_equals_of_batch_norm_and_view_change_nothing(dtype) -> None:
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert model.one.weight.is_contiguous()
     assert x.is_contiguous()
+
+
+class Branching(nn.Module):
+    """Two convolutions with batch norm; `way` says who else uses the first one's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(2, 6, 3, padding=1, bias=False), nn.Conv2d(6, 6, 3, padding=1, groups=2)
+        self.norm, self.other = nn.BatchNorm2d(6), nn.BatchNorm2d(6, affine=False)
+        self.out, self.way = nn.Linear(6, 4), "plain"
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.one(x)
+        if self.way == "swapped":
+            made = self.other(made)
+        elif self.way == "skipped":
+            made = made.tanh()
+        else:
+            y = self.norm(made)
+            made = F.relu(y, inplace=True) if self.way == "plain" else y + made
+        made = self.norm(self.two(made)) if self.way == "shared" else self.other(self.two(made))
+        return self.out(made.relu().mean((2, 3)))
+
+
+def _by_autograd(model: nn.Module, x: Tensor) -> Tensor:
+    leaf = x.clone().requires_grad_()
+    return torch.autograd.grad(total(model(leaf)), leaf)[0]
+
+
+def test_batch_norm_is_folded_only_where_that_changes_nothing() -> None:
+    torch.manual_seed(0)
+    model = Branching().double()
+    model(torch.randn(8, 2, 6, 6, dtype=torch.float64))
+    model.eval()
+    x = torch.rand(3, 2, 6, 6, dtype=torch.float64)
+    for way in ("plain", "plain", "swapped", "plain", "kept", "skipped", "shared", "plain", "swapped"):
+        model.way = way
+        for _ in range(2):  # seen, then folded
+            found = input_gradient(model, x, first)[0]
+            torch.testing.assert_close(found, _by_autograd(model, x), rtol=1e-11, atol=1e-13)
+        known = attribution._FOLDS[model]
+        assert way not in ("kept", "skipped") or "one.weight" not in known
+        assert known["two.weight"].mean == ("norm" if way == "shared" else "other") + ".running_mean"
+        with torch.no_grad():  # what is folded are the weights of now
+            model.one.weight.mul_(1.1)
+            model.norm.running_var.mul_(1.2)
+            model.norm.bias.add_(0.1)
+
+
+def test_a_hook_sees_what_the_convolution_made() -> None:
+    torch.manual_seed(0)
+    model, x = Branching().double().eval(), torch.rand(3, 2, 6, 6, dtype=torch.float64)
+    for _ in range(2):
+        input_gradient(model, x, first)
+    assert "one.weight" in attribution._FOLDS[model]
+    kept: list[Tensor] = []
+    hook = model.one.register_forward_hook(lambda module, inputs, out: kept.append(out))
+    found = input_gradient(model, x, first)[0]
+    hook.remove()
+    torch.testing.assert_close(kept[-1].detach(), F.conv2d(x, model.one.weight, padding=1).detach())
+    torch.testing.assert_close(found, _by_autograd(model, x), rtol=1e-11, atol=1e-13)
+
+
+def test_the_memory_of_folding_goes_with_the_model() -> None:
+    model, x = Branching().eval(), torch.rand(3, 2, 6, 6)
+    input_gradient(model, x, first)
+    assert attribution._FOLDS[model]["one.weight"].mean == "norm.running_mean"
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
