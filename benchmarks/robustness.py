@@ -7,6 +7,7 @@ formulas of the gradient give one sign; in float32 the share of pixels that diff
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 
@@ -47,19 +48,19 @@ def rows() -> list[dict[str, object]]:
         equal = f"identical images in float64, {differ:.1e} of the pixels differ in float32; one thread, CPU seconds"
         version = torchattacks.__version__
         name = f"FGSM, {name}, 128 of 1×28×28"
-        found.append(race(name, cpu(ours), cpu(peer), "torchattacks", version, BAR, equal, pairs=25))
+        found.append(race(name, cpu(ours), cpu(peer), "torchattacks", version, BAR, equal, pairs=15))
     return found
 
 
 def cpu(work: Callable[[], Tensor], repeats: int = 8) -> Callable[[], float]:
-    """CPU seconds of this process for one call: the least of `repeats`, which other programs disturb least."""
+    """CPU seconds of this process for one call: the median of `repeats`."""
 
     def once() -> float:
         began = time.process_time()
         work()
         return time.process_time() - began
 
-    return lambda: min(once() for _ in range(repeats))
+    return lambda: statistics.median(once() for _ in range(repeats))
 
 
 if __name__ == "__main__":

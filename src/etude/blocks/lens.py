@@ -194,6 +194,8 @@ def _few_channels(
         return None
     around = (padding, padding) if isinstance(padding, int) else tuple(padding)
     plain = set(np.atleast_1d(stride)) == {1} and set(np.atleast_1d(dilation)) == {1} and len(around) == 2
+    if weight.shape[1] > 1 and weight[0, 0].numel() < 16 and not input.is_contiguous():
+        return None  # a small kernel, channels last: the library's backward is as fast
     fixed = not weight.requires_grad and (bias is None or not bias.requires_grad)
     if not plain or not fixed or not input.requires_grad or any(p > k - 1 for k, p in zip(weight.shape[2:], around)):
         return None
