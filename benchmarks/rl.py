@@ -93,7 +93,7 @@ def rows(only: int | None = None) -> list[dict[str, object]]:
             name,
             lambda preset=preset, steps=steps: ours(preset, steps),
             lambda settings=settings, steps=steps, worlds=worlds: theirs(settings, steps, worlds),
-            peer, number, bar, equal.format(worlds), pairs=5,
+            peer, number, bar, equal.format(worlds), pairs=9,
         )
         for name, preset, settings, steps, worlds, bar in (races if only is None else races[only : only + 1])
     ]  # fmt: skip

@@ -275,15 +275,16 @@ def train(config: Config, run: Run) -> dict[str, float]:
             behind = model.values(frozen, following).view(*index.shape, -1)  # (K, B, A)
             y = td_target(rows["reward"], rows["terminated"], behind.amax(-1), config.gamma)  # (K, B)
             error = torch.empty_like(y)
-            for k in range(config.updates):  # line 5
+            batches = zip(x.unbind(), column.unbind(), y.unbind(), error.unbind(), strict=True)
+            for k, (x_k, column_k, y_k, error_k) in enumerate(batches):  # line 5
                 if config.double:
                     best = model.values(online, rows["next_state"][k]).argmax(1, keepdim=True)
                     chosen = behind[k].gather(1, best)[:, 0]
-                    y[k] = td_target(rows["reward"][k], rows["terminated"][k], chosen, config.gamma)
-                kept = activations(online, x[k])
-                torch.sub(kept[-1].gather(1, column[k])[:, 0], y[k], out=error[k])
+                    y_k.copy_(td_target(rows["reward"][k], rows["terminated"][k], chosen, config.gamma))
+                kept = activations(online, x_k)
+                torch.sub(kept[-1].gather(1, column_k)[:, 0], y_k, out=error_k)
                 delta = torch.zeros_like(kept[-1])
-                delta.scatter_(1, column[k], slope(error[k], config.huber)[:, None] / config.batch)
+                delta.scatter_(1, column_k, slope(error_k, config.huber)[:, None] / config.batch)
                 backward(online, kept, delta, slopes)
                 if run.world > 1:
                     run.average(model)
