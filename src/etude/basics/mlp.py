@@ -76,7 +76,7 @@ class Config:
     batch: Count = 128
     """Images in a mini-batch (of each rank)."""
     optimizer: optim.Name = "adam"
-    """Update rule."""
+    """Update rule (newton, damped, is for networks of up to 3,000 parameters; its learning rate is 1)."""
     learning_rate: Positive = 1e-3
     """Learning rate (peak of the schedule)."""
     schedule: optim.Schedule = "constant"
@@ -112,6 +112,8 @@ PRESETS = {
         learning_rate=0.1,
         evaluate_every=50,
     ),
+    # all digits at once: loss 2.3 → 0.21 in the first step, 0.036 in seven
+    "newton": Config(widths=(), init="small", steps=8, batch=1437, optimizer="newton", learning_rate=1.0),
     # 512-512 units, 40 epochs of 2,000 images: 0.932 against 0.930 with --dropout 0 (means of seeds 0-2)
     "dropout": Config(data="mnist", examples=2000, widths=(512, 512), dropout=0.5, steps=625, evaluate_every=125),
 }

@@ -47,6 +47,10 @@ from etude.optim.clipping import clip_norm_, clip_value_
 
 Normalizer = Literal["none", "batch", "layer"]
 """What a `--normalizer` flag may say."""
+DAMPING = (
+    0.01  # of Newton's method: the Hessian of a softmax is singular, as a constant added to all logits does nothing
+)
+MOST = 3000  # parameters for Newton's method, whose step costs their cube
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 """Training images (B, C, H, W) uint8 and a generator → images of the same shape and dtype."""
 
@@ -81,6 +85,18 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.clip_norm is not None and self.clip_value is not None:
             raise UserError("--clip-norm and --clip-value are two ways to do one thing; give only one of them")
+        if self.optimizer == "newton":
+            given = {
+                "clip-norm": self.clip_norm,
+                "clip-value": self.clip_value,
+                "weight-decay": self.weight_decay or None,
+            }
+            for flag in (name for name, value in given.items() if value is not None):
+                raise UserError(
+                    f"--{flag} changes a gradient, but --optimizer newton solves for its step; leave it out"
+                )
+            if self.ensemble != "none":
+                raise UserError("--optimizer newton solves for one network at a time; leave --ensemble out")
         if self.normalizer == "batch" and self.batch == 1:
             raise UserError("--normalizer batch has no statistics in a batch of one; take --batch 2 or more, or layer")
         if self.dropout_style != "inverted" and not self.dropout:
@@ -150,12 +166,19 @@ def learn(run: Run, recipe: Recipe, model: nn.Module, data: Images, augment: Aug
     Tracks ``model`` and ``optimizer``. Every member of an ensemble learns as it would alone: its loss, its clipping and
     its batches are its own; heads on one trunk share the batch, and are clipped together.
     """
-    optimizer = optim.make(
-        recipe.optimizer,
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-    )
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    settings = {"weight_decay": recipe.weight_decay}
+    if recipe.optimizer == "newton":
+        settings = {"damping": DAMPING}
+        count = sum(parameter.numel() for parameter in parameters)
+        if count > MOST:
+            raise UserError(
+                f"--optimizer newton solves with a matrix of parameters × parameters, and this network has {count:,}; "
+                f"it takes up to {MOST:,}"
+            )
+        if run.world > 1:
+            raise UserError("--optimizer newton solves on one rank; take another optimizer under torchrun")
+    optimizer = optim.make(recipe.optimizer, parameters, recipe.learning_rate, **settings)
     cycles = recipe.count if recipe.ensemble == "snapshots" else MEMBERS
     rate = optim.schedule(recipe.schedule, recipe.learning_rate, recipe.steps, cycles=cycles)
     apart = isinstance(model, Ensemble) and model.trunk is None  # every member with a batch of its own

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from etude.core.errors import RunError
 from etude.core.run import Run
 
 Batch = tuple[Tensor, Tensor]
@@ -33,6 +35,7 @@ def fit(
     rate; `loss(outputs, targets)` a 0-dim tensor, or one loss a member of an ensemble, (M,): their sum is descended,
     their mean is logged; `clip()` is called between backward and update, `after(step)` behind the update; `evaluate()`
     is called every `evaluate_every` steps and at the end. Tracks ``model`` and ``optimizer``, so it resumes exactly.
+    An optimizer with `takes_loss` (Newton) differentiates by itself.
     """
     run.track(model=model, optimizer=optimizer)
     scores: dict[str, float] = {}
@@ -42,18 +45,21 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = rate(step)
         inputs, targets = batch(step)
-        with run.autocast():
-            value = loss(model(inputs), targets)
-        optimizer.zero_grad()
-        if value.ndim:
-            value.sum().backward()
-            value = value.detach().mean()
+        if getattr(optimizer, "takes_loss", False):
+            value = _solve(run, optimizer, lambda x=inputs, y=targets: loss(model(x), y))
         else:
-            value.backward()
-        run.average(model, loss=value)
-        if clip is not None:
-            clip()
-        optimizer.step()
+            with run.autocast():
+                value = loss(model(inputs), targets)
+            optimizer.zero_grad()
+            if value.ndim:
+                value.sum().backward()
+                value = value.detach().mean()
+            else:
+                value.backward()
+            run.average(model, loss=value)
+            if clip is not None:
+                clip()
+            optimizer.step()
         if after is not None:
             after(step)
         run.log(loss=value)
@@ -64,6 +70,16 @@ def fit(
     if evaluate is not None and not scores:  # resumed after the last step
         scores = evaluate()
     return scores
+
+
+def _solve(run: Run, optimizer: Any, loss: Callable[[], Tensor]) -> Tensor:
+    """A step of an optimizer that differentiates the loss itself; returns the loss before it."""
+    try:
+        value = optimizer.step(loss)
+    except RuntimeError as error:
+        raise RunError(f"the update of step {run.step} was not made: {error}") from error
+    run.average(loss=value)
+    return value
 
 
 @torch.no_grad()

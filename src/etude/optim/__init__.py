@@ -14,6 +14,7 @@ from etude.optim.adagrad import AdaGrad
 from etude.optim.adam import Adam, AdamW
 from etude.optim.flat import flatten
 from etude.optim.momentum import Momentum
+from etude.optim.newton import Newton
 from etude.optim.rmsprop import RMSProp
 from etude.optim.schedules import Schedule, schedule, set_lr
 from etude.optim.sgd import SGD
@@ -25,6 +26,7 @@ __all__ = [
     "AdamW",
     "Momentum",
     "Name",
+    "Newton",
     "RMSProp",
     "Schedule",
     "flatten",
@@ -33,7 +35,7 @@ __all__ = [
     "set_lr",
 ]
 
-Name = Literal["sgd", "momentum", "nesterov", "rmsprop", "adagrad", "adam", "adamw"]
+Name = Literal["sgd", "momentum", "nesterov", "rmsprop", "adagrad", "adam", "adamw", "newton"]
 """What an `--optimizer` flag may say."""
 
 _MAKERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = {
@@ -44,6 +46,7 @@ _MAKERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] 
     "adagrad": (AdaGrad, {}),
     "adam": (Adam, {"decoupled_weight_decay": False}),
     "adamw": (AdamW, {}),
+    "newton": (Newton, {}),
 }
 
 

@@ -18,7 +18,7 @@ Differences:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -66,6 +66,9 @@ class Newton(torch.optim.Optimizer):
     differentiating twice, all rows at once. Raises ValueError for a setting out of range or several groups,
     RuntimeError for a singular Hessian.
     """
+
+    takes_loss: ClassVar = True
+    """`step` is given the loss and differentiates it, instead of reading gradients."""
 
     def __init__(self, params: ParamsT, lr: float = 1.0, *, damping: float = 0.0, absolute: bool = False):
         nonnegative("lr", lr)

@@ -1,5 +1,7 @@
 """The feed-forward network against torch.nn.Sequential and scikit-learn's forward pass."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,12 +10,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import etude
-from etude.basics.mlp import MLP, Config, build
-from etude.core.errors import UserError
+from etude.basics.mlp import MLP, PRESETS, Config, build
+from etude.blocks.classify import DAMPING
+from etude.core.errors import RunError, UserError
 from etude.core.randomness import fold
 from etude.core.spec import Spec
 from etude.data import images
 from etude.data.batches import Stream
+from etude.optim.newton import newton_step
 
 torch.set_num_threads(1)
 SPEC = Spec(shape=(1, 8, 8), classes=tuple("0123456789"), mean=(0.3,), std=(0.3,))
@@ -133,6 +137,10 @@ def test_a_run_is_the_loop_written_out_with_torch(flags, tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "said"), [
+    ({"optimizer": "newton", "widths": (256,)}, r"this network has 19,210; it takes up to 3,000"),
+    ({"optimizer": "newton", "clip_norm": 1.0}, "--clip-norm changes a gradient, but --optimizer newton solves"),
+    ({"optimizer": "newton", "weight_decay": 0.1}, "--weight-decay changes a gradient, but --optimizer newton solves"),
+    ({"optimizer": "newton", "ensemble": "seeds"}, "newton solves for one network at a time; leave --ensemble out"),
     ({"clip_norm": 1.0, "clip_value": 1.0}, "--clip-norm and --clip-value are two ways to do one thing"),
     ({"normalizer": "batch", "batch": 1}, "--normalizer batch has no statistics in a batch of one"),
     ({"normalizer": "layer", "widths": (8, 1)}, "--normalizer layer makes a layer of one unit constant"),
@@ -169,3 +177,34 @@ def test_the_default_settings_add_nothing():
     layers = [layer for layer in model.layers if isinstance(layer, nn.Linear)]
     assert all(torch.equal(a.weight, b.weight) and not b.bias.any() for a, b in zip(plain, layers, strict=True))
     assert [*model.state_dict()] == [f"layers.{i}.{kind}" for i in (1, 4, 7) for kind in ("weight", "bias")]
+
+
+def test_newton_on_softmax_regression(tmp_path):
+    """Damped Newton steps on all digits: the losses are those of the update written out, and fall at once."""
+    done = etude.run("basics/mlp", preset="newton", steps=3, quiet=True, threads=1, out=tmp_path / "run")
+    lines = (done.folder / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines if "loss" in line]
+    data = images("digits")
+    torch.manual_seed(fold(0, 0, 0, "init"))
+    model = build(PRESETS["newton"], data.spec)["model"].double()
+    x, y = data.train.x.double() / 255, data.train.y
+    x = model.standardise(x).flatten(1)
+    x = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], 1)
+    layer = model.layers[1]
+    theta = torch.cat([layer.weight.detach(), layer.bias.detach()[:, None]], 1).flatten()
+    for found in losses:
+
+        def loss(theta: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(x @ theta.view(10, -1).T, y)
+
+        assert found == pytest.approx(float(loss(theta)), rel=2e-3)
+        theta = newton_step(loss, theta, damping=DAMPING)
+    assert losses[0] > 2
+    assert losses[2] < 0.13
+
+
+def test_a_singular_hessian_ends_in_one_sentence(tmp_path, monkeypatch):
+    """Without damping: a constant added to all logits changes nothing, so the Hessian has no inverse."""
+    monkeypatch.setattr("etude.blocks.classify.DAMPING", 0.0)
+    with pytest.raises(RunError, match="the update of step 0 was not made: the Hessian is singular"):
+        etude.run("basics/mlp", preset="newton", quiet=True, threads=1, out=tmp_path / "run")

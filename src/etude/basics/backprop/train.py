@@ -46,6 +46,7 @@ from etude.blocks.plots import INK, PALETTE, PAPER, SOFT
 from etude.catalog import Experiment, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, Positive, Whole
+from etude.core.errors import UserError
 from etude.core.fit import accuracy
 from etude.core.run import Run
 from etude.core.spec import Spec
@@ -117,6 +118,8 @@ def train(config: Config, run: Run) -> dict[str, float]:
     model = run.place(build(config, data.spec)["model"])
     assert isinstance(model, MLP)
     twin = deepcopy(model)
+    if config.optimizer == "newton":
+        raise UserError("--optimizer newton needs second derivatives, which this engine does not have; take another")
     optimizer = optim.make(config.optimizer, model.parameters(), config.learning_rate)
     other = optim.make(config.optimizer, twin.parameters(), config.learning_rate)
     seen = Box(curve=torch.zeros(min(config.compare, config.steps), 2, dtype=torch.float64))
