@@ -201,16 +201,23 @@ def course_table(entries: list[Entry]) -> str:
 
 def errata_table(entries: list[Entry]) -> str:
     """Every erratum that a docstring says it corrects: the corrected statement, where it stands, the tests that show it."""
+    tests = shown_by()
     rows = [
         (
             f"E{number:02d}",
             statement,
             place,
-            "<br>".join(map(code, shown_by().get(number, ()))) or WORDS.get(number, "**no test**"),
+            "<br>".join(map(_in_words, tests.get(number, ()))) or WORDS.get(number, "**no test**"),
         )
         for number, statement, place in errata_rows(entries)
     ]
     return table(("erratum", "what is done instead", "where", "shown by"), rows) + "\n"
+
+
+def _in_words(test: str) -> str:
+    """``tests/facts/optim/test_newton.py::test_it_escapes`` → ``it escapes (optim/test_newton)``, which a table can wrap."""
+    path, _, name = test.partition("::")
+    return f"{name.removeprefix('test_').replace('_', ' ')} ({'/'.join(path.removesuffix('.py').split('/')[2:])})"
 
 
 def errata_rows(entries: list[Entry]) -> list[tuple[int, str, str]]:
