@@ -160,7 +160,7 @@ def test_every_erratum_is_shown_by_a_test(generate: ModuleType) -> None:
     )
     assert "tests/facts/optim/test_newton.py::test_plain_newton_converges_to_the_saddle_and_damping_escapes" in shown[8]
     line = next(line for line in generate.pages()["generated/errata.txt"].splitlines() if line.startswith("| E08 "))
-    assert "`tests/facts/optim/test_newton.py::test_plain" in line
+    assert "plain newton converges to the saddle and damping escapes (optim/test_newton)" in line
     places = " ".join(place for _, _, place in rows)
     for place in ("src/etude/optim/", "src/etude/blocks/", "src/etude/data/", "methods/basics/"):
         assert place in places
