@@ -2,9 +2,8 @@
 
 Overhead is what a trainer adds to a step: its seconds a step minus those of the plain loop, which is timed beside
 it in every pair. The bars are house rules: at most 2 % of a LeNet step at batch 128 with logging every step, at most 20 µs a
-step on a tiny network, and whole steps at least 3x and 5x faster than the two trainers there. Those two rows time each
-side as it comes, with its own display of progress, which goes to a file; two more rows, whose bar is 1 (not slower),
-time all of them silent.
+step on a tiny network, and whole steps at least 3x and 5x faster than the two trainers there: once with each side as it
+comes, with its own display of progress, which goes to a file, and once with all of them silent.
 
 All sides train the same network from the same weights on the same batches with fused Adam, and log the loss at every
 step; final weights are compared bit for bit. Ours guards loss and gradients against NaN, reseeds the generators of every
@@ -260,7 +259,7 @@ def rows() -> list[dict[str, object]]:
             theirs = functools.partial(side, 1000, display)
             both = [lambda side=side: side()[0] for side in (mine, theirs)]
             both = [shown(side) for side in both] if display else both
-            table.append(race(name, *both, peer, number, bar if display else 1.0, equal))
+            table.append(race(name, *both, peer, number, bar, equal))
     for name, problem, segment, bar in (("LeNet, batch 128", lenet, 8, 0.98), ("tiny MLP", tiny, 100, 0.9)):
         table.append(overhead(f"{name}, against a plain loop", problem, segment, bar))
     table.append(overhead("tiny MLP in a flat vector, against a plain loop", tiny, 100, 0.9, vector=True))

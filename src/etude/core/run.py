@@ -113,7 +113,6 @@ class Run:
         self._total = 0
         self._sharded = False
         self._state_step = -1  # step of the newest checkpoint on disk
-        self._keys: list[int] = []
         self._seeders = [torch.default_generator]
         if self.device.type == "cuda":
             torch.cuda.init()
@@ -198,10 +197,15 @@ class Run:
         every, save_due = self.common.save_every, time.perf_counter() + SAVE_SECONDS
         self.progress.start(self.step, total)
         self._busy, progress = True, self.progress
+        keys: list[int] = []
         began = time.perf_counter() - self.record.loop_seconds  # an earlier loop of this session counts too
         try:
             while self.step < total and not self._over and not self._stop:
-                self._seed(self.step, "step")
+                if not keys:  # made 256 at a time: between steps it is cold code that costs
+                    keys = [
+                        fold(self.seed, step, self.rank, "step") for step in range(self.step + 255, self.step - 1, -1)
+                    ]
+                self._seed(keys.pop())
                 yield self.step
                 self.step += 1
                 if self._row:
@@ -227,7 +231,7 @@ class Run:
         finally:
             self._busy = False
             progress.stop()
-            self._seed(total, "after")
+            self._seed(fold(self.seed, total, self.rank, "after"))
         if self._stop or self._signal:
             raise Interrupted(self._signal or signal.SIGTERM)
 
@@ -356,13 +360,7 @@ class Run:
         with contextlib.suppress(RuntimeError):  # the signal came in the middle of another print
             self.progress.say("stopping after this step (once more stops at once)")
 
-    def _seed(self, step: int, purpose: str) -> None:
-        if purpose == "step":  # keys are made 256 at a time: this runs between all steps, where cold code is what costs
-            if not self._keys:
-                self._keys = [fold(self.seed, later, self.rank, purpose) for later in range(step + 255, step - 1, -1)]
-            key = self._keys.pop()
-        else:
-            key = fold(self.seed, step, self.rank, purpose)
+    def _seed(self, key: int) -> None:
         for seeder in self._seeders:
             seeder.manual_seed(key)
 
