@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import multiprocessing
-import statistics
-import time
 import warnings
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +16,7 @@ from torch import Tensor, nn
 from etude.insight.guided_backprop import guided_backprop
 from etude.insight.saliency import saliency
 from etude.vision.lenet import LeNet
-from race import race, report
+from race import cpu, race, report
 
 BAR, CLOSE = 1.5, 1e-5
 
@@ -85,17 +82,6 @@ def row(kind: str, case: str) -> dict[str, object]:
     assert off <= CLOSE, f"{kind} on {case} differs from captum by {off:.1e} of the largest entry"
     equal = f"maps equal to {off:.0e} of the largest entry; one thread, CPU seconds"
     return race(f"{kind}, {case}", cpu(ours), cpu(peer), "captum", captum.__version__, BAR, equal, pairs=15)
-
-
-def cpu(work: Callable[[], Tensor], repeats: int = 8) -> Callable[[], float]:
-    """CPU seconds of this process for one call: the median of `repeats`."""
-
-    def once() -> float:
-        began = time.process_time()
-        work()
-        return time.process_time() - began
-
-    return lambda: statistics.median(once() for _ in range(repeats))
 
 
 if __name__ == "__main__":

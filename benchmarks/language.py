@@ -6,17 +6,17 @@ and it does not count what other programs do. Run it as `python benchmarks/langu
 
 from __future__ import annotations
 
+import functools
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from race import race, report
+from race import cpu, race, report
 
 PROMPT, NEW = 32, 64
+once = functools.partial(cpu, repeats=1)  # a call takes seconds
 
 
 def rows() -> list[dict[str, Any]]:
@@ -29,15 +29,6 @@ def rows() -> list[dict[str, Any]]:
         return [*_decoding(), *_training()]
     finally:
         torch.set_num_threads(before)
-
-
-def _cpu(work: Callable[[], Any]) -> Callable[[], float]:
-    def timed() -> float:
-        start = time.process_time()
-        work()
-        return time.process_time() - start
-
-    return timed
 
 
 def _decoding() -> list[dict[str, Any]]:
@@ -72,7 +63,7 @@ def _decoding() -> list[dict[str, Any]]:
         shape = f"GPT-2 small, random weights, prompt {PROMPT}, {NEW} new tokens, greedy, 1 thread, CPU time"
         equal = f"{shape}; all tokens identical; float32 on both sides"
         bar = 1.0 if batch == 1 else 1.2
-        found.append(race(f"decode fp32 batch {batch}", _cpu(mine), _cpu(theirs), name, version, bar, equal, pairs=5))
+        found.append(race(f"decode fp32 batch {batch}", once(mine), once(theirs), name, version, bar, equal, pairs=5))
 
         cache = ours_low.start(batch)
 
@@ -84,12 +75,12 @@ def _decoding() -> list[dict[str, Any]]:
 
         note = f"{shape}; NOT equal precision: bfloat16 against float32, weights laid out once beforehand"
         found.append(
-            race(f"decode bf16 batch {batch}", _cpu(mine_low), _cpu(theirs), name, version, 2.0, note, pairs=5)
+            race(f"decode bf16 batch {batch}", once(mine_low), once(theirs), name, version, 2.0, note, pairs=5)
         )
         note = f"{shape}; bfloat16 on both sides (tokens not compared), our weights laid out once beforehand"
         found.append(
             race(
-                f"decode bf16 batch {batch}, both", _cpu(mine_low), _cpu(theirs_low), name, version, 1.0, note, pairs=5
+                f"decode bf16 batch {batch}, both", once(mine_low), once(theirs_low), name, version, 1.0, note, pairs=5
             )
         )
     return found
@@ -188,7 +179,7 @@ def _training() -> list[dict[str, Any]]:
             f"batches, 1 thread, CPU time of 10 steps; losses of the first 10 steps agree within {gap:.0e}"
         )
         found.append(
-            race(f"train step batch {batch}", _cpu(mine), _cpu(theirs), "plain nanoGPT-style loop", torch.__version__,
+            race(f"train step batch {batch}", once(mine), once(theirs), "plain nanoGPT-style loop", torch.__version__,
                  1.0, equal, pairs=7)
         )  # fmt: skip
     return found

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "bench"
 
@@ -74,6 +75,17 @@ def report(room: str, rows: list[dict[str, object]]) -> Path:
     part.replace(path)
     print(path)
     return path
+
+
+def cpu(work: Callable[[], Any], repeats: int = 8) -> Callable[[], float]:
+    """CPU seconds of this process for one call: the median of `repeats`. Other programs are not counted."""
+
+    def once() -> float:
+        began = time.process_time()
+        work()
+        return time.process_time() - began
+
+    return lambda: statistics.median(once() for _ in range(repeats))
 
 
 def _seconds(work: Callable[[], float | None]) -> float:

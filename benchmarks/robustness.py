@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import multiprocessing
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,7 +16,7 @@ from torch import Tensor
 from etude.basics.mlp import MLP
 from etude.robustness.fgsm import fgsm
 from etude.vision.lenet import LeNet
-from race import race, report
+from race import cpu, race, report
 
 BAR, EPS = 1.0, 0.1
 
@@ -58,17 +55,6 @@ def row(case: str) -> dict[str, object]:
     equal = f"identical images in float64, {differ:.1e} of the pixels differ in float32; one thread, CPU seconds"
     name, version = f"FGSM, {case}, 128 of 1×28×28", torchattacks.__version__
     return race(name, cpu(ours), cpu(peer), "torchattacks", version, BAR, equal, pairs=15)
-
-
-def cpu(work: Callable[[], Tensor], repeats: int = 8) -> Callable[[], float]:
-    """CPU seconds of this process for one call: the median of `repeats`."""
-
-    def once() -> float:
-        began = time.process_time()
-        work()
-        return time.process_time() - began
-
-    return lambda: statistics.median(once() for _ in range(repeats))
 
 
 if __name__ == "__main__":
