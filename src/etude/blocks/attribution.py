@@ -15,6 +15,7 @@ import contextlib
 import copy
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +26,17 @@ from torch import Tensor, nn
 from etude.blocks.lens import Folding, Lens, Norm, Unfold
 from etude.blocks.plots import INK, PALETTE, PAPER, SOFT, WIDTH
 
-_FOLDS: weakref.WeakKeyDictionary[nn.Module, dict[str, Norm]] = weakref.WeakKeyDictionary()
-"""Batch norms that were seen to follow convolutions, by model."""
+
+class Known(NamedTuple):
+    """Batch norms that were seen to follow convolutions (`etude.blocks.lens.Folding`), and whether to fold them."""
+
+    norms: dict[str, Norm]
+    sure: bool = False
+
+
+_FOLDS: weakref.WeakKeyDictionary[nn.Module, Known] = weakref.WeakKeyDictionary()
+"""By model: seen in the first call, held against the plain result in the second, used from the third on."""
+
 _SIGNED = LinearSegmentedColormap.from_list("etude_signed", [PALETTE[0], PAPER, PALETTE[1]])
 
 
@@ -58,11 +68,17 @@ def input_gradient(
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_evaluating(model))
+        known = _FOLDS.get(model)
+        norms = known.norms if known is not None and known.sure and not _hooked(model) else {}
         try:
-            gradient, logits = _pass(model, x, start, guided, _FOLDS.get(model, {}))
-        except Unfold:  # the model took another way than in the call that `_FOLDS` knows of
-            _FOLDS.pop(model, None)
-            gradient, logits = _pass(model, x, start, guided, {})
+            gradient, logits, proved = _pass(model, x, start, guided, norms)
+        except Unfold:  # the model took another way than in the calls before
+            known, norms = None, {}
+            gradient, logits, proved = _pass(model, x, start, guided, {})
+        if (known is None or not known.sure) and not _hooked(model):
+            again = known is not None and known.norms == proved
+            agrees = again and _agrees((gradient, logits), model, x, start, guided, proved)
+            _FOLDS[model] = Known({} if again and not agrees else proved, sure=again or not proved)
     if gradient is None:
         raise ValueError(
             f"the output of {type(model).__name__} has no gradient at x; does it detach or round its input?"
@@ -76,8 +92,8 @@ def _pass(
     start: Callable[[Tensor], Tensor],
     guided: bool,
     folds: dict[str, Norm],
-) -> tuple[Tensor | None, Tensor]:
-    """Forward and back once, with `folds` of batch norm into convolutions: the gradient (None for none) and the logits."""
+) -> tuple[Tensor | None, Tensor, dict[str, Norm]]:
+    """Forward and back once with `folds` of batch norm: the gradient (None for none), the logits, the folds proved."""
     convolutions = [part for part in model.modules() if isinstance(part, nn.Conv2d)]
     on_cpu = x.device.type == "cpu"
     # channels last and folded batch norm halve the time of a residual network
@@ -100,14 +116,37 @@ def _pass(
         raise ValueError(
             f"no ReLU is seen in {type(model).__name__}; the guided map would be the gradient, so use saliency"
         )
-    if lens.folding is not None and (proved := lens.folding.proved()) and not folds:
-        _FOLDS[model] = proved
+    proved = lens.folding.proved() if lens.folding is not None else {}
     gradient = None
     if logits.requires_grad:
         above = start(logits.detach())
         with seeing:  # a checkpointed part runs forward again in here
             (gradient,) = torch.autograd.grad(logits, leaf, above, allow_unused=True)
-    return gradient, logits
+    return gradient, logits, proved
+
+
+def _hooked(model: nn.Module) -> bool:
+    """Whether a hook looks at what a layer makes: then every layer must make it."""
+    return any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+
+
+def _agrees(
+    plain: tuple[Tensor | None, Tensor],
+    model: nn.Module,
+    x: Tensor,
+    start: Callable[[Tensor], Tensor],
+    guided: bool,
+    folds: dict[str, Norm],
+) -> bool:
+    """Whether folding gives the plain gradient and logits: functions that are compiled or scripted are not seen."""
+    try:
+        gradient, logits, _ = _pass(model, x, start, guided, folds)
+    except Unfold:
+        return False
+    pairs = ((plain[0], gradient), (plain[1].detach(), logits.detach()))
+    return all(
+        a is not None and b is not None and float((a - b).abs().max()) <= 1e-3 * float(a.abs().max()) for a, b in pairs
+    )
 
 
 def chosen(logits: Tensor, target: Tensor | int | None) -> Tensor:

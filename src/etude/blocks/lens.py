@@ -75,9 +75,9 @@ class Output(NamedTuple):
 class Folding:
     """Learns in one call which batch norms follow which convolutions, and folds them in the calls after.
 
-    A pair is proved when the norm was the only function that saw the convolution's output and nothing kept it. When that
-    fails in a later call (the model branched another way, a hook was added), `Unfold` is raised and the call is made
-    again without folding. Weights and estimates are read anew in every call.
+    A pair is proved when the norm was the only function that saw the convolution's output and nothing kept it. When
+    another function meets the output in a later call (the model branched another way), `Unfold` is raised and the call
+    must be made again without folding. Weights and estimates are read anew in every call.
     """
 
     def __init__(self, tensors: dict[str, Tensor], folds: dict[str, Norm]) -> None:
@@ -102,7 +102,7 @@ class Folding:
                 if known.folded is not None:
                     if norm != known.folded or len(known.uses) > 1:
                         raise Unfold
-                    return item.view_as(item)
+                    return item.view_as(item)  # another object, so a second use of `item` is noticed
         return None
 
     def convolved(self, out: Tensor, weight: Tensor, folded: Norm | None = None) -> None:
@@ -117,9 +117,11 @@ class Folding:
         found: dict[str, Norm] = {}
         spoiled = set()
         for known in self.outputs:
+            if known.folded is not None:
+                if not known.uses:
+                    raise Unfold
+                continue
             norm = known.uses[0] if len(known.uses) == 1 and known.tensor() is None else None
-            if known.folded is not None and norm is None:
-                raise Unfold
             if norm is None or found.setdefault(known.weight, norm) != norm:
                 spoiled.add(known.weight)
         return {name: norm for name, norm in found.items() if name not in spoiled}
