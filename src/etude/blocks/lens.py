@@ -154,8 +154,8 @@ class _FewChannels(torch.autograd.Function):
     """A convolution of few input channels, stride 1, fixed weights; its input gradient is a forward convolution again.
 
     The library's own backward is slow where few channels come out, because a CPU works on many at once. So here a tile
-    of T × T neighbouring pixels comes out as channels: a kernel of k + T − 1 at stride T, then a shuffle of pixels. Two
-    to ten times as fast.
+    of T × T neighbouring pixels comes out as channels: a kernel of k + T − 1 at stride T, then a shuffle of pixels. On
+    seven shapes tried, 1.7 to 12 times as fast (small kernels of several channels, channels last, are left out).
     """
 
     @staticmethod

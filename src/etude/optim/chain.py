@@ -224,10 +224,7 @@ class Chain(torch.optim.Optimizer):
                     raise RuntimeError(f"{name} has no fused kernel for these settings: leave fused at None")
                 for bucket in self._buckets(group):
                     if kernel is not None and bucket.fusable:
-                        if len(bucket.steps) == 1:  # a list costs twice the dispatch
-                            bucket.steps[0].add_(1)
-                        else:
-                            torch._foreach_add_(bucket.steps, 1)  # pyright: ignore[reportPrivateImportUsage]
+                        torch._foreach_add_(bucket.steps, 1)  # pyright: ignore[reportPrivateImportUsage]
                         kernel(bucket)
                     else:
                         norm = norm or functools.cache(self._norm)
