@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.server
 import os
+import random
 import threading
 import time
 import urllib.parse
@@ -16,7 +17,7 @@ from etude.core.errors import UserError
 from etude.data import fetch
 from etude.data.registry import Dataset, File
 
-CONTENT = os.urandom(300_000)
+CONTENT = random.Random(0).randbytes(300_000)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -24,9 +25,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         kind = urllib.parse.urlsplit(self.path).path.split("/")[1]
-        body = {"wrong": CONTENT[:-1] + b"?", "long": CONTENT + bytes(100_000), "short": CONTENT[:1000]}.get(
-            kind, CONTENT
-        )
+        body = {
+            "wrong": CONTENT[:-1] + bytes([CONTENT[-1] ^ 1]),
+            "long": CONTENT + bytes(100_000),
+            "short": CONTENT[:1000],
+        }.get(kind, CONTENT)
         if kind == "missing":
             self.send_error(404)
             return
