@@ -174,7 +174,7 @@ def test_best_response_in_kuhn_is_the_best_of_all_64_plans(seed):
         assert np.array_equal(response[low:high], strategy[low:high])
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(number=st.integers(0, 10**6), seed=st.integers(0, 100))
 def test_any_game_equals_recursion_over_histories(number, seed):
     game = RandomGame(number)
@@ -195,7 +195,7 @@ def test_leduc_equals_recursion_over_histories():
     )
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 6), columns=st.integers(1, 6))
 def test_matrix_games_against_linear_programming(seed, rows, columns):
     wins = np.random.default_rng(seed).normal(size=(rows, columns))

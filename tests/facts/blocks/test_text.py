@@ -15,7 +15,7 @@ from etude.core.errors import UserError
 SAMPLE = "Füße, naïve café — 你好! 🙂\nto be or not to be, that is the question.\n" * 20
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1))
 def test_characters_round_trip(text):
     tokens = Characters.of(text)

@@ -22,7 +22,7 @@ sizes = {
 }
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(**sizes, steps=st.integers(1, 8))
 def test_equals_the_concatenation_of_the_epochs(n, batch, world, seed, steps):
     """Brute force: write the infinite list out, cut it."""
@@ -37,7 +37,7 @@ def test_equals_the_concatenation_of_the_epochs(n, batch, world, seed, steps):
         assert ranks[0].epoch(step) == step * batch * world // n
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(**sizes)
 def test_two_ranks_are_one_process_with_twice_the_batch(n, batch, world, seed):
     one = Stream(n, 2 * batch, seed)

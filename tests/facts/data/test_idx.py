@@ -23,7 +23,7 @@ anything = st.sampled_from(["u1", "i1", "i2", "i4", "f4", "f8"]).flatmap(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(array=anything, packed=st.booleans())
 def test_reads_back_what_was_written(tmp_path, write_idx, array, packed):
     path = write_idx(tmp_path / ("a.gz" if packed else "a"), array)

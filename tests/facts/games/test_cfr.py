@@ -64,7 +64,7 @@ def test_the_trace_is_openspiels(game, variant, iterations, gap, value):
         assert expected_value(tree, average) == pytest.approx(value, abs=5e-11)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(
     number=st.integers(0, 10**6),
     variant=st.sampled_from(["cfr", "cfr_plus"]),
