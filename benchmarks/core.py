@@ -78,7 +78,7 @@ def ours(
     optimizer = Adam([flatten(model)], 1e-3) if vector else torch.optim.Adam(model.parameters(), 1e-3, fused=True)
     with tempfile.TemporaryDirectory() as folder:
         run = Run("benchmark", None, Common(quiet=not display), Path(folder))
-        run.record.open(0, "cpu", 1)
+        run.record.open(0, "cpu")
         run.track(model=model, optimizer=optimizer)
         began = time.perf_counter()
         for step in run.steps(total):

@@ -153,7 +153,8 @@ class Entry:
 def method(
     name: str, *, paper: str, section: str, needs: tuple[str, ...] = (), threads: int | None = None
 ) -> Callable[[Callable[..., dict[str, float]]], Callable[..., dict[str, float]]]:
-    """Mark the training loop of a method. `name` equals its path; `threads` is the default thread count (None = all)."""
+    """Mark the training loop of a method. `name` equals its path; `threads` is the default thread count (None = all), which
+    the loop may change by `Run.use_threads` once it knows its network."""
 
     def mark(loop: Callable[..., dict[str, float]]) -> Callable[..., dict[str, float]]:
         loop.etude = {"name": name, "paper": paper, "section": section, "needs": needs, "threads": threads}  # type: ignore[attr-defined]

@@ -153,7 +153,7 @@ def test_a_run_in_a_thread_takes_no_signals() -> None:
 def make(folder: Path, resume: bool = False, **settings) -> Run:
     folder.mkdir(exist_ok=True)
     made = Run("tests/none", None, Common(quiet=True, **settings), folder, resume=resume)
-    made.record.open(made.step, "cpu", 1)
+    made.record.open(made.step, "cpu")
     return made
 
 
@@ -170,6 +170,21 @@ def test_every_and_the_clock(tmp_path) -> None:
     seconds = clock.record.loop_seconds
     assert list(clock.steps(9)) == [7, 8]  # a second phase goes on
     assert clock.record.loop_seconds > seconds > 0
+
+
+def test_threads_suit_the_network_unless_the_user_chose(tmp_path, monkeypatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr("etude.core.run.torch.set_num_threads", chosen.append)
+    monkeypatch.setattr("etude.core.run.os.sched_getaffinity", lambda pid: set(range(12)), raising=False)
+    small, large = torch.nn.Linear(10, 10), torch.nn.Linear(1000, 1000)
+    for settings in ({}, {"threads": 3}):
+        one = make(tmp_path / str(len(settings)), **settings)
+        one.suit_threads(small)
+        one.suit_threads(large)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+        one.use_threads(None)
+        monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert chosen == [1, 12, 3, 3, 3, 3]
 
 
 def test_logged_tensors_are_read_as_they_were(tmp_path) -> None:

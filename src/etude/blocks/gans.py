@@ -285,6 +285,7 @@ class ImageStage:
         self.data = room.images(name, size)
         self.spec = self.data.spec
         self.stream: Stream | None = None
+        run.use_threads(None)  # convolutions, unlike the ring's perceptrons
 
     def real(self, step: int, count: int) -> Tensor:
         """(count, C, H, W) in [−1, 1]: the images of `step`, every image once an epoch."""

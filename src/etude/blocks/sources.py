@@ -102,6 +102,7 @@ def resolve(run: Run, source: str, data: str, network: str = "lenet", steps: int
             f"--data {name} has images {found.spec.shape} of {len(found.spec.classes)} classes; "
             f"the network of {folder} takes {spec.shape} of {len(spec.classes)}"
         )
+    run.suit_threads(loaded.model)
     return Source(loaded.model.to(run.device), found, f"{loaded.name} ({folder})", 0, _trained)
 
 
@@ -119,6 +120,7 @@ def _object(run: Run, model: nn.Module, data: str) -> Source:
     found = room.images(data)
     if any(tensor.device != run.device for tensor in (*model.parameters(), *model.buffers())):
         model = copy.deepcopy(model).to(run.device)
+    run.suit_threads(model)
     two, wanted = found.test.x[:2].to(run.device).float() / 255, (2, len(found.spec.classes))
     try:
         logits = probabilities(model, two)

@@ -200,22 +200,21 @@ def _execute(
     run.source = source
     for complaint in run.complaints:
         run.say(f"{complaint}; going on from step {run.step}")
-    threads = common.threads or loop.etude["threads"] or _cores()  # type: ignore[attr-defined]
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    run.use_threads(loop.etude["threads"])  # type: ignore[attr-defined]
     try:
         with _signals(run):
-            return _finish(entry, run, loop, threads)
+            return _finish(entry, run, loop)
     finally:
         run.progress.stop()
         torch.set_num_threads(before)
 
 
-def _finish(entry: Entry, run: Run, loop: Any, threads: int) -> Finished:
+def _finish(entry: Entry, run: Run, loop: Any) -> Finished:
     """Run the loop to its end; an interruption and a failure leave the folder in order before they are passed on."""
     record, folder = run.record, run.folder
     try:
-        record.open(run.step, str(run.device), threads)
+        record.open(run.step, str(run.device))
         metrics = {name: float(value) for name, value in loop(run.config, run).items()}
         run.finish()
         for name, value in metrics.items():
@@ -248,12 +247,6 @@ def _finish(entry: Entry, run: Run, loop: Any, threads: int) -> Finished:
         raise shown from error
     _report(entry, run)
     return Finished(folder, metrics)
-
-
-def _cores() -> int:
-    """The processor cores this process may use, shared with the other ranks on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def write_report(entry: Entry, folder: Path) -> Path:

@@ -36,11 +36,12 @@ class Record:
         self._metrics = folder / "metrics.jsonl"
         self.rows = 0  # lines of metrics.jsonl that belong to the state of the run
         self.loop_seconds = 0.0  # between the first and the last step of this session
+        self.threads = 1  # that torch computes with
         self._began = time.perf_counter()
         self._session: dict[str, Any] = {}
         self._environment: dict[str, Any] = {}
 
-    def open(self, step: int, device: str, threads: int) -> None:
+    def open(self, step: int, device: str) -> None:
         """Begin a session: which machine, which versions, from which step. Rows after that step are dropped."""
         if self.writes:
             (self.folder / "failed").unlink(missing_ok=True)
@@ -55,7 +56,7 @@ class Record:
                 "commit": commit(),
                 "sessions": [],
             }
-        self._session = {"started": _now(), "from_step": step, "device": device, "threads": threads}
+        self._session = {"started": _now(), "from_step": step, "device": device}
         self._environment["sessions"].append(self._session)
         self._began = time.perf_counter()
         self.beat(step)
@@ -65,6 +66,7 @@ class Record:
         self._session |= {
             "ended": _now(),
             "to_step": step,
+            "threads": self.threads,
             "seconds": round(time.perf_counter() - self._began, 3),
             "loop_seconds": round(self.loop_seconds, 3),
             "peak_memory_mb": peak_memory_mb(),

@@ -125,6 +125,15 @@ class Run:
         self._resumed = self._state_step
         torch.manual_seed(fold(self.seed, 0, 0, "init"))  # equal initial weights on every rank
 
+    def use_threads(self, count: int | None) -> None:
+        """CPU threads from here on: `count`, or for None every core, shared with other ranks; ``--threads`` goes first."""
+        torch.set_num_threads(self.common.threads or count or _cores())
+        self.record.threads = torch.get_num_threads()
+
+    def suit_threads(self, module: nn.Module) -> None:
+        """One thread for a network of up to a million parameters, where a second only costs; every core for a larger."""
+        self.use_threads(1 if sum(p.numel() for p in module.parameters()) <= 1_000_000 else None)
+
     # ------------------------------------------------------------------------------------------------------ state
 
     def describe(self, spec: Spec) -> None:
@@ -420,6 +429,12 @@ def _statistics(modules: tuple[nn.Module, ...]) -> list[torch.Tensor]:
     """Running means and variances of all batch-norm layers."""
     named = [item for module in modules for item in module.named_buffers()]
     return [buffer for name, buffer in named if name.endswith(("running_mean", "running_var"))]
+
+
+def _cores() -> int:
+    """The processor cores this process may use, shared with the other ranks on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def pick_device(name: str) -> torch.device:

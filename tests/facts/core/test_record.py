@@ -19,7 +19,7 @@ def rows(folder) -> list[dict]:
 
 def test_rows_are_appended_and_cut_to_what_the_checkpoint_knows(tmp_path) -> None:
     record = Record(tmp_path)
-    record.open(0, "cpu", 1)
+    record.open(0, "cpu")
     record.metrics([(1, {"loss": 2.0}), (2, {"loss": 0.1})])
     record.metrics([])
     record.metrics([(2, {"after": 1e-300})])
@@ -30,10 +30,10 @@ def test_rows_are_appended_and_cut_to_what_the_checkpoint_knows(tmp_path) -> Non
     assert read_metrics(tmp_path) == rows_of_whole_lines(tmp_path)
     resumed = Record(tmp_path)
     resumed.rows = 2
-    resumed.open(2, "cpu", 1)
+    resumed.open(2, "cpu")
     assert rows(tmp_path) == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 0.1}]
     fresh = Record(tmp_path)
-    fresh.open(0, "cpu", 1)  # resumed without any checkpoint
+    fresh.open(0, "cpu")  # resumed without any checkpoint
     assert rows(tmp_path) == []
 
 
@@ -43,12 +43,13 @@ def rows_of_whole_lines(folder) -> list[dict]:
 
 def test_sessions_and_marks(tmp_path) -> None:
     record = Record(tmp_path)
-    record.open(0, "cpu", 2)
+    record.open(0, "cpu")
+    record.threads = 2  # a method may choose anew once it knows its network
     record.beat(7)
     record.failed("disk full\nTraceback …\n")
     assert (tmp_path / "failed").read_text().splitlines()[0] == "disk full"
     again = Record(tmp_path)
-    again.open(5, "cuda", 1)
+    again.open(5, "cuda")
     assert not (tmp_path / "failed").exists()
     again.beat(9)
     again.result({"a": 1.0})
@@ -66,7 +67,7 @@ def test_sessions_and_marks(tmp_path) -> None:
 
 def test_other_ranks_write_nothing(tmp_path) -> None:
     record = Record(tmp_path, writes=False)
-    record.open(0, "cpu", 1)
+    record.open(0, "cpu")
     record.metrics([(1, {"loss": 2.0})])
     record.beat(1)
     record.result({"a": 1.0})

@@ -164,6 +164,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
     model = build(config, spec)["model"]
     if published is not None:
         model.load_state_dict(published.state_dict())
+    run.suit_threads(model)
     model = run.place(model)
     optimizer = torch.optim.AdamW(
         [
