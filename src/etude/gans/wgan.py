@@ -71,7 +71,7 @@ class Config:
     """Steps between measurements and pictures (0: only at the end)."""
 
 
-IMAGES = {"clip": 0.01, "batch": 64, "latent": 64, "width": 32, "learning_rate": 5e-5, "schedule": "constant"}
+IMAGES = {"clip": 0.01, "batch": 64, "latent": 64, "width": 32, "learning_rate": 5e-4}
 
 PRESETS = {
     "tiny": Config(steps=10, batch=32, width=32),

@@ -80,7 +80,7 @@ class Config:
     """Steps between measurements and pictures (0: only at the end)."""
 
 
-IMAGES = {"penalty": 10.0, "batch": 64, "latent": 64, "width": 32, "learning_rate": 4e-4}
+IMAGES = {"penalty": 10.0, "batch": 64, "latent": 64, "width": 32, "learning_rate": 1e-3}
 
 PRESETS = {
     "tiny": Config(steps=10, batch=32, width=32),

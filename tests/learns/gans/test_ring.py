@@ -29,7 +29,7 @@ def test_images_resume_exactly_and_can_be_drawn(tmp_path, name, monkeypatch):
     """A run cut off after a checkpoint ends in the same numbers and weights, without teaching its judge again."""
     monkeypatch.setattr(gans, "JUDGE_STEPS", 5)
     settings = {"preset": "digits", "width": 8, "batch": 8, "steps": 4, "evaluate_every": 2, "save_every": 1}
-    settings["quiet"] = True
+    settings |= {"quiet": True, "threads": 1}
     whole = etude.run(name, out=tmp_path / "whole", **settings)
     look = gans.ImageStage.look
 
