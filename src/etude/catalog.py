@@ -124,6 +124,13 @@ class Entry:
         return []
 
     @property
+    def samples(self) -> bool:
+        """Whether `etude sample` draws from its runs: the file defines `sample`, or imports it under that name."""
+        imported = (alias for node in self.tree.body if isinstance(node, ast.ImportFrom) for alias in node.names)
+        names = [getattr(node, "name", "") for node in self.tree.body] + [alias.asname for alias in imported]
+        return "sample" in names
+
+    @property
     def card(self) -> dict[str, Any] | None:
         """The evidence card written by `etude verify`, or None."""
         path = results_folder() / f"{self.name}.json"

@@ -6,8 +6,10 @@ middle and resumed; all tests of a method share these runs. Nothing here names a
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -165,12 +167,14 @@ def test_settings_are_documented_and_in_range(case: Case) -> None:
         kind = getattr(case.module, name)
         assert dataclasses.is_dataclass(kind)
         assert kind.__dataclass_params__.frozen, f"{name} is @dataclass(frozen=True)"
-        helps = {field["name"]: field["help"] for field in catalog.class_fields(case.entry.tree, name)}
+        helps = {
+            field["name"]: field["help"] for field in catalog.class_fields(ast.parse(inspect.getsource(kind)), name)
+        }
         assert list(helps) == [field.name for field in dataclasses.fields(kind)]
         assert [field for field, text in helps.items() if not text] == [], f"fields of {name} without a docstring"
         assert len(helps) <= MOST_FIELDS
         check(kind())
-    assert hasattr(case.module, "sample") == hasattr(case.module, "Sample")
+    assert hasattr(case.module, "sample") == hasattr(case.module, "Sample") == case.entry.samples
 
 
 def test_presets_and_experiments_are_whole(case: Case) -> None:

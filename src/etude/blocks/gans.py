@@ -18,6 +18,7 @@ Differences:
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +33,7 @@ from etude.blocks import plots
 from etude.blocks.nn.init import initialise
 from etude.blocks.nn.norm import BatchNorm
 from etude.core.checkpoint import Box
+from etude.core.config import Count, Whole
 from etude.core.errors import UserError
 from etude.core.run import Loaded, Run
 from etude.core.spec import Spec
@@ -381,12 +383,22 @@ def scatter(samples: Tensor) -> Figure:
     return figure
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Settings of `etude sample`."""
+
+    count: Count = 64
+    """Samples to draw."""
+    seed: Whole = 0
+    """Seed of the noise."""
+
+
 @torch.no_grad()
-def draw(loaded: Loaded, count: int, seed: int, folder: Path) -> str:
-    """Write `count` samples of a trained generator into ``samples.png`` in `folder`, and say what is on it."""
-    noise = torch.Generator().manual_seed(seed)
-    samples = drawn(loaded.modules["generator"], torch.randn(count, loaded.config.latent, generator=noise))
-    said = f"{count} samples after {loaded.step} steps: "
+def sample(loaded: Loaded, options: Sample, folder: Path) -> str:
+    """Draw from the generator: a grid of images, or points over the ring, in ``samples.png``; say what is on it."""
+    noise = torch.Generator().manual_seed(options.seed)
+    samples = drawn(loaded.modules["generator"], torch.randn(options.count, loaded.config.latent, generator=noise))
+    said = f"{options.count} samples after {loaded.step} steps: "
     if loaded.spec.shape == (2,):
         scatter(samples).savefig(folder / "samples.png", dpi=144)
         scores = ring_scores(samples)

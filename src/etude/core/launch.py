@@ -268,7 +268,7 @@ def write_report(entry: Entry, folder: Path) -> Path:
             fields=tuple((field["name"], field["help"]) for field in entry.fields),
             bars=tuple(entry.experiments),
             card=entry.card,
-            samples="\ndef sample(" in entry.source,
+            samples=entry.samples,
         ),
     )
 

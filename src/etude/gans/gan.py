@@ -42,7 +42,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -50,10 +49,12 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from etude import optim
-from etude.blocks.gans import draw, flat, players, stage
+from etude.blocks.gans import Sample as Sample  # this and `sample`: for `etude sample`
+from etude.blocks.gans import flat, players, stage
+from etude.blocks.gans import sample as sample
 from etude.catalog import Experiment, method
 from etude.core.config import Count, Fraction, NonNegative, Positive, Probability, Whole
-from etude.core.run import Loaded, Run
+from etude.core.run import Run
 from etude.core.spec import Spec
 from etude.vision.lenet import LeNet
 
@@ -212,18 +213,3 @@ def train(config: Config, run: Run) -> dict[str, float]:
         if run.every(config.evaluate_every):
             scores = data.look(G, step + 1)
     return scores or data.measure(G)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Settings of `etude sample`."""
-
-    count: Count = 64
-    """Samples to draw."""
-    seed: Whole = 0
-    """Seed of the noise."""
-
-
-def sample(loaded: Loaded, options: Sample, folder: Path) -> str:
-    """Draw from the generator: a grid of images, or points over the ring."""
-    return draw(loaded, options.count, options.seed, folder)
