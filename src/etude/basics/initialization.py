@@ -36,7 +36,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ from etude.blocks.panels import label, legend, panels
 from etude.blocks.plots import INK, PALETTE, SOFT
 from etude.catalog import Experiment, method
 from etude.core.checkpoint import Box
-from etude.core.config import Count
+from etude.core.config import Count, Range
 from etude.core.run import Run
 from etude.core.spec import Spec
 
@@ -58,8 +58,8 @@ from etude.core.spec import Spec
 class Config:
     width: Count = 512
     """Units D in every layer."""
-    depth: Count = 20
-    """Layers L."""
+    depth: Annotated[int, Range(1, 200)] = 20
+    """Layers L; float32 holds the linear signal of He's draw, 2^(L/2), up to some 250."""
     count: Count = 256
     """Inputs that are sent through."""
     data: str = "digits"
@@ -108,6 +108,7 @@ LABELS = ("small N(0, 0.01²)", "LeCun 1/D", "Glorot 2/(D + D)", "He 2/D", "orth
 FUNCTIONS = {"tanh": torch.tanh, "relu": torch.relu, "linear": lambda z: z}
 CASES = list(itertools.product(FUNCTIONS, DRAWS))
 BINS = 61
+TINIEST = 2.0**-149  # above 0 in float32
 INKS = (PALETTE[1], PALETTE[0], "#8db4de", PALETTE[2], PALETTE[3], PALETTE[4])
 STROKES = ("-", "-", "--", "-", "-", "--")
 
@@ -171,7 +172,8 @@ def train(config: Config, run: Run) -> dict[str, float]:
         seen.dead[step] = [dead_fraction(layer) for layer in z]
         seen.histogram[step] = [histogram(layer.cpu(), function) for layer in z]
         seen.gradient[step] = [rms(layer) for layer in backward(weights, z, last, function)]  # line 3
-        run.log(log10_rms=math.log10(seen.rms[step, -1]), log10_gradient=math.log10(seen.gradient[step, 0]))
+        ends = {"log10_rms": seen.rms[step, -1], "log10_gradient": seen.gradient[step, 0]}
+        run.log(**{end: math.log10(max(value, TINIEST)) for end, value in ends.items()})  # deep enough, 0 is reached
     found = {f"rms_{function}_{name}": float(seen.rms[i, -1]) for i, (function, name) in enumerate(CASES)}
     found |= {f"gradient_{function}_{name}": float(seen.gradient[i, 0]) for i, (function, name) in enumerate(CASES)}
     images = room.images(config.data).train.x[: config.images]
@@ -238,7 +240,7 @@ def histogram_figure(seen: Box, function: str) -> Any:
             counts = seen.histogram[case, layer - 1]
             here.stairs(counts, edges, fill=True, color=INKS[list(DRAWS).index(name)])
             here.set(
-                ylim=(0, 1.25 * counts.max()), yticks=[], xlim=(-1.03 * reach, 1.03 * reach), xticks=[-reach, 0, reach]
+                ylim=(0, 1.25 * max(1, counts.max())), yticks=[], xlim=(-1.03 * reach, 1.03 * reach), xticks=[-reach, 0, reach]
             )
             here.grid(False)
             here.spines["left"].set_visible(False)
