@@ -11,6 +11,7 @@ from etude.core.errors import UserError
     [
         ("risk", {"sizes": ()}, "--sizes names none"),
         ("bias_variance", {"degrees": ()}, "--degrees names none"),
+        ("descent", {"tolerance": 7.0}, r"--tolerance is 7, but the valley's start is only 2\.01 from its minimum"),
         ("gradient_noise", {"rates": ()}, "--rates names none"),
         ("gradient_noise", {"examples": 2}, "--examples is 2; it must be a whole number at least 16"),
         ("gradient_noise", {"walkers": 1}, "--walkers is 1; it must be a whole number at least 2"),
