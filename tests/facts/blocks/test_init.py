@@ -257,6 +257,8 @@ def test_mistakes_are_named():
         initialise(nn.Linear(2, 2), "xavier")
     with pytest.raises(ValueError, match="ReLU has no linear or convolutional layer"):
         initialise(nn.ReLU(), "he")
+    with pytest.raises(ValueError, match="computed by a parametrization"):
+        initialise(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), "he")
     with pytest.raises(ValueError, match="at least 2 dimensions"):
         variance_scaling(torch.empty(3))
     with pytest.raises(ValueError, match="at least 2 dimensions"):
