@@ -175,7 +175,9 @@ def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
 def train(config: Config, run: Run) -> dict[str, float]:
     far = float(starts(config.angle)[0].norm())
     if config.tolerance >= far:
-        raise UserError(f"--tolerance is {config.tolerance:g}, but the valley's start is only {far:.3g} from its minimum")
+        raise UserError(
+            f"--tolerance is {config.tolerance:g}, but the valley's start is only {far:.3g} from its minimum"
+        )
     rules, rates = settings(config)
 
     def value(theta: Tensor) -> Tensor:
