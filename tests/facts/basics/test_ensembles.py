@@ -245,6 +245,7 @@ def test_worth_is_of_the_first_m_members():
     (lambda: LeNet(10, size=28, normalizer="layer").double(), "classifier.1", (1, 28, 28)),
 ])  # fmt: skip
 def test_a_split_network_computes_what_it_did(make, at, shape):
+    torch.manual_seed(0)
     network = make()
     x = torch.rand(4, *shape, dtype=torch.float64)
     before, parameters = network(x), sum(p.numel() for p in network.parameters())
@@ -291,6 +292,7 @@ def test_splits_that_make_no_sense(network, at, said):
 
 
 def test_linear_model_averaging_weights_is_averaging_outputs():
+    torch.manual_seed(0)
     models, x = [nn.Linear(6, 3).double() for _ in range(4)], draw(8, 6)
     outputs = torch.stack([model(x) for model in models]).mean(0)
     torch.testing.assert_close(average_parameters(models)(x), outputs, rtol=1e-12, atol=1e-14)
