@@ -470,7 +470,10 @@ def test_averaged_weights_answer_with_statistics_of_their_own(tmp_path):
 def test_statistics_of_one_image_more_than_fill_the_batches():
     """1,001 images: two batches of nearly one size, where a last batch of one image would have no variance."""
     split = images("digits").train
-    run, data = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(train=Split(split.x[:1001], split.y[:1001]))
+    run, data = (
+        SimpleNamespace(device=torch.device("cpu")),
+        SimpleNamespace(train=Split(split.x[:1001], split.y[:1001])),
+    )
     parts = list(training_images(run, data))
     assert [len(part) for part in parts] == [501, 500]
     assert torch.equal(torch.cat(parts), split.x[:1001])
