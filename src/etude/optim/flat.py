@@ -114,5 +114,5 @@ def flatten(module: nn.Module | Iterable[nn.Parameter]) -> Vector:
         vector._members.append((named[parameter], parameter, slope, value.data_ptr()))
         offset += parameter.numel()
     # autograd writes to the slot beneath the property: a loss of the vector itself adds to the same numbers
-    torch.Tensor.grad.__set__(vector, vector._gradient)  # pyright: ignore[reportOptionalMemberAccess]
+    torch.Tensor.grad.__set__(vector, vector._gradient)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
     return vector
