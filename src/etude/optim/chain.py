@@ -262,18 +262,17 @@ class Chain(torch.optim.Optimizer):
     def _buckets(self, group: dict[str, Any]) -> Iterable[Bucket]:
         """The group's parameters that have a gradient, by device and dtype, with their state (made when new)."""
         buckets: dict[Any, Bucket] = {}
+        strided = torch.strided
         for parameter in group["params"]:
             gradient = parameter.grad
             if gradient is None:
                 continue
-            if gradient.layout is not torch.strided or gradient.is_complex():
-                raise RuntimeError(
-                    f"{type(self).__name__} needs dense real gradients, got {gradient.dtype} in {gradient.layout}"
-                )
             state = self.state[parameter]
+            if gradient.layout is not strided:
+                raise self._unfit(gradient)
             if "step" not in state:
-                self._begin(group, parameter, state)
-            step, fusable = state["step"], parameter.device.type in _FUSED_DEVICES
+                self._begin(group, parameter, gradient, state)
+            step, gaps = state["step"], False
             if hasattr(parameter, "to_local"):  # sharded: every link is elementwise, so each rank updates its own part
                 parameter, gradient = parameter.to_local(), gradient.to_local()
                 state = {name: value.to_local() for name, value in state.items() if hasattr(value, "to_local")}
@@ -281,19 +280,25 @@ class Chain(torch.optim.Optimizer):
                 # a fused kernel reads all tensors in one order of memory, and would write into the gaps of a slice
                 if gradient.stride() != parameter.stride():
                     gradient = _like(parameter, gradient)
-                fusable = fusable and torch.empty_like(parameter, device="meta").stride() == parameter.stride()
-            key = (parameter.device, parameter.dtype, fusable)
+                gaps = torch.empty_like(parameter, device="meta").stride() != parameter.stride()
+            key = (device := parameter.device, parameter.dtype, gaps)
             bucket = buckets.get(key)
             if bucket is None:
-                bucket = buckets[key] = Bucket([], [], [], [], fusable)
+                bucket = buckets[key] = Bucket([], [], [], [], device.type in _FUSED_DEVICES and not gaps)
             bucket.steps.append(step)
             bucket.parameters.append(parameter)
             bucket.gradients.append(gradient)
             bucket.states.append(state)
         return buckets.values()
 
-    def _begin(self, group: dict[str, Any], parameter: Tensor, state: State) -> None:
+    def _unfit(self, gradient: Tensor) -> RuntimeError:
+        name = type(self).__name__
+        return RuntimeError(f"{name} needs dense real gradients, got {gradient.dtype} in {gradient.layout}")
+
+    def _begin(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor, state: State) -> None:
         """Zero state for a parameter seen for the first time; its entries are those the rule returns."""
+        if gradient.is_complex():
+            raise self._unfit(gradient)
         nothing = torch.zeros(0, dtype=parameter.dtype)
         for slot in update(self.rule(group), nothing, nothing, {}, 1, 0.0)[1]:
             if state.get(slot) is None:
