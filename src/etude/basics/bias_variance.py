@@ -153,6 +153,8 @@ def even(count: int) -> Tensor:
 
 @method("basics/bias_variance", paper="Geman et al. 1992", section="2.2", threads=1)
 def train(config: Config, run: Run) -> dict[str, float]:
+    if not config.degrees:
+        raise UserError("--degrees names none; give at least one degree")
     widest = max(config.degrees) + 1
     if widest > config.samples and not config.penalty:
         raise UserError(

@@ -50,6 +50,7 @@ from etude.blocks.plots import INK, PALETTE, SOFT
 from etude.catalog import Experiment, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, NonNegative, Positive, Whole
+from etude.core.errors import UserError
 from etude.core.run import Run
 from etude.core.spec import Spec
 from etude.optim import adagrad, adam, momentum, newton, rmsprop, sgd
@@ -172,6 +173,11 @@ def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
 
 @method("basics/descent", paper="Cauchy 1847; Polyak 1964; arXiv:1406.2572", section="3.1, 3.2, 3.3", threads=1)
 def train(config: Config, run: Run) -> dict[str, float]:
+    far = float(starts(config.angle)[0].norm())
+    if config.tolerance >= far:
+        raise UserError(
+            f"--tolerance is {config.tolerance:g}, but the valley's start is only {far:.3g} from its minimum"
+        )
     rules, rates = settings(config)
 
     def value(theta: Tensor) -> Tensor:

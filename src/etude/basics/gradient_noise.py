@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -40,7 +40,8 @@ from etude.blocks.panels import label, legend, panels
 from etude.blocks.plots import INK, PALETTE, SOFT
 from etude.catalog import Experiment, method
 from etude.core.checkpoint import Box
-from etude.core.config import Count, Positive
+from etude.core.config import Count, Positive, Range
+from etude.core.errors import UserError
 from etude.core.run import Run
 from etude.core.spec import Spec
 from etude.optim.sgd import minibatch
@@ -50,13 +51,13 @@ from etude.optim.sgd import minibatch
 class Config:
     data: str = "digits"
     """Images (digits, mnist, … or a folder of class-named image folders)."""
-    examples: Count = 1024
+    examples: Annotated[int, Range(16)] = 1024
     """N: the first so many training images are the whole population."""
     draws: Count = 5000
     """Batches drawn of each size, with and without replacement."""
     warm_up: Count = 20
     """Full-batch steps before the gradients are taken."""
-    walkers: Count = 20000
+    walkers: Annotated[int, Range(2)] = 20000
     """Iterates in the experiment on the stationary variance."""
     rates: tuple[Positive, ...] = (0.025, 0.05, 0.1, 0.2)
     """Step sizes α of that experiment."""
@@ -137,6 +138,8 @@ def population(config: Config) -> Tensor:
 
 @method("basics/gradient_noise", paper="Robbins & Monro 1951; Bottou 2012", section="3.4", threads=1)
 def train(config: Config, run: Run) -> dict[str, float]:
+    if not config.rates:
+        raise UserError("--rates names none; give at least one step size")
     inner = population(config)
     total = len(inner)
     sizes = sorted({2**k for k in range(total.bit_length() - 1)} | {3 * total // 4, total})
@@ -209,7 +212,7 @@ def variance_figure(sizes: list[int], seen: Box, forms: np.ndarray, config: Conf
     left.set_ylim(0.2 / total, 1.6)
     for text, place, ink in (
         ("1/B", (3, 0.42), PALETTE[1]),
-        ("1/B · (N − B)/(N − 1)\n0 at B = N", (total / 45, 0.5 / total), PALETTE[0]),
+        ("1/B · (N − B)/(N − 1)\n0 at B = N", (max(1.1, total / 45), 0.5 / total), PALETTE[0]),
     ):
         left.text(*place, text, color=ink, fontsize=8.5)
     label(left, f"gradient noise, N = {total}", "batch size B", "E‖g_B − ∇L‖² / S²")

@@ -36,7 +36,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ from etude.blocks.panels import label, legend, panels
 from etude.blocks.plots import INK, PALETTE, SOFT
 from etude.catalog import Experiment, method
 from etude.core.checkpoint import Box
-from etude.core.config import Count
+from etude.core.config import Count, Range
 from etude.core.run import Run
 from etude.core.spec import Spec
 
@@ -58,8 +58,8 @@ from etude.core.spec import Spec
 class Config:
     width: Count = 512
     """Units D in every layer."""
-    depth: Count = 20
-    """Layers L."""
+    depth: Annotated[int, Range(1, 200)] = 20
+    """Layers L; float32 holds the linear signal of He's draw, 2^(L/2), up to some 250."""
     count: Count = 256
     """Inputs that are sent through."""
     data: str = "digits"
@@ -108,8 +108,9 @@ LABELS = ("small N(0, 0.01²)", "LeCun 1/D", "Glorot 2/(D + D)", "He 2/D", "orth
 FUNCTIONS = {"tanh": torch.tanh, "relu": torch.relu, "linear": lambda z: z}
 CASES = list(itertools.product(FUNCTIONS, DRAWS))
 BINS = 61
+TINIEST = 2.0**-149  # above 0 in float32
 INKS = (PALETTE[1], PALETTE[0], "#8db4de", PALETTE[2], PALETTE[3], PALETTE[4])
-STROKES = ("-", "-", "--", "-", "-", "--")
+THICK = (1.6, 6.0, 3.4, 4.5, 1.2, 1.2)  # lines of equal draws lie on each other: thin ones on thick ones
 
 
 def forward(weights: Sequence[Tensor], x: Tensor, function: str) -> list[Tensor]:
@@ -171,7 +172,8 @@ def train(config: Config, run: Run) -> dict[str, float]:
         seen.dead[step] = [dead_fraction(layer) for layer in z]
         seen.histogram[step] = [histogram(layer.cpu(), function) for layer in z]
         seen.gradient[step] = [rms(layer) for layer in backward(weights, z, last, function)]  # line 3
-        run.log(log10_rms=math.log10(seen.rms[step, -1]), log10_gradient=math.log10(seen.gradient[step, 0]))
+        ends = {"log10_rms": seen.rms[step, -1], "log10_gradient": seen.gradient[step, 0]}
+        run.log(**{end: math.log10(max(value, TINIEST)) for end, value in ends.items()})  # deep enough, 0 is reached
     found = {f"rms_{function}_{name}": float(seen.rms[i, -1]) for i, (function, name) in enumerate(CASES)}
     found |= {f"gradient_{function}_{name}": float(seen.gradient[i, 0]) for i, (function, name) in enumerate(CASES)}
     images = room.images(config.data).train.x[: config.images]
@@ -211,8 +213,8 @@ def depth_figure(seen: Box) -> Any:
             here = axes[3 * row + column]
             for i, name in enumerate(DRAWS):
                 line = values[CASES.index((function, name))]
-                here.semilogy(layers, line, color=INKS[i], linestyle=STROKES[i], linewidth=1.6, label=LABELS[i])
-            here.set_xticks([1, *range(5, len(layers) + 1, 5)])
+                here.semilogy(layers, line, color=INKS[i], linewidth=THICK[i], label=LABELS[i])
+            here.set_xticks(_ticks(len(layers)))
             label(here, f"{function}: {title}", "layer", title if column == 0 else "")
     low = min(axis.get_ylim()[0] for axis in axes)
     high = max(axis.get_ylim()[1] for axis in axes)
@@ -221,6 +223,12 @@ def depth_figure(seen: Box) -> Any:
     lines, names = axes[0].get_legend_handles_labels()
     figure.legend(lines, names, loc="outside lower center", ncols=6, frameon=False, fontsize=8.5, labelcolor=INK)
     return figure
+
+
+def _ticks(depth: int) -> list[int]:
+    """The first layer and some round numbers behind it."""
+    gap = 5 * -(-depth // 30)
+    return [1, *range(gap, depth + 1, gap)]
 
 
 def histogram_figure(seen: Box, function: str) -> Any:
@@ -238,7 +246,10 @@ def histogram_figure(seen: Box, function: str) -> Any:
             counts = seen.histogram[case, layer - 1]
             here.stairs(counts, edges, fill=True, color=INKS[list(DRAWS).index(name)])
             here.set(
-                ylim=(0, 1.25 * counts.max()), yticks=[], xlim=(-1.03 * reach, 1.03 * reach), xticks=[-reach, 0, reach]
+                ylim=(0, 1.25 * max(1, counts.max())),
+                yticks=[],
+                xlim=(-1.03 * reach, 1.03 * reach),
+                xticks=[-reach, 0, reach],
             )
             here.grid(False)
             here.spines["left"].set_visible(False)
@@ -273,7 +284,7 @@ def dead_figure(seen: Box) -> Any:
     axes.plot(layers, seen.dead[case], color=PALETTE[1], linewidth=1.8, label="dead: units with z ≤ 0 for every input")
     axes.axhline(0.5, color=SOFT, linewidth=0.8, linestyle=":")
     axes.set_ylim(-0.02, 0.75)
-    axes.set_xticks([1, *range(5, len(layers) + 1, 5)])
+    axes.set_xticks(_ticks(len(layers)))
     label(axes, "ReLU, He initialisation, bias 0", "layer", "share")
     legend(axes, loc="upper left")
     return figure

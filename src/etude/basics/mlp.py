@@ -76,7 +76,7 @@ class Config:
     batch: Count = 128
     """Images in a mini-batch (of each rank)."""
     optimizer: optim.Name = "adam"
-    """Update rule (newton, damped, is for networks of up to 3,000 parameters; its learning rate is 1)."""
+    """Update rule (newton, damped, is for networks of up to 3,000 parameters; give it --learning-rate 1)."""
     learning_rate: Positive = 1e-3
     """Learning rate (peak of the schedule)."""
     schedule: optim.Schedule = "constant"

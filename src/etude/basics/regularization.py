@@ -34,7 +34,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ from etude.blocks.panels import label, legend, panels
 from etude.blocks.plots import INK, PALETTE, PAPER, SOFT
 from etude.catalog import Experiment, method
 from etude.core.checkpoint import Box
-from etude.core.config import Count, Positive
+from etude.core.config import Count, Positive, Range
 from etude.core.errors import UserError
 from etude.core.randomness import generator
 from etude.core.run import Run
@@ -65,7 +65,7 @@ class Config:
     """The smallest λ of the path."""
     largest: Positive = 1e4
     """The largest λ of the path."""
-    steps: Count = 29
+    steps: Annotated[int, Range(2)] = 29
     """Values of λ, evenly spaced on a logarithmic axis."""
     penalty: Positive = 0.5
     """λ of the fit to all the data and of the pictured prior, whose variance is 1/(2λ)."""
@@ -248,7 +248,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
         "best_penalty": float(penalties[best]),
         "test_error": float(test[best]),
         "test_gain": float(1 - test[best] / torch.minimum(test[0], test[-1])),
-        "norm_ratio": float((norms[:-1] / norms[1:]).max()) if config.steps > 1 else 0.0,
+        "norm_ratio": float((norms[:-1] / norms[1:]).max()),
         "decay_gap": float((with_penalty - with_decay).abs().max()),
     }
 

@@ -133,6 +133,8 @@ def expected_true_risk(problem: Problem, n: int) -> float:
 
 @method("basics/risk", paper="Vapnik 1992", section="2.1", threads=1)
 def train(config: Config, run: Run) -> dict[str, float]:
+    if not config.sizes:
+        raise UserError("--sizes names none; give at least one number of samples")
     if min(config.sizes) < config.features + 2:
         raise UserError(
             f"--sizes has {min(config.sizes)}; with {config.features} features a dataset needs at least "

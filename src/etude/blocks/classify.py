@@ -97,8 +97,11 @@ class Recipe:
                 )
             if self.ensemble != "none":
                 raise UserError("--optimizer newton solves for one network at a time; leave --ensemble out")
-        if self.normalizer == "batch" and self.batch == 1:
-            raise UserError("--normalizer batch has no statistics in a batch of one; take --batch 2 or more, or layer")
+        for flag in ("batch", "examples"):
+            if self.normalizer == "batch" and getattr(self, flag) == 1:
+                raise UserError(
+                    f"--normalizer batch has no statistics in a batch of one; take --{flag} 2 or more, or layer"
+                )
         if self.dropout_style != "inverted" and not self.dropout:
             raise UserError(f"--dropout-style {self.dropout_style} changes nothing at --dropout 0; give --dropout too")
         if self.ensemble == "none":
@@ -228,8 +231,12 @@ def pictures(run: Run, model: nn.Module, data: Images, first: Tensor) -> None:
 
 
 def training_images(run: Run, data: Images, batch: int = 1000) -> Iterator[Tensor]:
-    """The training images in order, on the run's device, for statistics; equal on every rank."""
-    for x in data.train.x.split(batch):
+    """The training images in order, on the run's device, for statistics; equal on every rank.
+
+    In the fewest batches of at most `batch`, of sizes that differ by one: statistics are averaged over batches, so a
+    short last one would weigh too much, and one of a single image has none.
+    """
+    for x in data.train.x.tensor_split(-(-len(data.train) // batch)):
         yield x.to(run.device)
 
 

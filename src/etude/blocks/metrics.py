@@ -21,8 +21,10 @@ Reduction = Literal["mean", "sum", "none"]
 def accuracy(scores: Tensor, targets: Tensor) -> Tensor:
     """Share of items whose highest score is the target. scores (..., C), targets (...) int64 → 0-dim float64 in [0, 1].
 
-    A tie counts for the lowest class index, as argmax gives it, whatever the target; NaN for no items.
+    A tie counts for the lowest class index, as argmax gives it, whatever the target; NaN for no items. Raises ValueError
+    if the shapes do not agree.
     """
+    _agree(scores, targets)
     return (scores.argmax(-1) == targets).double().mean()
 
 
@@ -30,8 +32,9 @@ def top_k_accuracy(scores: Tensor, targets: Tensor, k: int) -> Tensor:
     """Share of items whose target is among the k highest scores. scores (..., C), targets (...) → 0-dim float64.
 
     Ties at the k-th place go to the lowest class indices, so constant scores earn no more than k classes. Raises
-    ValueError unless 1 ≤ k ≤ C.
+    ValueError unless 1 ≤ k ≤ C, or if the shapes do not agree.
     """
+    _agree(scores, targets)
     classes = scores.shape[-1]
     if not 1 <= k <= classes:
         raise ValueError(f"k is {k}; it must be between 1 and the number of classes, {classes}")
@@ -137,6 +140,15 @@ def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 
     """
     counts, mean_confidence, hit_rate = reliability(confidence, correct, bins)
     return (counts * (hit_rate - mean_confidence).abs()).sum() / counts.sum()
+
+
+def _agree(scores: Tensor, targets: Tensor) -> None:
+    """ValueError unless scores are (..., C) for targets (...): (N, 1) for (N,) would be broadcast to N × N comparisons."""
+    if scores.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"scores of shape {tuple(scores.shape)} need targets of shape {tuple(scores.shape[:-1])}, "
+            f"got {tuple(targets.shape)}"
+        )
 
 
 def _hits(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ def rule(eps: float = 1e-10, weight_decay: float = 0.0) -> Rule:
 class AdaGrad(Chain):
     """AdaGrad in torch's names."""
 
+    checks: ClassVar = {"eps": nonnegative, "weight_decay": nonnegative}
     absent: ClassVar = {"lr_decay": 0.0, "initial_accumulator_value": 0.0, "maximize": False}
 
     def __init__(
@@ -39,8 +40,6 @@ class AdaGrad(Chain):
         weight_decay: float = 0.0,
         fused: bool | None = None,
     ):
-        nonnegative("eps", eps)
-        nonnegative("weight_decay", weight_decay)
         super().__init__(params, lr=lr, eps=eps, weight_decay=weight_decay, fused=fused)
 
     def rule(self, group: dict[str, Any]) -> Rule:

@@ -24,7 +24,19 @@ from typing import Any, ClassVar
 import torch
 from torch.optim.optimizer import ParamsT
 
-from etude.optim.chain import Bucket, Chain, Kernel, Rule, average, chain, decay, fraction, l2, nonnegative, over_root
+from etude.optim.chain import (
+    Bucket,
+    Chain,
+    Kernel,
+    Rule,
+    average,
+    chain,
+    decay,
+    l2,
+    nonnegative,
+    over_root,
+    two_fractions,
+)
 
 
 def rule(
@@ -46,6 +58,7 @@ def rule(
 class Adam(Chain):
     """Adam with torch's names and defaults; `decoupled_weight_decay=True` is AdamW."""
 
+    checks: ClassVar = {"betas": two_fractions, "eps": nonnegative, "weight_decay": nonnegative}
     absent: ClassVar = {"amsgrad": False, "maximize": False}
 
     def __init__(
@@ -60,10 +73,6 @@ class Adam(Chain):
         corrected: bool = True,
         fused: bool | None = None,
     ):
-        for index, beta in enumerate(betas):
-            fraction(f"betas[{index}]", beta)
-        nonnegative("eps", eps)
-        nonnegative("weight_decay", weight_decay)
         super().__init__(
             params,
             lr=lr,

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -178,16 +178,30 @@ class Chain(torch.optim.Optimizer):
     Raises ValueError for a hyperparameter out of range, RuntimeError for a sparse or complex gradient.
     """
 
+    checks: ClassVar[Mapping[str, Callable[[str, Any], None]]] = {}
+    """What raises ValueError for a value of a hyperparameter that is out of range, for every group."""
     absent: ClassVar[Mapping[str, float]] = {}
     """torch's settings that this optimizer lacks, at the value that switches them off. They stand in the groups, so
-    that torch can load our state dict; loading a group where one is on raises ValueError."""
+    that torch can load our state dict; making or loading a group where one is on raises ValueError."""
 
     def __init__(
         self, params: ParamsT, rule: Rule | None = None, *, lr: float, fused: bool | None = None, **group: Any
     ):
-        nonnegative("lr", lr)
         self._given = rule
         super().__init__(params, {"lr": lr, **group, "fused": fused, **self.absent})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch, with the group's own hyperparameters checked first."""
+        group = {**self.defaults, **param_group}
+        for name, check in {"lr": nonnegative, **self.checks}.items():
+            check(name, group[name])
+        self._lacks(group)
+        super().add_param_group(param_group)
+
+    def _lacks(self, group: Mapping[str, Any]) -> None:
+        for name, off in self.absent.items():
+            if group[name] != off:
+                raise ValueError(f"{type(self).__name__} has no {name}, but a parameter group has {name}={group[name]}")
 
     def rule(self, group: dict[str, Any]) -> Rule:
         """The update rule with the hyperparameters of one parameter group."""
@@ -248,32 +262,43 @@ class Chain(torch.optim.Optimizer):
     def _buckets(self, group: dict[str, Any]) -> Iterable[Bucket]:
         """The group's parameters that have a gradient, by device and dtype, with their state (made when new)."""
         buckets: dict[Any, Bucket] = {}
+        strided = torch.strided
         for parameter in group["params"]:
             gradient = parameter.grad
             if gradient is None:
                 continue
             state = self.state[parameter]
+            if gradient.layout is not strided:
+                raise self._unfit(gradient)
             if "step" not in state:
                 self._begin(group, parameter, gradient, state)
-            key = (device := parameter.device, parameter.dtype)
-            bucket = buckets.get(key)
-            if bucket is None:
-                bucket = buckets[key] = Bucket([], [], [], [], device.type in _FUSED_DEVICES)
-            bucket.steps.append(state["step"])
+            step, gaps = state["step"], False
             if hasattr(parameter, "to_local"):  # sharded: every link is elementwise, so each rank updates its own part
                 parameter, gradient = parameter.to_local(), gradient.to_local()
                 state = {name: value.to_local() for name, value in state.items() if hasattr(value, "to_local")}
-            elif gradient.stride() != parameter.stride():  # a fused kernel reads all tensors in one order of memory
-                gradient = _like(parameter, gradient)
+            elif not (parameter.is_contiguous() and gradient.is_contiguous()):
+                # a fused kernel reads all tensors in one order of memory, and would write into the gaps of a slice
+                if gradient.stride() != parameter.stride():
+                    gradient = _like(parameter, gradient)
+                gaps = torch.empty_like(parameter, device="meta").stride() != parameter.stride()
+            key = (device := parameter.device, parameter.dtype, gaps)
+            bucket = buckets.get(key)
+            if bucket is None:
+                bucket = buckets[key] = Bucket([], [], [], [], device.type in _FUSED_DEVICES and not gaps)
+            bucket.steps.append(step)
             bucket.parameters.append(parameter)
             bucket.gradients.append(gradient)
             bucket.states.append(state)
         return buckets.values()
 
+    def _unfit(self, gradient: Tensor) -> RuntimeError:
+        name = type(self).__name__
+        return RuntimeError(f"{name} needs dense real gradients, got {gradient.dtype} in {gradient.layout}")
+
     def _begin(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor, state: State) -> None:
         """Zero state for a parameter seen for the first time; its entries are those the rule returns."""
-        if gradient.layout != torch.strided or gradient.is_complex():
-            raise RuntimeError(f"{type(self).__name__} needs dense real gradients, got {gradient.layout}")
+        if gradient.is_complex():
+            raise self._unfit(gradient)
         nothing = torch.zeros(0, dtype=parameter.dtype)
         for slot in update(self.rule(group), nothing, nothing, {}, 1, 0.0)[1]:
             if state.get(slot) is None:
@@ -298,8 +323,8 @@ class Chain(torch.optim.Optimizer):
         for group in self.param_groups:
             group.setdefault("fused", None)
             for name, off in self.absent.items():
-                if group.setdefault(name, off) != off:
-                    raise ValueError(f"{type(self).__name__} cannot continue {name}={group[name]}")
+                group.setdefault(name, off)
+            self._lacks(group)
         for parameter, values in self.state.items():
             for name, value in values.items():
                 if (
@@ -361,3 +386,11 @@ def fraction(name: str, value: float) -> None:
     """ValueError unless 0 ≤ `value` < 1 (a decay rate of a moment)."""
     if not 0 <= value < 1:
         raise ValueError(f"{name} must be in [0, 1), got {value}")
+
+
+def two_fractions(name: str, value: Sequence[float]) -> None:
+    """ValueError unless `value` is a pair of `fraction`s."""
+    if len(value) != 2:
+        raise ValueError(f"{name} must be two numbers, got {value}")
+    for index, beta in enumerate(value):
+        fraction(f"{name}[{index}]", beta)

@@ -8,7 +8,7 @@ every gradient into another; the parameters stay where they are in the module, a
     optimizer = Adam([vector], lr=1e-3)           # or any torch.optim
     optimizer.zero_grad(); loss.backward(); optimizer.step()
 
-updates the model, `zero_grad` is one fill, and clipping by norm is one norm.
+updates the model, `zero_grad` is one fill, clipping by norm is one norm, and a penalty is `vector.square().sum()`.
 
 What holds:
 - `module.state_dict()` has the same names, shapes and values; `module.load_state_dict` writes through to the vector.
@@ -113,4 +113,6 @@ def flatten(module: nn.Module | Iterable[nn.Parameter]) -> Vector:
         parameter.data, parameter.grad = value, slope
         vector._members.append((named[parameter], parameter, slope, value.data_ptr()))
         offset += parameter.numel()
+    # autograd writes to the slot beneath the property: a loss of the vector itself adds to the same numbers
+    torch.Tensor.grad.__set__(vector, vector._gradient)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
     return vector

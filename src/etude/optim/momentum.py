@@ -30,6 +30,7 @@ def rule(momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 0.
 class Momentum(Chain):
     """Heavy ball or Nesterov's form; α and μ are not independent: the step on a constant g tends to α g / (1 − μ)."""
 
+    checks: ClassVar = {"momentum": fraction, "weight_decay": nonnegative}
     absent: ClassVar = {"dampening": 0.0, "maximize": False}
 
     def __init__(
@@ -42,8 +43,6 @@ class Momentum(Chain):
         weight_decay: float = 0.0,
         fused: bool | None = None,
     ):
-        fraction("momentum", momentum)
-        nonnegative("weight_decay", weight_decay)
         super().__init__(params, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, fused=fused)
 
     def rule(self, group: dict[str, Any]) -> Rule:

@@ -28,7 +28,12 @@ from etude.optim.chain import Rule, Signal, State, chain, nonnegative, update
 
 
 def solve(hessian: Tensor, gradient: Tensor, damping: float = 0.0, absolute: bool = False) -> Tensor:
-    """B⁻¹ g for a symmetric (n, n) `hessian` and an (n,) `gradient`. RuntimeError when B is singular."""
+    """B⁻¹ g for a symmetric (n, n) `hessian` and an (n,) `gradient`.
+
+    RuntimeError when B is singular, and for a dtype that is neither float32 nor float64.
+    """
+    if hessian.dtype not in (torch.float32, torch.float64):
+        raise RuntimeError(f"Newton's method solves in float32 or float64, not in {hessian.dtype}")
     if absolute:
         values, vectors = torch.linalg.eigh(hessian)
         scale = values.abs() + damping
@@ -64,7 +69,7 @@ class Newton(torch.optim.Optimizer):
 
     All parameters form one vector, so there is one parameter group (as in `torch.optim.LBFGS`). The Hessian comes from
     differentiating twice, all rows at once. Raises ValueError for a setting out of range or several groups,
-    RuntimeError for a singular Hessian.
+    RuntimeError for a singular Hessian or parameters in another dtype than float32 and float64.
     """
 
     takes_loss: ClassVar = True

@@ -27,6 +27,7 @@ def rule(alpha: float = 0.99, eps: float = 1e-8, weight_decay: float = 0.0) -> R
 class RMSProp(Chain):
     """RMSProp in torch's names (`alpha` is β)."""
 
+    checks: ClassVar = {"alpha": fraction, "eps": nonnegative, "weight_decay": nonnegative}
     absent: ClassVar = {"centered": False, "momentum": 0.0, "maximize": False}
 
     def __init__(
@@ -39,9 +40,6 @@ class RMSProp(Chain):
         weight_decay: float = 0.0,
         fused: bool | None = None,
     ):
-        fraction("alpha", alpha)
-        nonnegative("eps", eps)
-        nonnegative("weight_decay", weight_decay)
         super().__init__(params, lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, fused=fused)
 
     def rule(self, group: dict[str, Any]) -> Rule:

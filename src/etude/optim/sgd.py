@@ -35,10 +35,10 @@ def rule(weight_decay: float = 0.0) -> Rule:
 class SGD(Chain):
     """θ ← θ − α(g + λθ), with λ = `weight_decay`; the gradient of an added (λ/2)‖θ‖²."""
 
+    checks: ClassVar = {"weight_decay": nonnegative}
     absent: ClassVar = {"momentum": 0.0, "dampening": 0.0, "maximize": False}
 
     def __init__(self, params: ParamsT, lr: float = 1e-3, *, weight_decay: float = 0.0, fused: bool | None = None):
-        nonnegative("weight_decay", weight_decay)
         super().__init__(params, lr=lr, weight_decay=weight_decay, fused=fused)
 
     def rule(self, group: dict[str, Any]) -> Rule:

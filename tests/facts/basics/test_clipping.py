@@ -70,8 +70,11 @@ def test_what_clipping_keeps():
 
 
 def test_the_end_is_noted_where_it_happens_and_the_network_left_there(tmp_path):
-    """The unclipped network's last weights are finite; it moves no more, while the clipped ones go on."""
-    flags = {"hidden": 16, "length": 30, "gain": 1.5, "learning_rate": 0.3, "test": 50, "steps": 80, "save_every": 40}
+    """The unclipped network's last weights are finite; it moves no more, while the clipped ones go on.
+
+    Where it ends is chaotic, but with a rate of 1 every one of eight seeds ends after 14 to 18 steps.
+    """
+    flags = {"hidden": 16, "length": 30, "gain": 1.5, "learning_rate": 1.0, "test": 50, "steps": 80, "save_every": 40}
     done = etude.run("basics/clipping", out=tmp_path / "run", quiet=True, seed=0, **flags)
     assert done.metrics["diverged"] == 1
     assert 1 <= done.metrics["unclipped_steps"] < 40

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from etude.basics.ensembles import Config, answers, build, classifier, jensen_sl
 from etude.basics.mlp import MLP
 from etude.basics.mlp import Config as MLPConfig
 from etude.basics.mlp import build as build_mlp
-from etude.blocks.classify import subset
+from etude.blocks.classify import subset, training_images
 from etude.blocks.ensembles import (
     Ensemble,
     Snapshots,
@@ -44,6 +45,7 @@ from etude.core.run import Run
 from etude.core.spec import Spec
 from etude.data import images
 from etude.data.batches import Stream
+from etude.data.sets import Split
 from etude.optim.clipping import clip_norm_
 from etude.robustness.fgsm import fgsm
 from etude.vision.lenet import LeNet
@@ -243,6 +245,7 @@ def test_worth_is_of_the_first_m_members():
     (lambda: LeNet(10, size=28, normalizer="layer").double(), "classifier.1", (1, 28, 28)),
 ])  # fmt: skip
 def test_a_split_network_computes_what_it_did(make, at, shape):
+    torch.manual_seed(0)
     network = make()
     x = torch.rand(4, *shape, dtype=torch.float64)
     before, parameters = network(x), sum(p.numel() for p in network.parameters())
@@ -289,6 +292,7 @@ def test_splits_that_make_no_sense(network, at, said):
 
 
 def test_linear_model_averaging_weights_is_averaging_outputs():
+    torch.manual_seed(0)
     models, x = [nn.Linear(6, 3).double() for _ in range(4)], draw(8, 6)
     outputs = torch.stack([model(x) for model in models]).mean(0)
     torch.testing.assert_close(average_parameters(models)(x), outputs, rtol=1e-12, atol=1e-14)
@@ -455,12 +459,25 @@ def test_averaged_weights_answer_with_statistics_of_their_own(tmp_path):
     (average,) = model.networks()
     data = images("digits")
     expected = copy.deepcopy(average)
-    reestimate(expected, lambda: data.train.x.split(1000))
+    reestimate(expected, lambda: data.train.x.split([719, 718]))  # two batches, as equal as can be
     norm, again = average.layers[2], expected.layers[2]
     assert torch.equal(norm.running_mean, again.running_mean)
     assert not torch.allclose(norm.running_mean, model.live.layers[2].running_mean, rtol=1e-2)
     x = data.test.x[:9]
     assert torch.equal(model(x), average(x))
+
+
+def test_statistics_of_one_image_more_than_fill_the_batches():
+    """1,001 images: two batches of nearly one size, where a last batch of one image would have no variance."""
+    split = images("digits").train
+    run, data = (
+        SimpleNamespace(device=torch.device("cpu")),
+        SimpleNamespace(train=Split(split.x[:1001], split.y[:1001])),
+    )
+    parts = list(training_images(run, data))
+    assert [len(part) for part in parts] == [501, 500]
+    assert torch.equal(torch.cat(parts), split.x[:1001])
+    assert [len(part) for part in training_images(run, data, 2000)] == [1001]
 
 
 # --------------------------------------------------------------------------------------------------------- the method

@@ -24,13 +24,14 @@ def weights(layers=4, width=6):
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_forward_and_backward_equal_autograd(function):
-    ws, x = weights(), torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    draw = torch.Generator().manual_seed(1)
+    ws, x = weights(), torch.randn(5, 6, dtype=torch.float64, generator=draw).requires_grad_()
     z = forward(ws, x, function)
     a = x
     for w, layer in zip(ws, z):
         torch.testing.assert_close(layer, torch.nn.functional.linear(a, w))
         a = FUNCTIONS[function](layer)
-    last = torch.randn(5, 6, dtype=torch.float64)
+    last = torch.randn(5, 6, dtype=torch.float64, generator=draw)
     expected = torch.autograd.grad(z[-1], z, last)
     ours = backward(ws, [layer.detach() for layer in z], last, function)
     for mine, theirs in zip(ours, expected, strict=True):
@@ -80,6 +81,14 @@ def test_half_of_the_units_are_inactive_and_none_of_the_first_layer_dead(done):
     assert seen["dead"][he, 0] == 0
     assert seen["dead"][he, -1] > 0.05
     assert np.abs(seen["inactive"][he] - 0.5).max() < 0.1
+
+
+def test_a_signal_that_underflows_is_logged_and_drawn(tmp_path):
+    """100 layers of N(0, 0.01²): float32 ends at 1e-45, behind which the rms is 0."""
+    flags = {"preset": "tiny", "depth": 100, "width": 24, "count": 8, "images": 10}
+    found = etude.run("basics/initialization", out=tmp_path / "run", quiet=True, seed=0, **flags).metrics
+    assert found["rms_linear_small"] == found["gradient_linear_small"] == 0
+    assert found["rms_linear_he"] > 1e10
 
 
 def test_histograms_count_every_activation_inside_the_range():

@@ -136,3 +136,13 @@ def test_certainty_counts() -> None:
     for wrong in (1.5, -0.1, math.nan):
         with pytest.raises(ValueError, match=r"\[0, 1\]"):
             metrics.expected_calibration_error(torch.tensor([wrong]), torch.tensor([True]))
+
+
+def test_shapes_that_would_be_broadcast_are_refused():
+    scores, targets = torch.eye(4), torch.arange(4)
+    assert float(metrics.accuracy(scores, targets)) == float(metrics.top_k_accuracy(scores, targets, 1)) == 1
+    for wrong in (targets[:, None], targets[:1]):
+        with pytest.raises(ValueError, match=r"scores of shape \(4, 4\) need targets of shape \(4,\), got \("):
+            metrics.accuracy(scores, wrong)
+        with pytest.raises(ValueError, match="need targets of shape"):
+            metrics.top_k_accuracy(scores, wrong, 2)

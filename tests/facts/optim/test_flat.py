@@ -121,6 +121,22 @@ def test_zero_grad_is_a_fill_and_unused_parameters_get_zero():
     assert (model.conv.weight.grad == 1).all()
 
 
+def test_a_loss_of_the_vector_itself_counts():
+    """A penalty λ‖θ‖² written on the vector adds 2λθ to what the parameters' own losses give; twice, it adds twice."""
+    model = net()
+    vector = flatten(model)
+    x, y = batch(0, model)
+    nn.functional.mse_loss(model(x), y).backward()
+    own, view = vector.grad.clone(), model.conv.weight.grad
+    (nn.functional.mse_loss(model(x), y) + 0.5 * vector.square().sum()).backward()
+    vector.sum().backward()
+    torch.testing.assert_close(vector.grad, 2 * own + vector.detach() + 1, rtol=1e-12, atol=1e-14)
+    assert model.conv.weight.grad is view
+    assert torch.equal(view, vector.grad[: view.numel()].view(view.shape))
+    Adam([vector]).zero_grad()
+    assert (vector.grad == 0).all()
+
+
 def test_existing_gradients_are_kept():
     model = net()
     x, y = batch(0, model)

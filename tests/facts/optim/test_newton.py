@@ -151,6 +151,13 @@ def test_a_singular_hessian_is_named(absolute):
     assert parameter.tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64])
+def test_a_dtype_without_a_solver_is_named(dtype):
+    parameter = nn.Parameter(torch.ones(2, dtype=dtype))
+    with pytest.raises(RuntimeError, match=f"solves in float32 or float64, not in {dtype}"):
+        Newton([parameter]).step(lambda: parameter.abs().square().sum())
+
+
 def test_settings_are_checked_and_saved():
     a, b = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
     with pytest.raises(ValueError, match="damping must be a finite number >= 0"):

@@ -179,13 +179,14 @@ def test_momentum_is_the_sum_form():
 
 def test_weight_decay_is_twice_the_notes_lambda():
     """E05: a penalty λ‖θ‖² on the loss is weight_decay = 2λ for SGD; inside Adam it is not decoupled decay."""
-    theta, g, lam = torch.randn(5, dtype=torch.float64), torch.randn(5, dtype=torch.float64), 0.3
+    generator, lam = torch.Generator().manual_seed(0), 0.3
+    theta, g = (torch.randn(5, dtype=torch.float64, generator=generator) for _ in range(2))
     expected = theta - 0.1 * (g + 2 * lam * theta)
-    torch.testing.assert_close(update(sgd.rule(2 * lam), theta, g, {}, 1, 0.1)[0], expected, rtol=1e-14, atol=0)
+    torch.testing.assert_close(update(sgd.rule(2 * lam), theta, g, {}, 1, 0.1)[0], expected, rtol=1e-14, atol=1e-15)
     coupled, _ = update(adam.rule(weight_decay=lam), theta, g, {}, 1, 0.1)
     decoupled, _ = update(adam.rule(weight_decay=lam, decoupled=True), theta, g, {}, 1, 0.1)
     plain, _ = update(adam.rule(), theta, g, {}, 1, 0.1)
-    torch.testing.assert_close(decoupled, plain - 0.1 * lam * theta, rtol=1e-13, atol=0)
+    torch.testing.assert_close(decoupled, plain - 0.1 * lam * theta, rtol=1e-13, atol=1e-15)
     assert (coupled - decoupled).abs().max() > 1e-3
 
 
@@ -311,7 +312,8 @@ def test_logistic_regression_on_separable_data_has_no_minimiser():
 
 
 def test_rules_are_pure():
-    theta, g = torch.randn(4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    theta, g = (torch.randn(4, dtype=torch.float64, generator=generator) for _ in range(2))
     kept = theta.clone(), g.clone()
     for rule in (sgd.rule(0.1), momentum.rule(0.9, True, 0.1), rmsprop.rule(), adagrad.rule(), adam.rule()):
         _, state = update(rule, theta, g, {}, 1, 0.1)
@@ -383,12 +385,31 @@ def test_gradients_and_states_in_another_order_of_memory(maker, format):
     assert torch.equal(*ends)
 
 
+@pytest.mark.parametrize("maker", [SGD, Momentum, RMSProp, AdaGrad, Adam, AdamW])
+@pytest.mark.parametrize("odd", [False, True], ids=["gradient-row-major", "gradient-with-gaps"])
+def test_a_parameter_with_gaps_in_its_memory(maker, odd):
+    """A slice of a larger tensor: a fused kernel would take the wrong elements and write between them."""
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(4, 6, dtype=torch.float64, generator=generator)
+    around = wide[:, 1::2].clone()
+    gapped, dense = nn.Parameter(wide[:, ::2]), nn.Parameter(wide[:, ::2].clone())
+    assert not gapped.is_contiguous()
+    optimizers = maker([gapped], lr=0.1), maker([dense], lr=0.1)
+    for _ in range(4):
+        slope = torch.randn(4, 6, dtype=torch.float64, generator=generator)[:, ::2]
+        gapped.grad, dense.grad = slope if odd else slope.contiguous(), slope.contiguous()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(gapped, dense, rtol=1e-12, atol=1e-13)
+    assert torch.equal(wide[:, 1::2], around)
+
+
 def test_a_saved_switch_that_we_lack_is_refused():
     theirs = torch.optim.Adam([nn.Parameter(torch.zeros(1))], amsgrad=True)
-    with pytest.raises(ValueError, match="cannot continue amsgrad=True"):
+    with pytest.raises(ValueError, match="Adam has no amsgrad, but a parameter group has amsgrad=True"):
         Adam([nn.Parameter(torch.zeros(1))]).load_state_dict(theirs.state_dict())
     heavy = torch.optim.SGD([nn.Parameter(torch.zeros(1))], momentum=0.9)
-    with pytest.raises(ValueError, match=r"SGD cannot continue momentum=0\.9"):
+    with pytest.raises(ValueError, match=r"SGD has no momentum, but a parameter group has momentum=0\.9"):
         SGD([nn.Parameter(torch.zeros(1))]).load_state_dict(heavy.state_dict())
 
 
@@ -404,6 +425,28 @@ def test_groups_have_their_own_settings_and_schedulers_work():
     optimizer.step()
     assert a.tolist() == pytest.approx([0.9 * 0.99] * 3)
     assert b.tolist() == pytest.approx([0.45] * 3)
+
+
+@pytest.mark.parametrize(
+    ("maker", "own", "message"),
+    [
+        (Adam, {"maximize": True}, "Adam has no maximize, but a parameter group has maximize=True"),
+        (SGD, {"momentum": 0.9}, r"SGD has no momentum, but a parameter group has momentum=0\.9"),
+        (RMSProp, {"centered": True}, "RMSProp has no centered"),
+        (Momentum, {"lr": -1.0}, r"lr must be a finite number >= 0, got -1\.0"),
+        (AdaGrad, {"eps": -1.0}, "eps must be a finite number >= 0"),
+        (AdamW, {"betas": (0.9, 1.0)}, r"betas\[1\] must be in \[0, 1\), got 1\.0"),
+        (Adam, {"betas": (0.9,)}, r"betas must be two numbers, got \(0\.9,\)"),
+    ],
+)
+def test_a_groups_own_settings_are_checked_too(maker, own, message):
+    first, second = (nn.Parameter(torch.ones(1)) for _ in range(2))
+    with pytest.raises(ValueError, match=message):
+        maker([{"params": [first], **own}])
+    optimizer = maker([first])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [second], **own})
+    assert len(optimizer.param_groups) == 1
 
 
 @pytest.mark.parametrize("maker", [SGD, Momentum, RMSProp, AdaGrad, Adam, AdamW])
@@ -450,11 +493,21 @@ def test_mixed_dtypes_hooks_and_deepcopy():
     assert copy.deepcopy(optimizer).state_dict()["state"][0]["step"] == 1
 
 
-def test_sparse_and_complex_gradients_are_refused():
+@pytest.mark.parametrize("maker", [SGD, Momentum, RMSProp, AdaGrad, Adam, AdamW])
+def test_sparse_and_complex_gradients_are_refused(maker):
     table = nn.Embedding(4, 2, sparse=True)
-    table(torch.tensor([1])).sum().backward()
-    with pytest.raises(RuntimeError, match="dense real gradients"):
-        SGD(table.parameters()).step()
+    optimizer = maker(table.parameters())
+    for _ in range(2):  # as the first gradient, and behind a dense one
+        table(torch.tensor([1])).sum().backward()
+        with pytest.raises(RuntimeError, match=r"dense real gradients, got torch\.float32 in torch\.sparse_coo"):
+            optimizer.step()
+        table.weight.grad = torch.ones(4, 2)
+        optimizer.step()
+        optimizer.zero_grad()
+    turning = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    turning.grad = torch.ones_like(turning)
+    with pytest.raises(RuntimeError, match=r"dense real gradients, got torch\.complex64"):
+        maker([turning]).step()
 
 
 # ------------------------------------------------------------------------------------------ custom chains, clipping

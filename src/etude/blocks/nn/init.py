@@ -128,7 +128,8 @@ def initialise(
 
     `gain` multiplies the standard deviation (default 1; √2 is right behind a ReLU for `orthogonal`). Biases become
     `bias`. Normalisation, embedding and recurrent layers keep their own initial values; a weight that two layers share
-    is drawn once. Raises ValueError for an unknown name, or when `module` has no layer to initialise.
+    is drawn once. Raises ValueError for an unknown name, when `module` has no layer to initialise, or for a weight that
+    is computed by `nn.utils.parametrize`, which a draw would not reach.
     """
     if name not in get_args(Init):
         raise ValueError(f"init must be one of {', '.join(get_args(Init))}, got {name!r}")
@@ -138,6 +139,10 @@ def initialise(
         if not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) or id(layer.weight) in done:
             continue
         done.add(id(layer.weight))
+        if nn.utils.parametrize.is_parametrized(layer, "weight"):
+            raise ValueError(
+                f"the weight of {layer} is computed by a parametrization: initialise it before that is added"
+            )
         if name == "orthogonal":
             orthogonal(layer.weight, factor, generator=generator)
         else:
