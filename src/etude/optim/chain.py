@@ -280,7 +280,8 @@ class Chain(torch.optim.Optimizer):
                 # a fused kernel reads all tensors in one order of memory, and would write into the gaps of a slice
                 if gradient.stride() != parameter.stride():
                     gradient = _like(parameter, gradient)
-                gaps = torch.empty_like(parameter, device="meta").stride() != parameter.stride()
+                if not parameter.is_contiguous(memory_format=torch.channels_last):
+                    gaps = torch.empty_like(parameter, device="meta").stride() != parameter.stride()
             key = (device := parameter.device, parameter.dtype, gaps)
             bucket = buckets.get(key)
             if bucket is None:

@@ -100,7 +100,7 @@ class Config:
     batch: Count = 128
     """Images in a mini-batch (of each rank)."""
     optimizer: optim.Name = "adam"
-    """Update rule (newton, damped, is for networks of up to 3,000 parameters; its learning rate is 1)."""
+    """Update rule (newton is for networks of up to 3,000 parameters, which this one exceeds)."""
     learning_rate: Positive = 3e-3
     """Peak learning rate of the schedule."""
     schedule: optim.Schedule = "one_cycle"
