@@ -253,12 +253,12 @@ def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
 
 @method("rl/q_learning", paper="Watkins & Dayan 1992", section="7.6.1, 7.6.2, 7.6.8", needs=("rl",), threads=1)
 def train(config: Config, run: Run) -> dict[str, float]:
+    probe = Worlds.make(config.env)  # answers for continuous actions and structured observations
     env, world = single(config.env), tables(config.env)
     if not hasattr(env.observation_space, "n"):
         raise UserError(
             f"--env {config.env} observes {env.observation_space}, and a table needs discrete states: use rl/dqn for it"
         )
-    probe = Worlds.make(config.env)  # answers for continuous actions
     spec = Spec(extra={"env": config.env, "states": probe.size, "actions": probe.actions})
     run.describe(spec)
     model = build(config, spec)["model"]
