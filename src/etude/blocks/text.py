@@ -102,7 +102,12 @@ class BytePairs:
         folder = Path(folder)
         whole, vocabulary, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
         if whole.is_file():
-            return cls(whole.read_text(encoding="utf-8"))
+            try:
+                return cls(whole.read_text(encoding="utf-8"))
+            except UserError:
+                raise
+            except Exception as error:  # the package raises nothing more particular
+                raise UserError(f"{whole} is no tokenizer that can be read: {error}") from error
         if not (vocabulary.is_file() and merges.is_file()):
             raise UserError(f"no tokenizer in {folder}: it needs tokenizer.json, or both vocab.json and merges.txt")
         if any(token.endswith("</w>") for token in json.loads(vocabulary.read_text(encoding="utf-8"))):
