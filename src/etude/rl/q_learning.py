@@ -330,8 +330,9 @@ def _map(q: NDArray, visits: NDArray, shape: tuple[int, int]) -> Any:
     seen = visits.sum(1) > 0
     image = axes.imshow(np.where(seen, q.max(1), np.nan).reshape(shape), cmap="viridis")
     for cell in np.flatnonzero(seen):
-        text = f"{q[cell].max():.2g}"
-        axes.text(cell % shape[1], cell // shape[1], text, ha="center", va="center", color="w", fontsize=8)
+        value = q[cell].max()
+        colour = "k" if image.norm(value) > 0.6 else "w"  # what can be read on this cell
+        axes.text(cell % shape[1], cell // shape[1], f"{value:.2g}", ha="center", va="center", color=colour, fontsize=8)
     axes.set(xticks=[], yticks=[])
     figure.colorbar(image, ax=axes)
     return figure
