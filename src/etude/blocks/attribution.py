@@ -229,13 +229,13 @@ def erase(x: Tensor, rank: Tensor, share: float, fill: Tensor | float = 0.0) -> 
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Spearman's correlation of each pair of maps: (N, …), (N, …) → (N,) float64; ties share their mean rank.
+    """Spearman's correlation of each pair of maps: (N, …), (N, …) → (N,) float64 on the CPU; ties share their mean rank.
 
     0 where a map is constant.
     """
 
     def ranks(values: Tensor) -> Tensor:
-        values = values.flatten(1).contiguous()
+        values = values.flatten(1).cpu()  # some devices have no float64
         order = values.sort(1).values
         low, high = torch.searchsorted(order, values), torch.searchsorted(order, values, right=True)
         place = (low + high).double()

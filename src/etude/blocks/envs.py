@@ -458,8 +458,14 @@ class Tables:
 
 
 def tables(env: str) -> Tables | None:
-    """The exact dynamics of a toy-text world (FrozenLake, CliffWalking, Taxi); None for any other environment."""
-    inner = single(env).unwrapped
+    """The exact dynamics of a toy-text world (FrozenLake, CliffWalking, Taxi); None for any other environment.
+
+    Also None where a registered wrapper stands round the world: what it changes is not in the world's table.
+    """
+    outer = single(env)
+    inner = outer.unwrapped
+    if _spec(env).additional_wrappers or _layers(outer) is None:
+        return None
     kind = f"{type(inner).__module__}.{type(inner).__qualname__}"
     if not kind.startswith(_TOY) or kind not in _STATE or getattr(inner, "fickle_passenger", False):
         return None

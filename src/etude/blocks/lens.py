@@ -223,8 +223,9 @@ def _affine_norm(
     return torch.addcmul(shift[:, None, None], input, scale[:, None, None])
 
 
-def _view(input: Tensor, *shape: Any) -> Tensor | None:
+def _view(input: Tensor, *shape: Any, **named: Any) -> Tensor | None:
     """`reshape` of a tensor that is channels last, which `view` would refuse, else None."""
+    shape = shape or tuple(named.values())  # view(size=…), view(dtype=…)
     return None if input.is_contiguous() or isinstance(shape[0], torch.dtype) else input.reshape(*shape)
 
 

@@ -7,6 +7,7 @@ A tokenizer here has `size`, `encode(text) -> (N,) int64`, `decode(ids) -> str` 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -78,6 +79,8 @@ class BytePairs:
 
     def __init__(self, definition: str) -> None:
         self._inner = _tokenizers().Tokenizer.from_str(definition)
+        self._inner.no_truncation()  # settings of one training run that a published file may carry along
+        self._inner.no_padding()
         self.definition = definition
 
     @classmethod
@@ -99,9 +102,18 @@ class BytePairs:
         folder = Path(folder)
         whole, vocabulary, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
         if whole.is_file():
-            return cls(whole.read_text(encoding="utf-8"))
+            try:
+                return cls(whole.read_text(encoding="utf-8"))
+            except UserError:
+                raise
+            except Exception as error:  # the package raises nothing more particular
+                raise UserError(f"{whole} is no tokenizer that can be read: {error}") from error
         if not (vocabulary.is_file() and merges.is_file()):
             raise UserError(f"no tokenizer in {folder}: it needs tokenizer.json, or both vocab.json and merges.txt")
+        if any(token.endswith("</w>") for token in json.loads(vocabulary.read_text(encoding="utf-8"))):
+            raise UserError(
+                f"{vocabulary} is of GPT-1's kind, words instead of bytes, which only tokenizer.json tells whole"
+            )
         package = _tokenizers()
         inner = _byte_level(package.models.BPE.from_file(str(vocabulary), str(merges)), package)
         if inner.token_to_id("<|endoftext|>") is not None:
@@ -157,17 +169,20 @@ def windows(ids: Tensor, offsets: Tensor, context: int) -> tuple[Tensor, Tensor]
 def pieces(tokens: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     """The text of tokens that arrive one by one, each piece as soon as its characters are complete.
 
-    A character may be spread over several byte-level tokens; what is held back never exceeds three of them.
+    A character may be spread over several byte-level tokens; what is held back never exceeds three of them. Each piece is
+    decoded behind the one before it, for some tokenizers (GPT-1's) write the space between two words only then.
     """
+    before: list[int] = []
     waiting: list[int] = []
     for token in ids:
         waiting.append(token)
-        text = tokens.decode(waiting)
-        if not text.endswith("\ufffd") or len(waiting) > 3:
-            yield text
-            waiting = []
+        text = tokens.decode(before + waiting)
+        broken = text.endswith("\ufffd")
+        if not broken or len(waiting) > 3:
+            yield text[len(tokens.decode(before)) :]
+            before, waiting = [] if broken else waiting, []
     if waiting:
-        yield tokens.decode(waiting)
+        yield tokens.decode(before + waiting)[len(tokens.decode(before)) :]
 
 
 def _numbers(ids: Tensor | Iterable[int]) -> Iterable[int]:

@@ -419,6 +419,7 @@ def strategy_text(tree: Tree, strategy: np.ndarray, most: int) -> str:
 
 def strategy_figure(tree: Tree, strategy: np.ndarray, most: int = 18) -> Any:
     """A matplotlib Figure: for each player a bar for each of its first `most` information sets, divided by action."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     order, rows = _by_depth(tree), table(tree, strategy)
@@ -430,9 +431,10 @@ def strategy_figure(tree: Tree, strategy: np.ndarray, most: int = 18) -> Any:
         left = np.zeros(len(mine))
         for k, name in enumerate(names):
             width = np.array([row["plays"].get(name, 0.0) for row in mine])
-            axes.barh(range(len(mine)), width, left=left, color=f"C{k}" if k < 10 else str(k / len(names)), label=name)
+            colour = colormaps["tab20"](2 * (k % 10) + k // 10 % 2)  # ten strong ones, then their pale sisters
+            axes.barh(range(len(mine)), width, left=left, color=colour, label=name.replace("$", r"\$"))
             left += width
-        axes.set_yticks(range(len(mine)), [row["knows"] for row in mine])
+        axes.set_yticks(range(len(mine)), [row["knows"] for row in mine], parse_math=False)
         axes.invert_yaxis()
         axes.set(xlim=(0, 1), title=f"player {player}", xlabel="probability")
     handles, labels = figure.axes[0].get_legend_handles_labels()

@@ -253,12 +253,12 @@ def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
 
 @method("rl/q_learning", paper="Watkins & Dayan 1992", section="7.6.1, 7.6.2, 7.6.8", needs=("rl",), threads=1)
 def train(config: Config, run: Run) -> dict[str, float]:
+    probe = Worlds.make(config.env)  # answers for continuous actions and structured observations
     env, world = single(config.env), tables(config.env)
     if not hasattr(env.observation_space, "n"):
         raise UserError(
             f"--env {config.env} observes {env.observation_space}, and a table needs discrete states: use rl/dqn for it"
         )
-    probe = Worlds.make(config.env)  # answers for continuous actions
     spec = Spec(extra={"env": config.env, "states": probe.size, "actions": probe.actions})
     run.describe(spec)
     model = build(config, spec)["model"]
@@ -330,8 +330,9 @@ def _map(q: NDArray, visits: NDArray, shape: tuple[int, int]) -> Any:
     seen = visits.sum(1) > 0
     image = axes.imshow(np.where(seen, q.max(1), np.nan).reshape(shape), cmap="viridis")
     for cell in np.flatnonzero(seen):
-        text = f"{q[cell].max():.2g}"
-        axes.text(cell % shape[1], cell // shape[1], text, ha="center", va="center", color="w", fontsize=8)
+        value = q[cell].max()
+        colour = "k" if image.norm(value) > 0.6 else "w"  # what can be read on this cell
+        axes.text(cell % shape[1], cell // shape[1], f"{value:.2g}", ha="center", va="center", color=colour, fontsize=8)
     axes.set(xticks=[], yticks=[])
     figure.colorbar(image, ax=axes)
     return figure

@@ -47,7 +47,7 @@ from etude.blocks.plots import curves
 from etude.blocks.sources import Network, resolve
 from etude.catalog import Experiment, method
 from etude.core.checkpoint import Box
-from etude.core.config import Count, Probability, Whole
+from etude.core.config import Count, NonNegative, Whole
 from etude.core.errors import UserError
 from etude.core.run import Run
 
@@ -66,7 +66,7 @@ class Config:
     """Updates of a fresh network."""
     train_batch: Count = 128
     """Images in each of these updates."""
-    eps: tuple[Probability, ...] = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
+    eps: tuple[NonNegative, ...] = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
     """Radii of the ball, in pixel units of [0, 1] (ℓ2: in the same units, over the whole image)."""
     norm: Literal["linf", "l2"] = "linf"
     """Ball: every pixel by at most ε, or the Euclidean length of the change."""
@@ -202,6 +202,10 @@ def _picture(
 def train(config: Config, run: Run) -> dict[str, float]:
     if not config.eps:
         raise UserError("--eps is empty; give at least one radius, such as 0.1")
+    if config.norm == "linf" and max(config.eps) > 1:
+        raise UserError(
+            f"--eps {max(config.eps):g} is more than a pixel's whole range, [0, 1]; 8/255 is written 0.0314"
+        )
     source = resolve(run, config.source, config.data, config.network, config.train_steps, config.train_batch)
     names, radii = source.data.spec.classes, sorted(config.eps)
     if config.target is not None and config.target >= len(names):

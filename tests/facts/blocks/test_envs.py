@@ -308,6 +308,16 @@ def test_tables_give_the_trajectories_of_the_environment(name):
     np.testing.assert_allclose(table.probability.sum(2), 1)
 
 
+def test_a_wrapped_world_is_not_read_from_the_table_of_the_world_inside():
+    name = "etude-test/Tripled-v0"
+    if name not in gymnasium.registry:
+        triple = gymnasium.wrappers.TransformReward.wrapper_spec(func=lambda reward: 3 * reward)
+        inside = gymnasium.registry["CliffWalking-v1"].entry_point
+        gymnasium.register(name, entry_point=inside, max_episode_steps=50, additional_wrappers=(triple,))
+    assert tables(name) is None
+    assert play(name, lambda state: np.zeros(len(state), np.int64), 1, seed=0)[0] == -150  # up against the wall
+
+
 def test_optimal_values_of_frozen_lake_are_the_known_ones():
     world = tables("FrozenLake-v1")
     q = optimal_q(world, 0.99)

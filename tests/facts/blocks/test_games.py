@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from scipy.optimize import linprog
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "games"))
@@ -25,6 +26,7 @@ from etude.blocks.tree import (
     normalised,
     policy,
     reach,
+    strategy_figure,
     strategy_text,
     table,
     uniform,
@@ -383,3 +385,14 @@ def test_games_by_name_and_file(tmp_path):
     mine.write_text("import nothing_of_this_name\n")
     with pytest.raises(UserError, match="cannot be used: ModuleNotFoundError"):
         load_game(f"{mine}:Mine")
+
+
+def test_the_picture_shows_names_as_they_are():
+    """Dollar signs are no formula (an unclosed one would fail), and twelve actions have twelve colours."""
+    stakes = tuple(f"bet ${n}^^ of $" for n in range(12))
+    tree = flatten(Matrix(tuple((float(n), 0.0) for n in range(12)), (stakes, ("fold $^^$", "call"))))
+    figure = strategy_figure(tree, uniform(tree))
+    FigureCanvasAgg(figure).draw()
+    assert [text.get_text().replace(r"\$", "$") for text in figure.legends[0].get_texts()][:12] == list(stakes)
+    colours = {bar.get_facecolor() for bar in figure.axes[0].patches if bar.get_width() > 0}
+    assert len(colours) == 12

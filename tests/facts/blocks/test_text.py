@@ -105,6 +105,43 @@ def test_pieces_join_to_the_text_and_never_show_half_a_character():
     assert not any("\ufffd" in piece for piece in shown)
 
 
+@pytest.fixture
+def words():
+    """A tokenizer of GPT-1's kind: `</w>` ends a word, and the space is written when the next one comes."""
+    package = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    inner = package.Tokenizer(package.models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    inner.pre_tokenizer = package.pre_tokenizers.BertPreTokenizer()
+    inner.decoder = package.decoders.BPEDecoder(suffix="</w>")
+    trainer = package.trainers.BpeTrainer(
+        vocab_size=45, show_progress=False, special_tokens=["<unk>"], end_of_word_suffix="</w>"
+    )
+    inner.train_from_iterator(["the quick brown fox jumps over the lazy dog"] * 5, trainer)
+    return inner
+
+
+def test_pieces_keep_the_spaces_between_words(words):
+    tokens = BytePairs(words.to_str())
+    ids = tokens.encode("the lazy fox over the quick dog").tolist()
+    assert len(ids) > 7  # some words are several tokens
+    assert "".join(pieces(tokens, ids)) == tokens.decode(ids) == "the lazy fox over the quick dog"
+
+
+def test_words_are_not_read_as_bytes(words, tmp_path):
+    words.model.save(str(tmp_path))
+    with pytest.raises(UserError, match=r"vocab\.json is of GPT-1's kind"):
+        BytePairs.load(tmp_path)
+    words.save(str(tmp_path / "tokenizer.json"))
+    assert BytePairs.load(tmp_path).decode(BytePairs.load(tmp_path).encode("the fox")) == "the fox"
+
+
+def test_truncation_and_padding_of_a_published_file_are_left_out(pairs):
+    inner = pytest.importorskip("tokenizers").Tokenizer.from_str(pairs.definition)
+    inner.enable_truncation(5)
+    inner.enable_padding(length=12)
+    assert torch.equal(BytePairs(inner.to_str()).encode(SAMPLE), pairs.encode(SAMPLE))
+    assert len(BytePairs(inner.to_str()).encode("a")) == 1
+
+
 def test_pieces_let_invalid_bytes_pass():
     tokens = BytePairs.learn("x", 256)
     half = tokens.encode("🙂").tolist()[:2]

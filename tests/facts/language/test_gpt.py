@@ -172,6 +172,10 @@ def change_config(**values):
         (change_config(activation_function="swish"), "activation 'swish'"),
         (change_config(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
         (change_config(tie_word_embeddings=False), "tie_word_embeddings"),
+        (change_config(n_head=None, n_layer="two"), "gives no number for n_layer, n_head"),
+        (lambda f: (f / "config.json").write_text("{"), "cannot be read .* are they complete"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"version https://git-lfs"), "are they complete"),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), r"tokenizer\.json is no tokenizer"),
     ],
 )
 def test_unfit_files_are_refused_in_one_sentence(damage, message, tmp_path):

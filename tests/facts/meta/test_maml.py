@@ -1,6 +1,7 @@
 """MAML against closed forms, finite differences of the outer loss, and a loop over single tasks."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+import etude
+from etude.core.errors import UserError
 from etude.core.randomness import generator
 from etude.meta.maml import (
     Convolutional,
@@ -20,7 +23,9 @@ from etude.meta.maml import (
     meta_loss,
     plain,
     sinusoids,
+    task_losses,
 )
+from etude.meta.maml.pictures import curves
 
 
 class Point(nn.Module):
@@ -231,3 +236,71 @@ def test_test_tasks_are_a_function_of_the_seed():
     other = sinusoids(3, 2, 2, generator(1, 0, 0, "test tasks"))[0]
     assert torch.equal(first.support_x, again.support_x)
     assert not torch.equal(first.support_x, other.support_x)
+
+
+class Crowded(nn.Module):
+    """A network with a part that is never asked, and dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.idle, self.drop = nn.Linear(1, 4), nn.Linear(3, 3), nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.drop(self.used(x)).sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("order", ["second", "first"])
+def test_modules_with_unused_parameters_and_dropout(order):
+    torch.manual_seed(0)
+    model = Crowded()
+    x = torch.ones(3, 6, 1)
+    meta_loss(model, F.mse_loss, Task(x, x, x, x), 0.1, 2, order).backward()
+    assert model.used.weight.grad.abs().sum() > 0
+    assert all(p.grad is None or not p.grad.any() for p in model.idle.parameters())
+    weights = batched(model, 3)
+    alone = task_losses(plain(model), F.mse_loss, weights, x, x, x)
+    assert len(set(alone.tolist())) > 1  # equal tasks, yet each draws its own mask
+    model.eval()
+    assert len(set(task_losses(plain(model), F.mse_loss, weights, x, x, x).tolist())) == 1
+
+
+@pytest.fixture
+def few_drawings(monkeypatch):
+    """Omniglot as noise: 6 characters to learn from, 5 to be tested on."""
+    dice = torch.Generator().manual_seed(0)
+    sets = [
+        SimpleNamespace(x=torch.randint(0, 256, (n, 20, 28, 28), generator=dice, dtype=torch.uint8)) for n in (6, 5)
+    ]
+    found = SimpleNamespace(background=sets[0], evaluation=sets[1])
+    monkeypatch.setattr("etude.data.characters", lambda name, size: found)
+
+
+def _characters(tmp_path, **flags):
+    few = {"steps": 1, "tasks": 1, "width": 4, "test_tasks": 2, "test_steps": 1}
+    return etude.run("meta/maml", preset="omniglot", out=tmp_path / "run", quiet=True, **{**few, **flags})
+
+
+def test_a_task_may_use_every_drawing(tmp_path, few_drawings):
+    run = _characters(tmp_path, shots=18, queries=2, ways=3)  # the picture has two queries left, too
+    assert (run.folder / "artifacts" / "episode.png").is_file()
+
+
+def test_tasks_that_cannot_be_drawn_are_refused(tmp_path, few_drawings):
+    with pytest.raises(UserError, match="more than the 20 drawings"):
+        _characters(tmp_path, shots=18, queries=3)
+    with pytest.raises(UserError, match="--ways 6 is more than the 5 characters"):
+        _characters(tmp_path / "more", ways=6)
+
+
+@pytest.mark.parametrize(("norm", "name"), [("support", "test_error"), ("transductive", "transductive_test_error")])
+def test_transductive_scores_say_so(tmp_path, few_drawings, norm, name):
+    assert set(_characters(tmp_path, norm=norm, ways=2).metrics) == {f"{name}_0", f"{name}_1"}
+
+
+def test_pictures_are_drawn_from_where_the_model_lives(monkeypatch):
+    """Tasks are drawn on the CPU: whatever meets the weights must have been moved to their device."""
+    moved = []
+    monkeypatch.setattr(Task, "to", lambda task, device: moved.append(device) or task)
+    figure = curves(Regressor(4), 0.01, 1, 3, torch.Generator().manual_seed(0))
+    assert moved == [torch.device("cpu")]
+    assert [line.get_label() for line in figure.axes[0].lines] == ["before", "1 step", "the task", "support"]

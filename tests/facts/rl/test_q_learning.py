@@ -107,7 +107,13 @@ def test_compiled_episodes_are_those_of_the_environment(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "sentence"), [("CartPole-v1", "use rl/dqn for it"), ("FrozenLake-v7", "did you mean 'FrozenLake")]
+    ("name", "sentence"),
+    [
+        ("CartPole-v1", "use rl/dqn for it"),
+        ("FrozenLake-v7", "did you mean 'FrozenLake"),
+        ("Pendulum-v1", "needs discrete actions"),  # rl/dqn would be no help for these two
+        ("Blackjack-v1", "Box and Discrete observations are supported"),
+    ],
 )
 def test_unusable_environments_are_answered(name, sentence, tmp_path):
     with pytest.raises(UserError, match=sentence):

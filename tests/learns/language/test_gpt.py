@@ -13,6 +13,7 @@ from torch import nn
 import etude
 from etude.blocks.nn.positional import LearnedPositions
 from etude.blocks.nn.transformer import Block
+from etude.core.errors import UserError
 from etude.language.gpt.train import Sample, sample
 
 
@@ -37,6 +38,10 @@ def test_a_repeated_alphabet_is_learned_and_written(tmp_path):
     first, second = (tmp_path / "samples" / "sample.txt").read_text().strip().split("\n\n")
     assert first == second
     assert first == ((alphabet * 5)[23:])[:103]
+    sample(loaded, Sample(count=5, greedy=True), tmp_path / "samples")  # no line ends in this text to begin with
+    assert (tmp_path / "samples" / "sample.txt").read_text() == "abcdef\n"
+    with pytest.raises(UserError, match="--top-p is 0"):
+        sample(loaded, Sample(top_p=0.0), tmp_path / "samples")
 
 
 def test_random_tokens_cannot_beat_log_v(tmp_path):

@@ -57,7 +57,8 @@ def test_finds_the_values_of_a_chain_with_or_without_a_time_limit(limit, extra, 
 
 
 def test_learns_to_balance(tmp_path):
-    settings = {"steps": 9000, "evaluate_every": 3, "final_episodes": 50}
+    settings = {"steps": 9000, "evaluate_every": 1, "final_episodes": 50}
     result = etude.run("rl/dqn", out=tmp_path / "run", seed=0, quiet=True, **settings)
-    # measured 180, 222, 185, 167, 353 on seeds 0-4; random actions get 22 and a constant one 9
+    # measured 176 to 500 on seeds 0-9, half of them above 225 (evaluating every third round left 147 once); random
+    # actions get 22 and a constant one 9
     assert result.metrics["greedy_return"] >= 120

@@ -12,7 +12,7 @@ from etude.blocks.envs import optimal_q, tables
 from etude.rl.q_learning import compiled, episodes_in_environment
 
 
-@pytest.mark.parametrize(("name", "gamma", "episodes"), [("FrozenLake-v1", 0.9, 600_000), ("Taxi-v4", 0.5, 60_000)])
+@pytest.mark.parametrize(("name", "gamma", "episodes"), [("FrozenLake-v1", 0.9, 600_000), ("Taxi-v4", 0.5, 150_000)])
 def test_converges_to_the_optimal_values_with_steps_of_the_visits_to_the_minus_08(name, gamma, episodes):
     # what is left of the first guess after n visits is about exp(−5 (1 − γ) n^0.2): slow for γ near 1
     world = tables(name)
@@ -23,8 +23,9 @@ def test_converges_to_the_optimal_values_with_steps_of_the_visits_to_the_minus_0
     compiled()(q, visits, *outcomes, np.ones(episodes), 0.0, gamma, 0.8, 100, chance, dice)
     known = visits > 500
     assert known.sum() >= 44
-    error = np.abs(q - best)[known].max()
-    assert error < 0.01
+    # measured 0.0046 and 0.0008; with ε = 1 the episodes do not depend on q, so every machine sees these very ones
+    # (other draws leave 0.0040 to 0.018 on the lake, whose noise falls slowly, and 0.0008 to 0.0049 in the taxi)
+    assert np.abs(q - best)[known].max() < 0.01
 
 
 class Chain(gymnasium.Env):

@@ -182,6 +182,6 @@ def total_nats(model: GPT, ids: Tensor, batch: int = 64) -> float:
         groups += zip(inputs[:whole].view(-1, context).split(batch), targets[:whole].view(-1, context).split(batch))
     if whole < len(inputs):
         groups.append((inputs[None, whole:], targets[None, whole:]))
-    total = sum(next_token_loss(model(x), y).double() * y.numel() for x, y in groups)
+    total = sum((float(next_token_loss(model(x), y)) * y.numel() for x, y in groups), 0.0)
     model.train(training)
-    return float(total)
+    return total

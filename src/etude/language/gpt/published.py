@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -42,9 +43,13 @@ def load_pretrained(source: str | Path) -> tuple[GPT, BytePairs | None]:
     if not (folder / "config.json").is_file() or not files:
         raise UserError(f"no GPT weights in {folder}: it needs config.json and model.safetensors")
     published: dict[str, Tensor] = {}
-    for file in files:
-        published.update(load_file(file))
-    of = _architecture(json.loads((folder / "config.json").read_text(encoding="utf-8")), folder)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        for file in files:
+            published.update(load_file(file))
+    except (ValueError, SafetensorError) as error:
+        raise UserError(f"the files in {folder} cannot be read ({error}); are they complete?") from error
+    of = _architecture(config, folder)
     with torch.device("meta"):
         model = GPT(of)
     weights = _rename(published, set(model.state_dict()), folder)
@@ -60,6 +65,10 @@ def load_pretrained(source: str | Path) -> tuple[GPT, BytePairs | None]:
 
 
 def _architecture(config: dict[str, Any], folder: Path) -> Architecture:
+    sizes = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
+    absent = [size for size in sizes if not isinstance(config, dict) or not isinstance(config.get(size), int)]
+    if absent:
+        raise UserError(f"config.json in {folder} gives no number for {', '.join(absent)}")
     kind = config.get("model_type", "gpt2")
     if kind not in _ACTIVATIONS:
         raise UserError(f"{folder} holds a model of type {kind!r}; only gpt2 and openai-gpt are GPTs of this kind")

@@ -211,8 +211,8 @@ def _write(model: GPT, tokens: Tokenizer, prompt: Tensor, generator: torch.Gener
 
 @dataclass(frozen=True)
 class Sample:
-    prompt: str = "\n"
-    """What the text begins with."""
+    prompt: str = ""
+    """What the text begins with; empty: a new line, or the first of the known characters where there is none."""
     count: Count = 500
     """Number of tokens to write."""
     temperature: Positive = 0.8
@@ -231,16 +231,20 @@ class Sample:
 
 def sample(loaded: Loaded, options: Sample, folder: Path) -> str:
     """Write texts to the terminal token by token, and all of them to sample.txt."""
+    if options.top_p == 0:
+        raise UserError("--top-p is 0, which leaves no token; give a share above 0, or --greedy")
     model, tokens = loaded.model.eval(), tokenizer(loaded.spec.extra["tokenizer"])
+    known = getattr(tokens, "alphabet", "\n")
+    prompt = options.prompt or ("\n" if "\n" in known else known[0])
     written = []
     for index in range(options.samples):
-        ids = tokens.encode(options.prompt)[None].to(next(model.parameters()).device)
+        ids = tokens.encode(prompt)[None].to(next(model.parameters()).device)
         drawn = stream(
             model, ids, options.count, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
             greedy=options.greedy, generator=torch.Generator().manual_seed(options.seed + index),
         )  # fmt: skip
-        written.append(options.prompt)
-        sys.stdout.write(options.prompt)
+        written.append(prompt)
+        sys.stdout.write(prompt)
         for piece in pieces(tokens, (int(token) for token in drawn)):
             written[-1] += piece
             sys.stdout.write(piece)
