@@ -85,7 +85,7 @@ def test_torchrun_equals_one_process_at_the_doubled_batch(etude, tmp_path, alone
         "--quiet",
     ]
     done = subprocess.run(
-        [sys.executable, *words], env=etude.environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [sys.executable, *words], env=etude.environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr

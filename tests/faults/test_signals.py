@@ -114,7 +114,7 @@ from etude.core.run import Run
 artifact = Run.artifact
 def slow(*arguments, **settings):
     print("waiting", flush=True)
-    time.sleep(30)
+    time.sleep(300)
 Run.artifact = slow
 """
 
@@ -139,12 +139,17 @@ def test_signal_while_the_last_checkpoint_is_written(etude, tmp_path, whole) -> 
     before = """
 import time
 from etude.core import checkpoint
-write = checkpoint._write_tensors
-def slow(*arguments):
+from etude.core.run import Run
+write, receive, came = checkpoint._write_tensors, Run.receive, []
+def noting(run, *arguments):
+    receive(run, *arguments)
+    came.append(arguments)
+def waiting(*arguments):
     print("waiting", flush=True)
-    time.sleep(0.3)
+    while not came:
+        time.sleep(0.002)
     write(*arguments)
-checkpoint._write_tensors = slow
+checkpoint._write_tensors, Run.receive = waiting, noting
 """
     run = etude.start("run", etude.piece, "--out", folder, *FLAGS, before=before)
     run.ready()
