@@ -72,6 +72,15 @@ def alone(etude, tmp_path) -> Path:
     return tmp_path / "alone"
 
 
+MAIN = """
+import atexit, runpy
+from pathlib import Path
+names = lambda: {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}
+atexit.register(lambda: print("threads at the end:", *names()))
+runpy.run_module("etude", run_name="__main__", alter_sys=True)
+"""
+
+
 def test_torchrun_equals_one_process_at_the_doubled_batch(etude, tmp_path, alone) -> None:
     words = [
         "-m",
@@ -80,18 +89,20 @@ def test_torchrun_equals_one_process_at_the_doubled_batch(etude, tmp_path, alone
         "2",
         "--master-port",
         port(),
-        "-m",
-        "etude",
+        tmp_path / "main.py",
         "run",
         etude.choir,
         "--quiet",
     ]
+    (tmp_path / "main.py").write_text(MAIN)
     done = subprocess.run(
         [sys.executable, *words], env=etude.environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert "Warning" not in done.stderr
+    assert "threads at the end" in done.stdout
+    assert "gloo" not in done.stdout, "the process group outlives the run; its threads may abort the process at its end"
     (folder,) = (tmp_path / "runs").glob("*/*/*")
     assert {path.name for path in folder.iterdir()} == FILES
     assert done.stdout.count(f"run:  {folder}") == 1

@@ -430,6 +430,10 @@ def _ranks(common: Common) -> Iterator[None]:
     if "RANK" not in os.environ or torch.distributed.is_initialized():
         yield
         return
+    # its functions take the group that stands at its import as their default; imported later (torch.optim does that) it
+    # would keep the group and its threads alive into the end of Python, where now and then one of them aborts
+    from torch.distributed import nn  # noqa: F401
+
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and common.device != "cpu" else "gloo"
     torch.distributed.init_process_group(backend)
     try:
