@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -154,6 +155,7 @@ def test_info_bench_data_doctor_json(etude, tmp_path) -> None:
         ("run lenet --precision fp16", "--precision is 'fp16'; it must be one of fp32, bf16"),
         ("run lenet --device tpu", "--device tpu cannot be used here; 'etude doctor'"),
         ("run lenet --device cuda:99", "--device cuda:99 cannot be used here"),
+        ("run lenet --device meta", "--device meta cannot be used here"),
         ("run lenet --seed -1", "--seed is -1; it must be a whole number at least 0"),
         ("run lenet --quiet yes", "--quiet takes no value, but 'yes' follows it"),
         ("run lenet mnist", "'mnist' stands where a flag should"),
@@ -284,6 +286,35 @@ def test_a_run_folder_holds_what_the_house_says(etude, tmp_path) -> None:
     assert done.out.splitlines()[-2:] == [f"run:  {folder}", f"next: etude show {folder}"]
     done = etude(*config["command"].split()[1:], "--out", "again")
     assert (tmp_path / "again" / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+
+
+def test_the_next_command_can_be_pasted(etude) -> None:
+    """Also where a folder's name has a space in it."""
+    copied = etude("copy", etude.piece, "my own/piece one.py")
+    assert copied.code == 0, copied.err
+    words = shlex.split(copied.out.splitlines()[-1])
+    assert words[:2] == ["next:", "etude"]
+    stopped = etude(*words[2:], "--out", "a run", "--fault", "wait", "--at", "3", PIECE="go", before=INTERRUPT)
+    assert stopped.code == 130, stopped.err
+    words = shlex.split(stopped.err.splitlines()[-1])
+    assert words == ["next:", "etude", "resume", "a run"]
+    done = etude(*words[2:], PIECE="go")
+    assert done.code == 0
+    words = shlex.split(done.out.splitlines()[-1])
+    assert words == ["next:", "etude", "show", "a run"]
+    assert etude(*words[2:]).code == 0
+
+
+INTERRUPT = """
+import os, signal
+from etude.core.run import Run
+log = Run.log
+def stopping(run, **scalars):
+    log(run, **scalars)
+    if run.step == 3:
+        os.kill(os.getpid(), signal.SIGINT)
+Run.log = stopping
+"""
 
 
 def test_sample_refuses_a_method_without_a_distribution(etude, tmp_path) -> None:

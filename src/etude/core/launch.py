@@ -235,7 +235,7 @@ def _finish(entry: Entry, run: Run, loop: Any, threads: int) -> Finished:
         record.beat(run.step)
         _report(entry, run)
         if run.rank == 0:
-            print(f"{said}\nnext: etude resume {folder}", file=sys.stderr)
+            print(f"{said}\nnext: etude resume {shlex.quote(str(folder))}", file=sys.stderr)
         raise
     except UserError:
         raise
@@ -392,7 +392,7 @@ def _command(entry: Entry, module: ModuleType, config: Any, common: Common, pres
 
 def _plain(error: Exception, folder: Path) -> Exception:
     """A sentence for what a full or closed disk or a lost rank does, or the error itself when it is another one."""
-    resume = f"etude resume {folder}"
+    resume = f"etude resume {shlex.quote(str(folder))}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         found = checkpoint.list_checkpoints(folder / "checkpoints")
         kept = (
