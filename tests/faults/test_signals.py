@@ -58,13 +58,13 @@ def test_one_run_is_written_by_one_process(etude, tmp_path, whole) -> None:
     run.ready()
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     busy = f"the run in {folder} is still being written by another process; resume it when that one has ended"
-    assert etude.refused("resume", folder) == busy
+    assert etude.refused("resume", folder, PIECE="go") == busy
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     run.send(signal.SIGKILL)
     assert run.wait().code == -signal.SIGKILL
     run = etude.start("resume", folder)
     run.ready()
-    assert etude.refused("resume", folder) == busy
+    assert etude.refused("resume", folder, PIECE="go") == busy
     run.send(signal.SIGTERM)
     assert run.wait().code == 143
     assert etude("resume", folder, PIECE="go").code == 0
