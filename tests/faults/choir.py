@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from etude.catalog import method
+from etude.core.checkpoint import Box
 from etude.core.config import Count, Whole
 from etude.core.fit import accuracy
 from etude.core.run import Run
@@ -73,13 +74,16 @@ def train(config: Config, run: Run) -> dict[str, float]:
     targets = (inputs.sum(1) > 0).long()
     model = run.place(build(config, Spec())["model"])
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    run.track(model=model, optimizer=optimizer)
+    box = Box(drawn=[], array=torch.full((2,), float(run.rank)).numpy())  # each rank's own
+    run.track(model=model, optimizer=optimizer, box=box)
     stream = Stream(ITEMS, config.batch, run.seed, run.rank, run.world)
     last = run.rank == run.world - 1
     draws = []
     model[1].eval()  # batch statistics differ between 2 × 8 and 1 × 16 examples
     for step in run.steps(config.steps):
         draws.append(float(F.dropout(torch.linspace(0, 1, 1000), 0.5).sum()))
+        box.drawn.append(draws[-1])
+        box.array += 1
         index = stream.indices(step)
         loss = F.cross_entropy(model(inputs[index]), targets[index])
         if last and step == config.at and config.fault == "nan_loss":
@@ -101,7 +105,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
     run.average(statistics)
     means = everyone(run, statistics.running_mean.tolist())
     seen = everyone(run, [round(item * ITEMS) for item in probe.seen])
-    run.artifact(
-        "ranks", {"draws": everyone(run, draws), "seen": seen, "means": means, "pids": everyone(run, os.getpid())}
-    )
+    kept = everyone(run, [*box.drawn, *box.array.tolist()])
+    pids = everyone(run, os.getpid())
+    run.artifact("ranks", {"draws": everyone(run, draws), "kept": kept, "seen": seen, "means": means, "pids": pids})
     return scores

@@ -38,7 +38,7 @@ class Started:
     def send(self, number: int) -> None:
         os.kill(self.pid, number)
 
-    def until(self, ready: Callable[[], bool], seconds: float = 60) -> None:
+    def until(self, ready: Callable[[], bool], seconds: float = 300) -> None:
         """Wait until something is so; the command must live on meanwhile."""
         end = time.monotonic() + seconds
         while not ready():

@@ -58,7 +58,7 @@ def wait(run: Run) -> None:
     """Say that the process is ready for a signal and wait for it (PIECE=go: not at all, PIECE=deaf: beyond it)."""
     if os.environ.get("PIECE") != "go":
         print("waiting", flush=True)
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300
         while time.monotonic() < end and (os.environ.get("PIECE") == "deaf" or not run._signal):
             time.sleep(0.002)
 

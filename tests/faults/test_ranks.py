@@ -37,10 +37,10 @@ def port() -> str:
             return str(number)
 
 
-def ranks(etude, *words: object) -> list:
+def ranks(etude, *words: object, before: str = "") -> list:
     """The command on two ranks, as torchrun would start it."""
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port()}
-    started = [etude.start(*words, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+    started = [etude.start(*words, before=before, **shared, RANK=str(n), LOCAL_RANK=str(n)) for n in range(2)]
     return [one.wait() for one in started]
 
 
@@ -56,6 +56,8 @@ def agrees(one: Path, other: Path) -> None:
     """Equal weights, moments, losses and scores to float tolerance."""
     expected = tensors(other)
     for name, tensor in tensors(one).items():
+        if name.startswith("~run.ranks"):  # what the other ranks keep for themselves
+            continue
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6, msg=name)
     assert losses(one) == pytest.approx(losses(other), rel=1e-5)
     scores = (json.loads((folder / "result.json").read_text()) for folder in (one, other))
@@ -70,6 +72,15 @@ def alone(etude, tmp_path) -> Path:
     return tmp_path / "alone"
 
 
+MAIN = """
+import atexit, runpy
+from pathlib import Path
+names = lambda: {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}
+atexit.register(lambda: print("threads at the end:", *names()))
+runpy.run_module("etude", run_name="__main__", alter_sys=True)
+"""
+
+
 def test_torchrun_equals_one_process_at_the_doubled_batch(etude, tmp_path, alone) -> None:
     words = [
         "-m",
@@ -78,18 +89,20 @@ def test_torchrun_equals_one_process_at_the_doubled_batch(etude, tmp_path, alone
         "2",
         "--master-port",
         port(),
-        "-m",
-        "etude",
+        tmp_path / "main.py",
         "run",
         etude.choir,
         "--quiet",
     ]
+    (tmp_path / "main.py").write_text(MAIN)
     done = subprocess.run(
-        [sys.executable, *words], env=etude.environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [sys.executable, *words], env=etude.environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert "Warning" not in done.stderr
+    assert "threads at the end" in done.stdout
+    assert "gloo" not in done.stdout, "the process group outlives the run; its threads may abort the process at its end"
     (folder,) = (tmp_path / "runs").glob("*/*/*")
     assert {path.name for path in folder.iterdir()} == FILES
     assert done.stdout.count(f"run:  {folder}") == 1
@@ -104,6 +117,7 @@ def test_torchrun_equals_one_process_at_the_doubled_batch(etude, tmp_path, alone
 
 @pytest.mark.parametrize("shard", [(), ("--shard",)])
 def test_a_signal_to_one_rank_stops_both_and_they_resume(etude, tmp_path, alone, shard) -> None:
+    """Each rank goes on with its own Boxes too, as if nothing had happened."""
     folder = tmp_path / "run"
     words = ["run", etude.choir, "--out", folder, "--quiet", *shard, "--fault", "terminate", "--at", "5"]
     first, second = ranks(etude, *words)
@@ -115,6 +129,54 @@ def test_a_signal_to_one_rank_stops_both_and_they_resume(etude, tmp_path, alone,
     assert (first.code, second.code) == (0, 0), first.err + second.err
     agrees(folder, alone)
     assert {path.name for path in folder.iterdir()} == FILES
+    calm = tmp_path / "calm"
+    assert [done.code for done in ranks(etude, "run", etude.choir, "--out", calm, "--quiet", *shard)] == [0, 0]
+    kept, expected = (json.loads((run / "artifacts" / "ranks.json").read_text())["kept"] for run in (folder, calm))
+    assert kept == expected
+    assert [len(one) for one in kept] == [12 + 2, 12 + 2]
+    assert [one[12:] for one in kept] == [[12, 12], [13, 13]]
+    assert not set(kept[0]) & set(kept[1])
+
+
+STOP = """
+import os, signal
+from etude.core.run import Run
+log = Run.log
+def stopping(run, **scalars):
+    log(run, **scalars)
+    if run.rank == 1 and run.step == 5 and "epsilon" in scalars:
+        os.kill(os.getpid(), signal.SIGTERM)
+Run.log = stopping
+"""
+
+
+def test_worlds_and_replay_buffers_of_each_rank_go_on(etude, tmp_path) -> None:
+    """DQN learns from round 4 on, on both ranks, though some worlds are a few steps beyond the round's end by then."""
+    pytest.importorskip("gymnasium")
+    words = ["run", "rl/dqn", "--preset", "tiny", "--quiet", "--learning-starts", "1024"]
+    assert [done.code for done in ranks(etude, *words, "--out", tmp_path / "calm")] == [0, 0]
+    assert [done.code for done in ranks(etude, *words, "--out", tmp_path / "run", before=STOP)] == [143, 143]
+    assert [done.code for done in ranks(etude, "resume", tmp_path / "run")] == [0, 0]
+    last = "checkpoints/step-000000008"
+    for name in ("metrics.jsonl", "result.json", f"{last}/state.json", f"{last}/tensors.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "calm" / name).read_bytes(), name
+
+
+def test_another_number_of_ranks_is_said(etude, tmp_path) -> None:
+    folder = tmp_path / "run"
+    words = ["run", etude.choir, "--out", folder, "--fault", "terminate", "--at", "5"]
+    assert [done.code for done in ranks(etude, *words)] == [143, 143]
+    done = etude("resume", folder)
+    assert done.code == 0
+    said = "the run was saved by 2 ranks and is now on 1, so its numbers will be other ones; going on from step 6"
+    assert done.err.splitlines()[0] == said
+    folder = tmp_path / "other"
+    done = etude("run", etude.choir, "--out", folder, "--fault", "terminate", "--at", "5")
+    assert done.code == 143
+    first, second = ranks(etude, "resume", folder)
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    assert first.err.splitlines()[0].startswith("the run was saved by 1 rank and is now on 2, so ")
+    assert second.err == ""
 
 
 @pytest.mark.parametrize(

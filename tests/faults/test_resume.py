@@ -46,17 +46,29 @@ def whole(etude, tmp_path) -> dict[str, bytes]:
     return ending(tmp_path / "whole")
 
 
+# so that a test process that is kept waiting still finds a checkpoint half written
+SLOW_DISK = """
+import os, time
+sync = os.fsync
+def slow(handle):
+    time.sleep(0.02)
+    sync(handle)
+os.fsync = slow
+"""
+
+
 def test_twenty_kills_at_random_moments(etude, tmp_path, whole) -> None:
     draw = random.Random(20)
     kills = inside = after = 0
-    for attempt in range(80):
+    for attempt in range(400):  # a run may end before its kill comes; some 20 attempts do on an idle machine
+        writing = attempt % 3 == 0
         folder = tmp_path / f"run-{attempt}"
-        run = etude.start("run", etude.piece, "--out", folder, *FLAGS)
+        run = etude.start("run", etude.piece, "--out", folder, *FLAGS, before=SLOW_DISK if writing else "")
         run.until((folder / "config.json").is_file)
         newest = draw.choice((0, 0, 5, 10, 15, 20, 25, 30))  # the checkpoint to wait for before the random moment
         if newest:
             run.until(lambda: (folder / "checkpoints" / f"step-{newest:09d}").is_dir() or (folder / "done").exists())  # noqa: B023
-        if attempt % 3 == 0:  # in the middle of writing a checkpoint
+        if writing:
             run.until(lambda: any(folder.glob("checkpoints/.part-*")) or (folder / "done").exists())  # noqa: B023
         else:
             time.sleep(draw.uniform(0, 0.05))
@@ -71,9 +83,9 @@ def test_twenty_kills_at_random_moments(etude, tmp_path, whole) -> None:
         assert (done.code, done.err) == (0, "")
         assert ending(folder) == whole
         assert not list(folder.rglob(".part-*"))
-        if kills == 20:
+        if kills >= 20 and inside >= 3 and after >= 8:
             break
-    assert kills == 20
+    assert kills >= 20
     assert inside >= 3
     assert after >= 8
 

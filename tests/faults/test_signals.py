@@ -50,6 +50,47 @@ def test_signal_in_a_step_saves_that_step(etude, tmp_path, whole, number) -> Non
     assert [(session["from_step"], session["to_step"]) for session in sessions] == [(0, 18), (18, 40)]
 
 
+def test_one_run_is_written_by_one_process(etude, tmp_path, whole) -> None:
+    """While a process writes a run, another one is refused and changes nothing; a dead one leaves no lock behind."""
+    folder = tmp_path / "run"
+    words = ("--quiet", "--save-every", "5", "--steps", "40", "--fault", "wait", "--at", "17")
+    run = etude.start("run", etude.piece, "--out", folder, *words)
+    run.ready()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    busy = f"the run in {folder} is still being written by another process; resume it when that one has ended"
+    assert etude.refused("resume", folder, PIECE="go") == busy
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    run.send(signal.SIGKILL)
+    assert run.wait().code == -signal.SIGKILL
+    run = etude.start("resume", folder)
+    run.ready()
+    assert etude.refused("resume", folder, PIECE="go") == busy
+    run.send(signal.SIGTERM)
+    assert run.wait().code == 143
+    assert etude("resume", folder, PIECE="go").code == 0
+    assert same_ending(folder, whole)
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "import errno, fcntl\ndef flock(*_):\n    raise OSError(errno.ENOLCK, 'No locks available')\nfcntl.flock = flock",
+        "import importlib, sys\nfrom etude.core import launch, record\n"
+        "sys.modules['fcntl'] = sys.modules['resource'] = None\n"
+        "importlib.reload(record), importlib.reload(launch)\nassert not launch.fcntl and not record.resource",
+    ],
+    ids=["file system", "system"],
+)
+def test_where_there_are_no_locks(etude, tmp_path, whole, before) -> None:
+    folder = tmp_path / "run"
+    assert etude("run", etude.piece, "--out", folder, *FLAGS, "--fault", "error", before=before).code == 1
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"fault": "error"', '"fault": "none"'))
+    done = etude("resume", folder, before=before)
+    assert (done.code, done.err) == (0, "")
+    assert same_ending(folder, whole)
+
+
 def test_second_ctrl_c_stops_at_once(etude, tmp_path, whole) -> None:
     folder = tmp_path / "run"
     run = etude.start(
@@ -114,7 +155,7 @@ from etude.core.run import Run
 artifact = Run.artifact
 def slow(*arguments, **settings):
     print("waiting", flush=True)
-    time.sleep(30)
+    time.sleep(300)
 Run.artifact = slow
 """
 
@@ -139,12 +180,17 @@ def test_signal_while_the_last_checkpoint_is_written(etude, tmp_path, whole) -> 
     before = """
 import time
 from etude.core import checkpoint
-write = checkpoint._write_tensors
-def slow(*arguments):
+from etude.core.run import Run
+write, receive, came = checkpoint._write_tensors, Run.receive, []
+def noting(run, *arguments):
+    receive(run, *arguments)
+    came.append(arguments)
+def waiting(*arguments):
     print("waiting", flush=True)
-    time.sleep(0.3)
+    while not came:
+        time.sleep(0.002)
     write(*arguments)
-checkpoint._write_tensors = slow
+checkpoint._write_tensors, Run.receive = waiting, noting
 """
     run = etude.start("run", etude.piece, "--out", folder, *FLAGS, before=before)
     run.ready()

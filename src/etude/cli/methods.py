@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -148,7 +149,7 @@ def copy(words: list[str]) -> int:
     except OSError as error:
         raise UserError(f"{target} cannot be written ({error.strerror})") from error
     shown = target if target.is_absolute() else f"./{target}"
-    print(f"{target}\nnext: etude run {shown} --preset tiny")
+    print(f"{target}\nnext: etude run {shlex.quote(str(shown))} --preset tiny")
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,8 @@ def _closing(finished: Any, entry: catalog.Entry, module: Any) -> None:
             if abs(value) >= 1e-3 or value == 0
             else f"{name.replace('_', ' ')}: {value:.3e}"
         )
-    after = f"etude sample {finished.folder}" if hasattr(module, "sample") else f"etude show {finished.folder}"
-    print(f"\nrun:  {finished.folder}\nnext: {after}")
+    verb = "sample" if hasattr(module, "sample") else "show"
+    print(f"\nrun:  {finished.folder}\nnext: etude {verb} {shlex.quote(str(finished.folder))}")
 
 
 def show(words: list[str]) -> int:
@@ -91,7 +92,7 @@ def show(words: list[str]) -> int:
     if state == "failed":
         print("  " + (folder / "failed").read_text(encoding="utf-8").splitlines()[0])
     if state != "done":
-        print(f"continue with: etude resume {folder}")
+        print(f"continue with: etude resume {shlex.quote(str(folder))}")
     print(path)
     if (
         not options.no_open
@@ -117,7 +118,8 @@ def sample(words: list[str]) -> int:
     entry = catalog.find(launch.read_config(folder)["method"])
     module = catalog.load_method(entry)
     if not hasattr(module, "sample"):
-        raise UserError(f"{entry.name} learns no distribution to draw from; see its results with: etude show {folder}")
+        see = f"etude show {shlex.quote(str(folder))}"
+        raise UserError(f"{entry.name} learns no distribution to draw from; see its results with: {see}")
     from etude.core.config import check
 
     default = module.Sample()

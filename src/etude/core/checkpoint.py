@@ -331,13 +331,12 @@ def _remove(path: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError:  # some file systems refuse to sync a folder; the rename is still atomic there
-        pass
-    finally:
-        os.close(handle)
+    with contextlib.suppress(OSError):  # some systems refuse to open or sync a folder; the rename is still atomic there
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -31,6 +31,11 @@ from etude.core.errors import RunError, UserError, nearest
 from etude.core.run import Common, Interrupted, Loaded, Run
 from etude.core.spec import Spec
 
+try:
+    import fcntl
+except ImportError:  # a system without it (Windows) has no such locks
+    fcntl = None
+
 OBJECT = "the model object"
 """How config.json names a network that was handed over in Python."""
 
@@ -89,8 +94,8 @@ def start(
     check(config)
     check(common)
     described = json.dumps(_command(entry, module, config, common, preset), indent=1) + "\n"
-    with _ranks(common):
-        folder, made = _share(lambda: _make_folder(entry, common, out, described))
+    with _ranks(common), contextlib.ExitStack() as held:
+        folder, made = _share(lambda: _make_folder(entry, common, out, described, held))
         try:
             return _execute(entry, module, config, common, folder, resume=False, source=source)
         except UserError:
@@ -102,8 +107,8 @@ def start(
 def resume(folder: str | os.PathLike[str]) -> Finished:
     """Continue a run exactly where its newest whole checkpoint stands (without one, from the start).
 
-    A finished run is returned as it is. Raises UserError when there is no such run or all its checkpoints are damaged,
-    RunError if the run fails.
+    A finished run is returned as it is. Raises UserError when there is no such run, another process is writing it or
+    all its checkpoints are damaged, RunError if the run fails.
     """
     folder = find_run(str(folder))
     described = read_config(folder)
@@ -113,7 +118,8 @@ def resume(folder: str | os.PathLike[str]) -> Finished:
     module = catalog.load_method(entry)
     config = replace(module.Config(), described["config"], f"{folder}/config.json")
     common = replace(Common(), described["common"], f"{folder}/config.json")
-    with _ranks(common):
+    with _ranks(common), contextlib.ExitStack() as held:
+        _share(lambda: _claim(folder, held))
         return _execute(entry, module, config, common, folder, resume=True)
 
 
@@ -228,7 +234,7 @@ def _finish(entry: Entry, run: Run, loop: Any) -> Finished:
         record.beat(run.step)
         _report(entry, run)
         if run.rank == 0:
-            print(f"{said}\nnext: etude resume {folder}", file=sys.stderr)
+            print(f"{said}\nnext: etude resume {shlex.quote(str(folder))}", file=sys.stderr)
         raise
     except UserError:
         raise
@@ -282,7 +288,9 @@ def _report(entry: Entry, run: Run) -> None:
             run.say(f"the report could not be written ({type(error).__name__}: {error}); try 'etude show {run.folder}'")
 
 
-def _make_folder(entry: Entry, common: Common, out: Path | None, described: str) -> tuple[Path, bool]:
+def _make_folder(
+    entry: Entry, common: Common, out: Path | None, described: str, held: contextlib.ExitStack
+) -> tuple[Path, bool]:
     """The run's folder with its config.json, and whether it is a new one (``--out`` may name an empty folder)."""
     name = entry.name if "/" in entry.name else f"mine/{entry.name}"
     folder = out or runs_folder() / name / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{common.seed}"
@@ -304,6 +312,7 @@ def _make_folder(entry: Entry, common: Common, out: Path | None, described: str)
                 if out is not None:
                     raise
                 folder, made = folder.with_name(f"{stamp}-{again}"), True
+        _claim(folder, held)  # before there is a config.json by which another process could resume it
         checkpoint.write_text(folder / "config.json", described)
     except OSError as error:
         if made:
@@ -312,6 +321,26 @@ def _make_folder(entry: Entry, common: Common, out: Path | None, described: str)
             f"the run folder {folder} cannot be written ({error.strerror}); name another with --out"
         ) from error
     return folder, made
+
+
+def _claim(folder: Path, held: contextlib.ExitStack) -> None:
+    """Make this process (rank 0) the only one that writes a run folder, until `held` closes or the process dies.
+
+    The lock is the kernel's, on the folder itself, and leaves no file behind. A file system that has none is passed
+    over. Raises UserError when another process has the folder.
+    """
+    if fcntl is None:
+        return
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        held.callback(os.close, handle)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"the run in {folder} is still being written by another process; resume it when that one has ended"
+        ) from error
+    except OSError:
+        return
 
 
 def _remove(folder: Path, made: bool) -> None:
@@ -356,7 +385,7 @@ def _command(entry: Entry, module: ModuleType, config: Any, common: Common, pres
 
 def _plain(error: Exception, folder: Path) -> Exception:
     """A sentence for what a full or closed disk or a lost rank does, or the error itself when it is another one."""
-    resume = f"etude resume {folder}"
+    resume = f"etude resume {shlex.quote(str(folder))}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         found = checkpoint.list_checkpoints(folder / "checkpoints")
         kept = (
@@ -394,6 +423,10 @@ def _ranks(common: Common) -> Iterator[None]:
     if "RANK" not in os.environ or torch.distributed.is_initialized():
         yield
         return
+    # its functions take the group that stands at its import as their default; imported later (torch.optim does that) it
+    # would keep the group and its threads alive into the end of Python, where now and then one of them aborts
+    from torch.distributed import nn  # noqa: F401
+
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and common.device != "cpu" else "gloo"
     torch.distributed.init_process_group(backend)
     try:
@@ -409,12 +442,11 @@ def _share(make: Any) -> Any:
     box: list[Any] = [None, None]
     if torch.distributed.get_rank() == 0:
         try:
-            folder, made = make()
-            box = [(str(folder), made), None]
+            box = [make(), None]
         except UserError as error:
             box = [None, str(error)]
-    # two plain strings travel through the process group's own store: nothing is pickled from a file
+    # it travels through the process group of this run: nothing is pickled from a file
     torch.distributed.broadcast_object_list(box)
     if box[1] is not None:
         raise UserError(box[1])
-    return Path(box[0][0]), box[0][1]
+    return box[0]

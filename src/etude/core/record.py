@@ -12,7 +12,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -23,6 +22,11 @@ import numpy as np
 
 from etude.core.checkpoint import write_text
 from etude.core.errors import UserError
+
+try:
+    import resource
+except ImportError:  # Windows does not have it
+    resource = None
 
 VERSIONS = ("etude", "torch", "numpy", "numba", "safetensors", "scikit-learn", "gymnasium", "tokenizers")
 
@@ -190,10 +194,12 @@ def commit() -> str | None:
 
 
 def peak_memory_mb() -> float:
-    """Peak resident memory of this process in MB (on a GPU, of its allocator)."""
+    """Peak resident memory of this process in MB (on a GPU, of its allocator); 0 where the system does not say."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    if resource is None:
+        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 

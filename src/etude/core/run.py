@@ -121,6 +121,14 @@ class Run:
             self.step, self._saved, self.complaints = checkpoint.load(folder / "checkpoints")
             clock = self._saved.pop("~run")
             self._over, self.record.rows = clock["over"], clock["rows"]
+            others = clock.get("ranks", [])
+            if self.rank and self.rank <= len(others):
+                self._saved |= others[self.rank - 1]
+            if len(others) + 1 != self.world:
+                count = f"{len(others) + 1} rank{'s' if others else ''}"
+                self.complaints.append(
+                    f"the run was saved by {count} and is now on {self.world}, so its numbers will be other ones"
+                )
             self._state_step = self.step
         self._resumed = self._state_step
         torch.manual_seed(fold(self.seed, 0, 0, "init"))  # equal initial weights on every rank
@@ -164,8 +172,9 @@ class Run:
     def track(self, **objects: Any) -> None:
         """Name what must survive: modules, optimizers, Boxes, anything with state_dict/load_state_dict.
 
-        On a resumed run each is restored here, in place, before the first step. Over several ranks rank 0's state is
-        the one that is saved, so what is tracked must be equal on all of them.
+        On a resumed run each is restored here, in place, before the first step. Over several ranks, modules and
+        optimizers are saved once and must be equal on all of them; of anything else (Boxes, replay buffers, worlds)
+        each rank's own is saved and restored.
         """
         for name, thing in objects.items():
             if name in self._tracked:
@@ -180,8 +189,12 @@ class Run:
         if self._state_step == self.step:
             return
         state = {name: checkpoint.state_of(thing) for name, thing in self._tracked.items()}
+        clock = {"over": self._over, "rows": self.record.rows}
+        if self.world > 1:
+            shared = (nn.Module, torch.optim.Optimizer)
+            own = {name: state[name] for name, thing in self._tracked.items() if not isinstance(thing, shared)}
+            clock["ranks"] = self._gather(own if self.rank else {})[1:]
         if self.rank == 0:
-            clock = {"over": self._over, "rows": self.record.rows}
             checkpoint.save(self.folder / "checkpoints", self.step, {**state, "~run": clock})
             self.record.beat(self.step)
         self._state_step = self.step
@@ -412,6 +425,12 @@ class Run:
         parts = flat.div_(self.world).split([value.numel() for value in values])
         torch._foreach_copy_(values, [part.view_as(value) for part, value in zip(parts, values)])
 
+    def _gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, on rank 0. They travel through the process group: nothing is pickled to a file."""
+        values = [None] * self.world
+        torch.distributed.gather_object(value, values if self.rank == 0 else None)
+        return values
+
     def _agree(self, due: bool) -> bool:
         """All ranks take one decision after each step: whether to save (rank 0's clock) or, on a signal to any, to stop."""
         word = torch.tensor(2 if self._signal else int(due and (self.rank == 0 or self.common.save_every > 0)))
@@ -445,7 +464,7 @@ def pick_device(name: str) -> torch.device:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"--device {name} cannot be used here; 'etude doctor' lists the devices of this machine"
