@@ -86,13 +86,18 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and all(
-    hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")
+    hasattr(torch.ops.mkldnn, name)
+    for name in ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
 )
 
 
 def _takes_onednn(x: Tensor) -> bool:
-    fits = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.numel() > 0
-    return _HAS_ONEDNN and fits and torch.backends.mkldnn.enabled and not torch.compiler.is_compiling()
+    fits = _HAS_ONEDNN and x.device.type == "cpu" and x.numel() > 0
+    if x.dtype == torch.bfloat16:  # oneDNN refuses it on processors that lack the instructions
+        fits = fits and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    elif x.dtype != torch.float32:
+        return False
+    return fits and torch.backends.mkldnn.enabled and not torch.compiler.is_compiling()
 
 
 class Block(nn.Module):
