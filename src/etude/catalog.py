@@ -158,13 +158,25 @@ class Entry:
 
 
 def method(
-    name: str, *, paper: str, section: str, needs: tuple[str, ...] = (), threads: int | None = None
+    name: str,
+    *,
+    paper: str,
+    section: str,
+    needs: tuple[str, ...] = (),
+    threads: int | None = None,
+    shards: bool = False,
 ) -> Callable[[Callable[..., dict[str, float]]], Callable[..., dict[str, float]]]:
-    """Mark the training loop of a method. `name` equals its path; `threads` is the default thread count (None = all), which
-    the loop may change by `Run.use_threads` once it knows its network."""
+    """Mark the training loop of a method.
+
+    `name` equals its path. `needs` names extras. `threads` is the default thread count (None = all), which the loop may
+    change by `Run.use_threads` once it knows its network. `shards`: the loop touches whole parameters only in forward
+    passes, so ``--shard`` may split them over the ranks.
+    """
 
     def mark(loop: Callable[..., dict[str, float]]) -> Callable[..., dict[str, float]]:
-        loop.etude = {"name": name, "paper": paper, "section": section, "needs": needs, "threads": threads}  # type: ignore[attr-defined]
+        loop.etude = {  # type: ignore[attr-defined]
+            "name": name, "paper": paper, "section": section, "needs": needs, "threads": threads, "shards": shards
+        }  # fmt: skip
         return loop
 
     return mark

@@ -66,7 +66,7 @@ def everyone(run: Run, value: Any) -> list[Any]:
     return values
 
 
-@method("tests/choir", paper="none", section="0", threads=1)
+@method("tests/choir", paper="none", section="0", threads=1, shards=True)
 def train(config: Config, run: Run) -> dict[str, float]:
     draw = torch.Generator().manual_seed(run.seed)
     inputs = torch.randn(ITEMS, 3, generator=draw)

@@ -138,6 +138,26 @@ def test_a_signal_to_one_rank_stops_both_and_they_resume(etude, tmp_path, alone,
     assert not set(kept[0]) & set(kept[1])
 
 
+@pytest.mark.parametrize("method", ["basics/mlp", "vision/lenet", "language/gpt"])
+def test_sharding_changes_where_the_parameters_are_and_no_number(etude, tmp_path, method) -> None:
+    for name, shard in (("plain", ()), ("sharded", ("--shard",))):
+        done = ranks(etude, "run", method, "--preset", "tiny", "--quiet", "--out", tmp_path / name, *shard)
+        assert [one.code for one in done] == [0, 0], done[0].err + done[1].err
+    plain, sharded = tmp_path / "plain", tmp_path / "sharded"
+    assert losses(sharded) == pytest.approx(losses(plain), rel=1e-3)
+    shapes = [{key: value.shape for key, value in tensors(folder).items()} for folder in (plain, sharded)]
+    assert shapes[0] == shapes[1]
+    assert {path.name for path in (plain / "artifacts").iterdir()} == {
+        path.name for path in (sharded / "artifacts").iterdir()
+    }
+
+
+def test_a_method_that_needs_whole_parameters_refuses_to_be_sharded(etude) -> None:
+    assert (
+        etude.refused("run", "rl/dqn", "--shard") == "rl/dqn cannot split its parameters over ranks; leave out --shard"
+    )
+
+
 STOP = """
 import os, signal
 from etude.core.run import Run

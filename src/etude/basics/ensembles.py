@@ -220,8 +220,6 @@ def train(config: Config, run: Run) -> dict[str, float]:
     recipe = Recipe.of(of, ensemble=config.ensemble, members=config.members, combine=config.combine)
     if config.split is not None and config.ensemble != "heads":
         raise UserError(f"--split {config.split} says where heads begin; it needs --ensemble heads")
-    if run.common.shard:
-        raise UserError("--shard takes the members apart that basics/ensembles examines one by one; leave it out")
     data = subset(room.images(of.data, getattr(of, "size", None)), recipe.examples, run.seed)
     run.describe(data.spec)
     model = run.place(build(config, data.spec)["model"])  # line 1

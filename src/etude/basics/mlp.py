@@ -199,7 +199,7 @@ def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
     return {"model": ensemble(network, config)}
 
 
-@method("basics/mlp", paper="Rumelhart et al. 1986", section="4.1", threads=1)
+@method("basics/mlp", paper="Rumelhart et al. 1986", section="4.1", threads=1, shards=True)
 def train(config: Config, run: Run) -> dict[str, float]:
     recipe = Recipe.of(config)
     if not config.widths and (config.dropout or config.normalizer != "none"):

@@ -38,7 +38,6 @@ from etude.core.errors import UserError
 from etude.core.run import Loaded, Run
 from etude.core.spec import Spec
 from etude.data.batches import Stream
-from etude.optim.flat import Vector
 
 MODES, RADIUS, SIGMA = 8, 2.0, 0.05
 JUDGE_SIZE, JUDGE_STEPS, JUDGE_BATCH = 32, 400, 128
@@ -171,13 +170,6 @@ def _doublings(size: int) -> int:
     if size < 8 or size & (size - 1):
         raise UserError(f"--size {size} cannot be reached by doubling 4 pixels; take 8, 16, 32, 64, …")
     return size // 8
-
-
-def flat(run: Run, module: nn.Module) -> Vector:
-    """All parameters of a placed module as one vector for the optimizer."""
-    if run.common.shard:
-        raise UserError(f"{run.name} keeps each player in one flat vector and cannot be sharded; leave out --shard")
-    return optim.flatten(module)
 
 
 # ---------------------------------------------------------------------------------------------------------- the judge

@@ -93,6 +93,8 @@ def start(
     """Make the run folder and run the method in it. Wrong input leaves no folder behind."""
     check(config)
     check(common)
+    if common.shard and not catalog.loop_of(module).etude["shards"]:  # type: ignore[attr-defined]
+        raise UserError(f"{entry.name} cannot split its parameters over ranks; leave out --shard")
     described = json.dumps(_command(entry, module, config, common, preset), indent=1) + "\n"
     with _ranks(common), contextlib.ExitStack() as held:
         folder, made = _share(lambda: _make_folder(entry, common, out, described, held))

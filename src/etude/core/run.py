@@ -150,23 +150,22 @@ class Run:
             checkpoint.write_text(self.folder / "spec.json", json.dumps(dataclasses.asdict(spec), indent=1) + "\n")
 
     def place(self, module: Module) -> Module:
-        """Move a module to the run's device: channels_last for convolutions, sharded by FSDP2 under ``--shard``.
+        """Move a module to the run's device: channels_last for convolutions, or sharded by FSDP2 under ``--shard``.
 
         Call it before making the optimizer. The module stays itself (same class, same methods).
         """
         module.to(self.device)
-        if any(isinstance(part, (nn.Conv2d, nn.ConvTranspose2d)) for part in module.modules()):
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if self.common.shard:
+        if self.common.shard:  # which takes no channels_last
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
 
             mesh = init_device_mesh(self.device.type, (self.world,))
-            for child in module.children():
-                if sum(p.numel() for p in child.parameters()) > 0 and not isinstance(child, nn.ModuleList):
-                    fully_shard(child, mesh=mesh)
+            for unit in _units(module):
+                fully_shard(unit, mesh=mesh)
             fully_shard(module, mesh=mesh)
             self._sharded = True
+        elif any(isinstance(part, (nn.Conv2d, nn.ConvTranspose2d)) for part in module.modules()):
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return module
 
     def track(self, **objects: Any) -> None:
@@ -437,6 +436,19 @@ class Run:
         torch.distributed.all_reduce(word, op=torch.distributed.ReduceOp.MAX)
         self._stop = word.item() == 2
         return word.item() == 1
+
+
+def _units(module: nn.Module) -> Iterator[nn.Module]:
+    """What is gathered and freed as one under ``--shard``: the children that have parameters.
+
+    Of a ModuleList or ModuleDict, which has no forward pass, it is the blocks inside; a single layer there stays with
+    the whole, for its weight may be used in several places (GPT's embedding is its last layer too).
+    """
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from (unit for unit in _units(child) if any(True for _ in unit.children()))
+        elif any(p.numel() for p in child.parameters()):
+            yield child
 
 
 def _local(grad: torch.Tensor) -> torch.Tensor:

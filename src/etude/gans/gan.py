@@ -50,7 +50,7 @@ from torch.nn.functional import softplus
 
 from etude import optim
 from etude.blocks.gans import Sample as Sample  # this and `sample`: for `etude sample`
-from etude.blocks.gans import flat, players, stage
+from etude.blocks.gans import players, stage
 from etude.blocks.gans import sample as sample
 from etude.catalog import Experiment, method
 from etude.core.config import Count, Fraction, NonNegative, Positive, Probability, Whole
@@ -179,7 +179,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
     modules = {name: run.place(module) for name, module in build(config, data.spec).items()}
     G, D = modules["generator"], modules["discriminator"]
     settings = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
-    G_optimizer, D_optimizer = optim.Adam([flat(run, G)], **settings), optim.Adam([flat(run, D)], **settings)
+    G_optimizer, D_optimizer = optim.Adam([optim.flatten(G)], **settings), optim.Adam([optim.flatten(D)], **settings)
     run.track(generator=G, discriminator=D, generator_optimizer=G_optimizer, discriminator_optimizer=D_optimizer)
     rate = optim.schedule(config.schedule, config.learning_rate, config.steps)
     data.begin(G, config.latent, modules.get("judge"))

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from etude import optim
 from etude.blocks.gans import Sample as Sample  # this and `sample`: for `etude sample`
-from etude.blocks.gans import flat, players, stage
+from etude.blocks.gans import players, stage
 from etude.blocks.gans import sample as sample
 from etude.catalog import Experiment, method
 from etude.core.config import Count, Positive, Whole
@@ -115,7 +115,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
     run.describe(data.spec)
     modules = {name: run.place(module) for name, module in build(config, data.spec).items()}
     G, f = modules["generator"], modules["critic"]
-    theta, w = flat(run, G), flat(run, f)
+    theta, w = optim.flatten(G), optim.flatten(f)
     G_optimizer, f_optimizer = (optim.RMSProp([vector], lr=config.learning_rate) for vector in (theta, w))
     run.track(generator=G, critic=f, generator_optimizer=G_optimizer, critic_optimizer=f_optimizer)
     rate = optim.schedule(config.schedule, config.learning_rate, config.steps)

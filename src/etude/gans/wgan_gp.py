@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from etude import optim
 from etude.blocks.gans import Sample as Sample  # this and `sample`: for `etude sample`
-from etude.blocks.gans import flat, players, stage
+from etude.blocks.gans import players, stage
 from etude.blocks.gans import sample as sample
 from etude.catalog import Experiment, method
 from etude.core.config import Count, Fraction, NonNegative, Positive, Whole
@@ -133,7 +133,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
     modules = {name: run.place(module) for name, module in build(config, data.spec).items()}
     G, f = modules["generator"], modules["critic"]
     settings = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
-    G_optimizer, f_optimizer = optim.Adam([flat(run, G)], **settings), optim.Adam([flat(run, f)], **settings)
+    G_optimizer, f_optimizer = optim.Adam([optim.flatten(G)], **settings), optim.Adam([optim.flatten(f)], **settings)
     run.track(generator=G, critic=f, generator_optimizer=G_optimizer, critic_optimizer=f_optimizer)
     rate = optim.schedule(config.schedule, config.learning_rate, config.steps)
     data.begin(G, config.latent, modules.get("judge"))

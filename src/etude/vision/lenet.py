@@ -256,7 +256,7 @@ def augment(config: Config) -> Callable[[Tensor, torch.Generator], Tensor] | Non
     return (lambda x, generator: shift(x, config.shift, generator)) if config.shift else None
 
 
-@method("vision/lenet", paper="LeCun et al. 1998", section="5.1.3.1", threads=1)
+@method("vision/lenet", paper="LeCun et al. 1998", section="5.1.3.1", threads=1, shards=True)
 def train(config: Config, run: Run) -> dict[str, float]:
     recipe = Recipe.of(config)
     data = subset(room.images(config.data, config.size), config.examples, run.seed)

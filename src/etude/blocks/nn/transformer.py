@@ -45,7 +45,9 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor
         out = _Product.apply(rows, weight, bias)
     else:
         out = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
-    return out.unflatten(0, x.shape[:-1])
+    shape = (*x.shape[:-1], out.shape[-1])
+    # as torch's own product does: `out` is new, and FSDP warns of a module that returns a view
+    return torch.ops.aten._unsafe_view(out, shape) if torch.is_grad_enabled() else out.view(shape)
 
 
 def pack(weight: Tensor, rows: int) -> Tensor | None:

@@ -48,6 +48,7 @@ from torch import Tensor, nn
 from etude.blocks.decoding import generate, stream
 from etude.blocks.text import BytePairs, Characters, Tokenizer, pieces, split, starts, tokenizer, windows
 from etude.catalog import Experiment, method
+from etude.core.checkpoint import state_of
 from etude.core.config import Count, NonNegative, Positive, Probability, Whole
 from etude.core.errors import UserError
 from etude.core.run import Loaded, Run
@@ -135,7 +136,7 @@ def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
     return {"model": GPT(Architecture(**spec.extra["architecture"]))}
 
 
-@method("language/gpt", paper="arXiv:2005.14165", section="6.9.3", threads=1)
+@method("language/gpt", paper="arXiv:2005.14165", section="6.9.3", threads=1, shards=True)
 def train(config: Config, run: Run) -> dict[str, float]:
     content = text(config.data)
     published = None
@@ -194,18 +195,23 @@ def train(config: Config, run: Run) -> dict[str, float]:
             nats = total_nats(model, validation) / characters
             run.log(validation_nats_per_character=nats)
         if run.every(config.sample_every):
-            run.artifact("writing", _write(model, tokens, prompt, run.generator("writing", step)), step=step + 1)
+            run.artifact("writing", _write(run, model, tokens, prompt, run.generator("writing", step)), step=step + 1)
     nats = total_nats(model, validation) / characters
-    paragraph = _write(model, tokens, prompt, run.generator("paragraph"), count=500)
+    paragraph = _write(run, model, tokens, prompt, run.generator("paragraph"), count=500)
     run.artifact("paragraph", paragraph, caption="500 tokens drawn from the trained model at temperature 0.8")
     return {"validation_nats_per_character": nats}
 
 
-def _write(model: GPT, tokens: Tokenizer, prompt: Tensor, generator: torch.Generator, count: int = 200) -> str:
-    model.eval()
-    place = next(model.parameters()).device
-    ids = generate(model, prompt[None].to(place), count, temperature=0.8, generator=generator)
-    model.train()
+def _write(
+    run: Run, model: GPT, tokens: Tokenizer, prompt: Tensor, generator: torch.Generator, count: int = 200
+) -> str:
+    writer = model
+    if run.common.shard:  # every rank holds a part of the weights, and only forward passes bring them together
+        writer = GPT(model.of).to(run.device)
+        writer.load_state_dict(state_of(model))
+    writer.eval()
+    ids = generate(writer, prompt[None].to(run.device), count, temperature=0.8, generator=generator)
+    writer.train()
     return tokens.decode(ids[0])
 
 
