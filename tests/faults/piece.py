@@ -63,7 +63,7 @@ def wait(run: Run) -> None:
             time.sleep(0.002)
 
 
-@method("tests/piece", paper="none", section="0", threads=1)
+@method("tests/piece", paper="none", section="0", threads=1, shards=True)
 def train(config: Config, run: Run) -> dict[str, float]:
     run.describe(Spec(shape=(4,), extra={"pid": 0}))
     model = run.place(build(config, Spec())["model"])
