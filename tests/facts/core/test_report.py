@@ -339,6 +339,19 @@ def test_curves_of_a_split_share_a_chart_and_all_charts_share_the_steps(run: Pat
     )
 
 
+def test_a_number_logged_once_is_no_curve(run: Path) -> None:
+    before = len(page(run).all("svg"))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 0, "judge_accuracy": 0.97714, "final_norm": 3.25}) + "\n")
+    write(run, "result.json", {"test_accuracy": 0.995, "final_norm": 3.25})
+    shown = page(run)
+    assert len(shown.all("svg")) == before
+    assert "0.9771" in shown.text
+    assert shown.text.count("final norm") == 1  # it is a result, and stands there already
+    write(run, "metrics.jsonl", json.dumps({"step": 1, "loss": 0.5}) + "\n")
+    assert len(page(run).all("svg")) == 1  # where nothing else has been logged yet, a dot is what there is to see
+
+
 def test_what_is_not_finite_is_marked_and_does_not_stretch_the_axis() -> None:
     drawn = chart([S("loss", np.array([0.0, 1, 2, 4]), np.array([1.0, np.nan, 3.0, np.inf]))])
     assert 'class="bad" d="M250 1000V940"' in drawn

@@ -113,6 +113,16 @@ def _curves(record: Record, contract: Contract) -> str:
     shown = sorted(groups(record.series), key=lambda group: wanted.isdisjoint(one.name for one in group))
     if not shown:
         return '<p class="empty">No metric has been logged.</p>'
+    single = [one for group in shown if all(len(s.steps) == 1 for s in group) for one in group]
+    once = ""
+    if len(single) < len(record.series):  # one value is no curve
+        shown = [group for group in shown if any(len(s.steps) > 1 for s in group)]
+        cells = "".join(
+            f"<div><dt>{escape(spaced(s.name))}</dt><dd>{number(s.values[0])}</dd></div>"
+            for s in single
+            if s.name not in record.result
+        )
+        once = f'<dl class="small">{cells}</dl>' if cells else ""
     # all charts show the same steps, so that one can be read against another
     span = (min(float(s.steps[0]) for s in record.series), max(float(s.steps[-1]) for s in record.series))
     charts = [chart(group, span) for group in shown]
@@ -123,7 +133,7 @@ def _curves(record: Record, contract: Contract) -> str:
         out += f'<details><summary>{len(rest)} more curves</summary><div class="charts">{"".join(rest)}</div></details>'
     smoothed = any(len(s.steps) >= SMOOTH_FROM for s in record.series)
     note = "Thin: every value logged. Thick, and the number beside the name: its moving mean." if smoothed else ""
-    return out + f'<p class="note">Over steps. {note}</p>'
+    return out + f'<p class="note">Over steps. {note}</p>{once}'
 
 
 def _what_was_run(record: Record) -> str:
