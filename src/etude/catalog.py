@@ -105,13 +105,13 @@ class Entry:
         """Each preset: what it changes (source text) and the comment beside it (expected time and score)."""
         found: dict[str, dict[str, str]] = {}
         lines = self.source.splitlines()
+        shared = {_target(node): node.value for node in self.tree.body if isinstance(node, ast.Assign)}
         for node in self.tree.body:
             if isinstance(node, ast.Assign) and _target(node) == "PRESETS" and isinstance(node.value, ast.Dict):
                 for key, value in zip(node.value.keys, node.value.values):
                     if isinstance(key, ast.Constant) and isinstance(value, ast.Call):
-                        changes = {str(k.arg): ast.unparse(k.value) for k in value.keywords if k.arg}
                         comment = lines[(value.end_lineno or 1) - 1].partition("#")[2].strip()
-                        changed = ", ".join(f"{name}={text}" for name, text in changes.items()) or "the defaults"
+                        changed = ", ".join(_changes(value, shared)) or "the defaults"
                         found[str(key.value)] = {"changes": changed, "expect": comment}
         return found
 
@@ -316,6 +316,16 @@ def _read(path: Path) -> Entry | None:
         source[opening + 3 : source.find("\n", opening)].strip().rstrip(".").removesuffix('"""') if opening >= 0 else ""
     )
     return Entry(name, path, title, values.get("paper", ""), values.get("section", ""), tuple(values.get("needs", ())))
+
+
+def _changes(call: ast.Call, shared: dict[str, ast.expr]) -> Iterator[str]:
+    """``name=value`` for each keyword of a call, those of a dictionary of the file (`**IMAGES`) too."""
+    for keyword in call.keywords:
+        if keyword.arg:
+            yield f"{keyword.arg}={ast.unparse(keyword.value)}"
+        elif isinstance(keyword.value, ast.Name) and isinstance(many := shared.get(keyword.value.id), ast.Dict):
+            for name, value in zip(many.keys, many.values):
+                yield f"{ast.literal_eval(name) if name else '…'}={ast.unparse(value)}"
 
 
 def _target(node: ast.Assign) -> str:

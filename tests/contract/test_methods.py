@@ -184,6 +184,9 @@ def test_presets_and_experiments_are_whole(case: Case) -> None:
     for name, preset in presets.items():
         assert type(preset) is case.module.Config, name
         check(preset)
+        said, default = case.entry.presets[name]["changes"], case.module.Config()
+        changed = [f.name for f in dataclasses.fields(preset) if getattr(preset, f.name) != getattr(default, f.name)]
+        assert [field for field in changed if f"{field}=" not in said] == [], f"not said of preset {name}"
     experiments = getattr(case.module, "EXPERIMENTS", ())
     assert [e.name for e in experiments] == [e["name"] for e in case.entry.experiments]
     assert len({e.name for e in experiments}) == len(experiments)
