@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch.optim.optimizer import ParamsT
 
 from etude.optim.chain import Bucket, Chain, Kernel, Rule, blocks, chain, fraction, l2, nonnegative, over_root
@@ -46,15 +47,37 @@ class RMSProp(Chain):
         return rule(group["alpha"], group["eps"], group["weight_decay"])
 
     def _kernel(self, group: dict[str, Any]) -> Kernel:
-        """The same in place, in the order of torch's loop; torch has no single kernel for it."""
         alpha, eps, weight_decay, lr = group["alpha"], group["eps"], group["weight_decay"], float(group["lr"])
 
-        def kernel(bucket: Bucket) -> None:
+        def of_adam(bucket: Bucket) -> None:
+            """Adam's kernel at β₁ = 0, where m is g: so g stands in m's place too and is written back as it was.
+
+            Its corrections 1 − βᵏ are 1 at a step k without end.
+            """
+            never = [torch.full_like(bucket.steps[0], 1e30)] * len(bucket.steps)
+            squares, g = bucket.slot("square_avg"), bucket.gradients
+            torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
+                bucket.parameters,
+                g,
+                g,
+                squares,
+                [],
+                never,
+                lr=lr,
+                beta1=0.0,
+                beta2=alpha,
+                weight_decay=0.0,
+                eps=eps,
+                amsgrad=False,
+                maximize=False,
+            )
+
+        def in_place(bucket: Bucket) -> None:
+            """Operation by operation, for Adam's kernel would write λθ into the gradient."""
             for tensors in zip(bucket.parameters, bucket.gradients, bucket.slot("square_avg"), strict=True):
                 for theta, g, square in blocks(*tensors):
-                    if weight_decay:
-                        g = g.add(theta, alpha=weight_decay)
+                    g = g.add(theta, alpha=weight_decay)
                     square.mul_(alpha).addcmul_(g, g, value=1 - alpha)
                     theta.addcdiv_(g, square.sqrt().add_(eps), value=-lr)
 
-        return kernel
+        return in_place if weight_decay else of_adam

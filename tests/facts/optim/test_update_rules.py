@@ -106,12 +106,29 @@ def test_sgd_is_bit_equal_to_torch(dtype, fused, weight_decay):
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_the_rmsprop_kernel_is_bit_equal_to_torchs_loop(weight_decay):
+def test_the_rmsprop_kernel_with_decay_is_bit_equal_to_torchs_loop():
     a, b = parameters(torch.float32), parameters(torch.float32)
-    train(RMSProp(a, lr=0.01, weight_decay=weight_decay), a, 100)
-    train(torch.optim.RMSprop(b, lr=0.01, weight_decay=weight_decay, foreach=False), b, 100)
+    train(RMSProp(a, lr=0.01, weight_decay=0.1), a, 100)
+    train(torch.optim.RMSprop(b, lr=0.01, weight_decay=0.1, foreach=False), b, 100)
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.99, 1 - 2**-53])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rmsprop_borrows_adams_kernel_and_leaves_the_gradient_as_it_was(dtype, alpha):
+    """β₁ = 0 with the gradient in the place of its own mean, and no correction even for the slowest decay."""
+    generator = torch.Generator().manual_seed(1)
+    start, slopes = (torch.randn(2, 1000, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    slopes[0, 0] = 0.0
+    ours, theirs = (nn.Parameter(start.clone()) for _ in range(2))
+    optimizers = RMSProp([ours], lr=0.01, alpha=alpha), torch.optim.RMSprop([theirs], lr=0.01, alpha=alpha)
+    for k in range(1, 6):
+        ours.grad, theirs.grad = slopes / k, slopes / k
+        for optimizer in optimizers:
+            optimizer.step()
+        assert torch.equal(ours.grad, slopes / k)
+    loose = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(ours, theirs, rtol=loose, atol=loose)
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
