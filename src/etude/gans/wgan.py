@@ -24,8 +24,8 @@ Differences:
 - The generator rests while the critic learns, so its n_critic batches come from one forward pass (for images: batch
   norm takes the statistics of them together). Clipping covers every parameter of the critic, as in the authors' code.
 
-Expect: ring, one thread, 14-18 s: 8, 8, 8 modes of 8 and 0.53, 0.87, 0.88 of the samples within 3σ (seeds 0-2).
-    MNIST, two threads, 2 min: 10 classes of 10, Fréchet ratio 0.035, 0.033, 0.034.
+Expect: ring, one thread, 12 s: 7, 8, 8 modes of 8 and 0.57, 0.87, 0.88 of the samples within 3σ (seeds 0-2).
+    MNIST, two threads, 2 min: 10 classes of 10, Fréchet ratio 0.038, 0.037, 0.034.
 Command: `etude run gans/wgan`, then `etude sample gans/wgan --count 64`
 """
 
@@ -78,9 +78,9 @@ IMAGES = {"clip": 0.01, "batch": 64, "latent": 64, "width": 32, "learning_rate":
 
 PRESETS = {
     "tiny": Config(steps=10, batch=32, width=32),
-    "default": Config(),  # 30 s → 8 modes, 0.53-0.88
+    "default": Config(),  # 12 s → 7-8 modes, 0.57-0.88
     "digits": Config(data="digits", size=16, steps=1000, evaluate_every=250, **IMAGES),
-    "mnist": Config(data="mnist", steps=1000, evaluate_every=100, **IMAGES),  # 2 min → Fréchet ratio 0.034
+    "mnist": Config(data="mnist", steps=1000, evaluate_every=100, **IMAGES),  # 2 min → Fréchet ratio 0.036
 }
 
 EXPERIMENTS = (
