@@ -1,4 +1,4 @@
-"""What all tests share: nothing is left to chance, and a switch that lets nothing be skipped where the datasets are."""
+"""What all tests share: one thread, nothing left to chance, and a switch that lets nothing be skipped."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ NO_SKIP = "ETUDE_NO_SKIP"  # set to 1 where every dataset and extra is present: 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """What a test draws without a generator of its own is the same every time, in whatever order the tests run."""
+    """What a test draws without a generator of its own is the same every time, in whatever order the tests run.
+
+    One thread, too: the tests have small tensors and a process a core.
+    """
+    torch.set_num_threads(1)
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 – libraries draw from it
     torch.manual_seed(0)

@@ -11,8 +11,6 @@ from etude.basics.backprop.engine import Node, backward, cross_entropy, fold, lo
 from etude.basics.backprop.train import Config, backpropagate, build, example, forward
 from etude.core.spec import Spec
 
-torch.set_num_threads(1)
-
 
 def normal(*shape, seed=0):
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

@@ -10,8 +10,6 @@ import etude
 from etude.basics.bias_variance import closed_form, decompose, even, features, fit, target
 from etude.core.errors import UserError
 
-torch.set_num_threads(1)
-
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

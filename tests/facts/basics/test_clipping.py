@@ -12,8 +12,6 @@ from etude.basics.clipping import Cells, Config, adding, clipped
 from etude.core import checkpoint
 from etude.optim.clipping import global_norm
 
-torch.set_num_threads(1)
-
 
 def test_a_cell_is_torchs_rnn():
     torch.manual_seed(0)

@@ -9,7 +9,6 @@ import torch
 import etude
 from etude.basics.descent import NAMES, Config, curvatures, losses, movie, saddle, settings, starts, turn, valley
 
-torch.set_num_threads(1)
 I = {name: i for i, name in enumerate(NAMES)}  # noqa: E741
 
 

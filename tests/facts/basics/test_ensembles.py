@@ -50,7 +50,6 @@ from etude.optim.clipping import clip_norm_
 from etude.robustness.fgsm import fgsm
 from etude.vision.lenet import LeNet
 
-torch.set_num_threads(1)
 SPEC = Spec(shape=(1, 3, 4), classes=tuple("abcde"), mean=(0.5,), std=(0.25,))
 TINY = {"preset": "tiny", "quiet": True, "seed": 0, "threads": 1}
 

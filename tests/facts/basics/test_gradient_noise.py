@@ -8,8 +8,6 @@ import torch
 import etude
 from etude.basics.gradient_noise import Config, closed_form, descend, deviation, gram, per_example, stationary
 
-torch.set_num_threads(1)
-
 
 def gradients(count=6, features=3, classes=2):
     draw = torch.Generator().manual_seed(0)

@@ -9,8 +9,6 @@ import torch
 import etude
 from etude.basics.initialization import CASES, FUNCTIONS, backward, forward, histogram, rms
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):

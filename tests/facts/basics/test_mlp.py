@@ -19,7 +19,6 @@ from etude.data import images
 from etude.data.batches import Stream
 from etude.optim.newton import newton_step
 
-torch.set_num_threads(1)
 SPEC = Spec(shape=(1, 8, 8), classes=tuple("0123456789"), mean=(0.3,), std=(0.3,))
 TINY = {"preset": "tiny", "quiet": True, "seed": 0, "threads": 1}
 

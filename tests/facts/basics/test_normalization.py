@@ -8,7 +8,6 @@ from torch import nn
 from etude.basics.normalization import Config, Sigmoids, build, probe
 from etude.core.spec import Spec
 
-torch.set_num_threads(1)
 SPEC = Spec(shape=(1, 4, 4), classes=("a", "b", "c"), mean=(0.25,), std=(0.5,))
 
 

@@ -25,8 +25,6 @@ from etude.core.errors import UserError
 from etude.optim import Adam, AdamW
 from etude.optim.newton import newton_step
 
-torch.set_num_threads(1)
-
 
 def whole(name):
     raw = load(name)

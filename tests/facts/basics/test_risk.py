@@ -15,8 +15,6 @@ from etude.basics.risk import (
 )
 from etude.core.errors import UserError
 
-torch.set_num_threads(1)
-
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)

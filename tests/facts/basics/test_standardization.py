@@ -8,8 +8,6 @@ from sklearn.preprocessing import StandardScaler
 import etude
 from etude.basics.standardization import copies, curvature, loss, minima, slope
 
-torch.set_num_threads(1)
-
 
 def problem(count=40, features=3):
     draw = torch.Generator().manual_seed(0)

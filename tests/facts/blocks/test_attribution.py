@@ -27,12 +27,6 @@ from etude.blocks.attribution import (
 from etude.vision.lenet import LeNet
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-
-
 def first(logits: Tensor) -> Tensor:
     return unit(logits, 0)
 

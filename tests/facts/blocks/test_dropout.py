@@ -9,8 +9,6 @@ from torch import nn
 
 from etude.blocks.nn.dropout import Dropout, classic, inverted, keep_mask
 
-torch.set_num_threads(1)
-
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)

@@ -15,8 +15,6 @@ from etude.blocks.nn.init import (
     variance_scaling,
 )
 
-torch.set_num_threads(1)
-
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)

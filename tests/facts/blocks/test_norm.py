@@ -13,8 +13,6 @@ from etude.blocks.nn.init import initialise
 from etude.blocks.nn.norm import BatchNorm, LayerNorm, Moments, Standardise, batch_norm, layer_norm, moments, normalise
 from etude.optim.newton import newton_step
 
-torch.set_num_threads(1)
-
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)

@@ -17,7 +17,6 @@ TINY = {"preset": "tiny", "quiet": True, "threads": 1}
 
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_num_threads(1)
     monkeypatch.setenv("ETUDE_RUNS", str(tmp_path / "runs"))
     monkeypatch.delenv("ETUDE_DATA", raising=False)
 

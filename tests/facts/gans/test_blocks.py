@@ -26,8 +26,6 @@ from etude.core.errors import UserError
 from etude.core.spec import Spec
 from etude.vision.lenet import LeNet
 
-torch.set_num_threads(1)
-
 
 def published_generator(nz=100, ngf=64, nc=3):
     """The generator of the DCGAN tutorial of PyTorch, written out."""

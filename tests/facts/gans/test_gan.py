@@ -10,7 +10,6 @@ from torch import nn
 
 from etude.gans.gan import OBJECTIVES, anneal, blur, log_not, minus_log, minus_log_not
 
-torch.set_num_threads(1)
 LOG4 = math.log(4)
 
 

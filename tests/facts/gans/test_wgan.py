@@ -11,8 +11,6 @@ from etude.core.spec import Spec
 from etude.gans.wgan import Config, build, clip, gap
 from etude.optim import RMSProp, flatten
 
-torch.set_num_threads(1)
-
 
 def clipped_critic(real, fake, c=0.5, steps=500, layers=None):
     """A perceptron (or `layers`) trained by lines 4-6 on two fixed samples."""

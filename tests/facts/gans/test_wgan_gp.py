@@ -11,8 +11,6 @@ from etude.core.spec import Spec
 from etude.gans.wgan_gp import Config, build, gradient_penalty, interpolates
 from etude.optim import Adam, flatten
 
-torch.set_num_threads(1)
-
 
 def linear(w):
     return lambda x: x.flatten(1) @ w

@@ -14,12 +14,6 @@ from etude.insight.saliency import saliency
 from etude.vision.lenet import LeNet
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-
-
 def by_hand(weights: list[Tensor], x: Tensor, target: int) -> Tensor:
     """The definition for x (n,) through W_L relu(… relu(W_1 x)), layer by layer, without autograd."""
     below, inputs = x, []

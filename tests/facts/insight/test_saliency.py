@@ -15,12 +15,6 @@ from etude.insight.saliency import explain, saliency
 from etude.vision.lenet import LeNet
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-
-
 def test_a_linear_model_shows_its_weight_row() -> None:
     """∂(Wx + b)_c / ∂x = W_c, for every image alike."""
     linear = nn.Linear(12, 4, dtype=torch.float64)

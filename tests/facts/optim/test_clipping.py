@@ -8,8 +8,6 @@ from torch import nn
 
 from etude.optim.clipping import clip_by_norm, clip_by_value, clip_norm_, clip_value_, global_norm
 
-torch.set_num_threads(1)
-
 
 def with_gradients(scale=1.0):
     generator = torch.Generator().manual_seed(0)

@@ -11,8 +11,6 @@ from torch import nn
 from etude.optim import SGD, AdaGrad, Adam, AdamW, Momentum, RMSProp, flatten
 from etude.optim.clipping import clip_norm_
 
-torch.set_num_threads(1)
-
 
 class Net(nn.Module):
     """A convolution, batch norm with buffers, a tied layer and a frozen one."""

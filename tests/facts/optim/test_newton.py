@@ -9,8 +9,6 @@ from torch import nn
 
 from etude.optim.newton import Newton, derivatives, newton_step, solve
 
-torch.set_num_threads(1)
-
 
 def spd(n=6, seed=0):
     root = torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

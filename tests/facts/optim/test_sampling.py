@@ -11,8 +11,6 @@ from etude.optim import sgd
 from etude.optim.chain import update
 from etude.optim.sgd import minibatch
 
-torch.set_num_threads(1)
-
 
 def problem(count=12, features=3):
     generator = torch.Generator().manual_seed(0)

@@ -13,8 +13,6 @@ from torch.distributed.tensor import DTensor
 from etude.optim import SGD, AdaGrad, Adam, AdamW, Momentum, RMSProp
 from etude.optim.clipping import clip_norm_, clip_value_
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(scope="module")
 def mesh():

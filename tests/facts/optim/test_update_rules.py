@@ -25,8 +25,6 @@ from etude.optim.chain import (
 )
 from etude.optim.newton import newton_step
 
-torch.set_num_threads(1)
-
 # name, ours, torch's, settings of both, settings of torch's only
 PAIRS = [
     ("sgd", SGD, torch.optim.SGD, {}, {}),

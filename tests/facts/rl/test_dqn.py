@@ -46,14 +46,6 @@ if "etude-test/Walk-v0" not in gymnasium.registry:
     gymnasium.register("etude-test/Walk-v0", entry_point=Walk, max_episode_steps=7)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("heads", [True, False])
 @pytest.mark.parametrize("huber", [True, False])
 @pytest.mark.parametrize("hidden", [(), (7,), (9, 6, 5)])

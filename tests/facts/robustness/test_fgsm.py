@@ -17,12 +17,6 @@ from etude.robustness.fgsm import direction, explain, fgsm, project
 from etude.vision.lenet import LeNet
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-
-
 def logistic(w: Tensor, b: float = 0.3) -> nn.Linear:
     """Two logits (0, w·x + b): the cross-entropy of class 1 is softplus(−(w·x + b)), of class 0 softplus(w·x + b)."""
     linear = nn.Linear(len(w), 2, dtype=w.dtype)

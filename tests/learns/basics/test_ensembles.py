@@ -11,8 +11,6 @@ import etude
 from etude.blocks.ensembles import bootstrap, combine, spread
 from etude.data import images
 
-torch.set_num_threads(1)
-
 
 @pytest.mark.parametrize("kind", ["seeds", "bagging", "heads", "snapshots"])
 def test_the_mean_is_better_than_a_member(kind, tmp_path):

@@ -10,7 +10,6 @@ from etude import data as room
 from etude.blocks.nn.norm import Standardise
 from etude.optim import SGD
 
-torch.set_num_threads(1)
 pytestmark = pytest.mark.skipif("ETUDE_DATA" not in os.environ, reason="ETUDE_DATA is not set: MNIST is needed")
 
 

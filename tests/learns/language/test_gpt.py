@@ -105,7 +105,6 @@ def test_positions_are_worth_more_than_a_tenth_of_a_nat():
             optimizer.step()
         return float(loss.detach())
 
-    torch.set_num_threads(1)
     with_them, without = train(True), train(False)
     assert with_them < 0.2
     assert without > with_them + 1.0
