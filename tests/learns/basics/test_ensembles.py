@@ -19,12 +19,11 @@ def test_the_mean_is_better_than_a_member(kind, tmp_path):
     assert found["jensen_slack"] >= -1e-12
     # measured 0.024 (seeds), 0.052 (bagging), 0.023 (heads), 0.0010 (snapshots of a constant rate are much alike)
     assert found["nll_gain"] > {"snapshots": 0.0002}.get(kind, 0.005)
-    two_images = 2 / 360  # of the test set: what rounding on another machine may turn over
     assert found["accuracy"] >= 0.9  # measured 0.936 to 0.939
-    assert found["accuracy"] >= found["mean_accuracy"] - two_images  # measured +0.0006 and more
+    assert found["accuracy"] >= found["mean_accuracy"] - 0.002  # measured +0.0006 and more
     assert found["variance_of_mean"] < found["variance"]
     if kind in ("heads", "snapshots"):
-        assert found["averaged_gain"] >= -two_images  # measured +0.0006 for both
+        assert found["averaged_gain"] >= -0.002  # measured +0.0006 for both
     else:
         assert found["averaged_gain"] < -0.1  # measured -0.63, -0.68: the mean of different networks is none of them
 
