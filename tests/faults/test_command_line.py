@@ -158,6 +158,7 @@ def test_info_bench_data_doctor_json(etude, tmp_path) -> None:
         ("run lenet --device meta", "--device meta cannot be used here"),
         ("run lenet --seed -1", "--seed is -1; it must be a whole number at least 0"),
         ("run lenet --quiet yes", "--quiet takes no value, but 'yes' follows it"),
+        ("run lenet --compile", "vision/lenet has no part that torch.compile is used for; leave out --compile"),
         ("run lenet mnist", "'mnist' stands where a flag should"),
         ("run lenet --data mnits", "did you mean 'mnist'?"),
         ("run mlp --dropout 1", "--dropout is 1.0; it must be a number between 0 and 1 (1 excluded)"),

@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code; every foreseeable mistake is one sentence on stderr."""
     words = sys.argv[1:] if arguments is None else arguments
     # read when torch is loaded: threads that wait for each other soon give up their core, which costs nothing where
-    # the cores are free and halves the time of a run where they are not
+    # the cores are free, and where they are not a GAN on two threads took 47 s instead of 75
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         return _dispatch(words)

@@ -95,6 +95,8 @@ def start(
     check(common)
     if common.shard and not catalog.loop_of(module).etude["shards"]:  # type: ignore[attr-defined]
         raise UserError(f"{entry.name} cannot split its parameters over ranks; leave out --shard")
+    if common.compile and "run.compile(" not in entry.source:
+        raise UserError(f"{entry.name} has no part that torch.compile is used for; leave out --compile")
     described = json.dumps(_command(entry, module, config, common, preset), indent=1) + "\n"
     with _ranks(common), contextlib.ExitStack() as held:
         folder, made = _share(lambda: _make_folder(entry, common, out, described, held))

@@ -139,7 +139,7 @@ class Run:
         self.record.threads = torch.get_num_threads()
 
     def suit_threads(self, module: nn.Module) -> None:
-        """One thread for a network of up to a million parameters, where a second only costs; every core for a larger."""
+        """One thread for a network of up to a million parameters, which a busy machine does not slow; else every core."""
         self.use_threads(1 if sum(p.numel() for p in module.parameters()) <= 1_000_000 else None)
 
     # ------------------------------------------------------------------------------------------------------ state

@@ -108,3 +108,19 @@ def test_positions_are_worth_more_than_a_tenth_of_a_nat():
     with_them, without = train(True), train(False)
     assert with_them < 0.2
     assert without > with_them + 1.0
+
+
+def test_compile_reaches_the_loss_and_changes_no_number(tmp_path, monkeypatch):
+    """With the compiler's own front end and no C++: what is compiled is what the loop runs."""
+    compiled, compiler = [], torch.compile
+
+    def eager(function):
+        compiled.append(function)
+        return compiler(function, backend="eager")
+
+    settings = {"preset": "tiny", "steps": 3, "quiet": True}
+    plain = etude.run("language/gpt", out=tmp_path / "plain", **settings)
+    monkeypatch.setattr(torch, "compile", eager)
+    fast = etude.run("language/gpt", out=tmp_path / "fast", compile=True, **settings)
+    assert len(compiled) == 1
+    assert fast.metrics == pytest.approx(plain.metrics, rel=1e-6)

@@ -178,13 +178,14 @@ def train(config: Config, run: Run) -> dict[str, float]:
     )
     run.track(model=model, optimizer=optimizer)
     prompt = ids[: min(8, context)]
+    loss_of = run.compile(lambda x, y: next_token_loss(model(x), y))
     for step in run.steps(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = rate(step, config)
         offsets = starts(len(learned), context, config.batch, run.generator("batch", step))
         x, y = (part.to(run.device) for part in windows(learned, offsets, context))
         with run.autocast():
-            loss = next_token_loss(model(x), y)
+            loss = loss_of(x, y)
         optimizer.zero_grad()
         loss.backward()
         run.average(model, loss=loss)
