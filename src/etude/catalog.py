@@ -15,7 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +26,34 @@ PACKAGE = Path(__file__).resolve().parent
 NOT_ROOMS = {"core", "blocks", "data", "optim", "_results", "cli", "__pycache__"}
 EXTRAS = {"rl": ("gymnasium",), "text": ("tokenizers",), "track": ("tensorboard",)}
 SECTIONS = ("Paper", "Equation", "Algorithm", "Differences", "Expect", "Command")
+
+
+@dataclass(frozen=True)
+class Control:
+    """A fault or a null that must *fail* the bar of its experiment, or the bar proves nothing.
+
+    It runs on the experiment's seeds, with one change: other settings, another returned metric of the very same run, or
+    a function of the method's file replaced by a null one. A control whose run ends in a failure (a divergence) has failed
+    the bar too.
+    """
+
+    name: str
+    """What is wrong or missing: "no clipping", "an untrained network", "the map is a blob in the centre"."""
+    flags: dict[str, Any] = field(default_factory=dict)
+    """Config fields that differ from the experiment's."""
+    preset: str = ""
+    """Preset to start from, where it is not the experiment's."""
+    metric: str = ""
+    """Key of the returned metrics that is held against the bar, where it is not the experiment's."""
+    swap: dict[str, str] = field(default_factory=dict)
+    """Name in the method's file → dotted path of what stands there instead (``etude.insight.parts.nulls.centre_blob``)."""
+
+
+@dataclass(frozen=True)
+class Idle:
+    """In SETTINGS: why changing a field of the Config changes neither the numbers nor the pictures of a run."""
+
+    why: str
 
 
 @dataclass(frozen=True)
@@ -41,7 +69,9 @@ class Experiment:
     bar: float
     """The value to reach."""
     better: str = "higher"
-    """Whether higher or lower is better."""
+    """Whether a value must be higher than the bar, lower, or near it (within `tolerance`)."""
+    tolerance: float = 0.0
+    """Largest distance from the bar that is near."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds; each must clear the bar."""
     flags: dict[str, Any] = field(default_factory=dict)
@@ -52,10 +82,19 @@ class Experiment:
     """Limit on the seconds spent between the first and the last step."""
     notes: str = ""
     """What a reader of the card must know."""
+    controls: tuple[Control, ...] = ()
+    """Faults and nulls that must fail this bar on every seed; at least one."""
 
     def clears(self, value: float) -> bool:
         """Whether this value reaches the bar."""
+        if self.better == "near":
+            return abs(value - self.bar) <= self.tolerance
         return value >= self.bar if self.better == "higher" else value <= self.bar
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Experiment:
+        """From the dictionaries of `Entry.experiments`."""
+        return cls(**values | {"controls": tuple(Control(**control) for control in values["controls"])})
 
 
 @dataclass(frozen=True)
@@ -118,10 +157,11 @@ class Entry:
     @property
     def experiments(self) -> list[dict[str, Any]]:
         """The experiments as plain dictionaries (literals only), without importing the method."""
-        for node in self.tree.body:
-            if isinstance(node, ast.Assign) and _target(node) == "EXPERIMENTS":
-                return [_literal_call(call) for call in ast.walk(node.value) if _called(call) == "Experiment"]
-        return []
+        assigned = {_target(node): node.value for node in self.tree.body if isinstance(node, ast.Assign)}
+        if "EXPERIMENTS" not in assigned:
+            return []
+        calls = (call for call in ast.walk(assigned["EXPERIMENTS"]) if _called(call) == "Experiment")
+        return [_literal(call, assigned) for call in calls]
 
     @property
     def samples(self) -> bool:
@@ -336,17 +376,27 @@ def _called(node: ast.AST) -> str:
     return node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
 
 
-def _literal_call(node: ast.AST) -> dict[str, Any]:
-    assert isinstance(node, ast.Call)
-    names = list(Experiment.__dataclass_fields__)
-    values = {names[i]: ast.literal_eval(argument) for i, argument in enumerate(node.args)}
-    values |= {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
-    defaults = {
-        "better": "higher",
-        "seeds": (0, 1, 2),
-        "published": "",
-        "notes": "",
-        "flags": {},
-        "within_seconds": None,
-    }
-    return defaults | values
+def _literal(node: ast.AST, assigned: dict[str, ast.expr]) -> Any:
+    """The value of an expression made of literals, `Experiment(…)`, `Control(…)` and names of such in the same file.
+
+    The two calls become dictionaries with all their fields.
+    """
+    kind = {"Experiment": Experiment, "Control": Control}.get(_called(node))
+    if kind is not None:
+        assert isinstance(node, ast.Call)
+        values = {name.name: _literal(argument, assigned) for name, argument in zip(fields(kind), node.args)}
+        values |= {str(k.arg): _literal(k.value, assigned) for k in node.keywords}
+        return {f.name: values.get(f.name, _default(f)) for f in fields(kind)}
+    if isinstance(node, ast.Name):
+        return _literal(assigned[node.id], assigned)
+    if isinstance(node, ast.Tuple):
+        return tuple(_literal(item, assigned) for item in node.elts)
+    if isinstance(node, ast.Dict):
+        return {
+            _literal(key, assigned): _literal(value, assigned) for key, value in zip(node.keys, node.values) if key
+        }
+    return ast.literal_eval(node)  # type: ignore[arg-type]
+
+
+def _default(item: Field[Any]) -> Any:
+    return item.default_factory() if item.default_factory is not MISSING else item.default

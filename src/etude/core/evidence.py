@@ -26,7 +26,7 @@ def verify(entry: Entry, seeds: int | None = None, only: str | None = None, keep
     The card is written to `results/<name>.json` when nothing was left out (all experiments, all seeds). Each seed
     runs in a process of its own, so seconds and peak memory are its own. Raises UserError for an unknown experiment.
     """
-    experiments = [Experiment(**values) for values in entry.experiments]
+    experiments = [Experiment.of(values) for values in entry.experiments]
     chosen = [e for e in experiments if only is None or e.name == only]
     if not chosen:
         raise UserError(f"{entry.name} has no experiment '{only}' (it has {', '.join(e.name for e in experiments)})")

@@ -54,8 +54,9 @@ def names(kind: str | None = None) -> list[str]:
 def images(name: str | os.PathLike[str], size: int | None = None) -> Images:
     """Read a dataset of labelled images, or a folder of class-named image folders.
 
-    Returns tensors: `train.x` and `test.x` uint8 (N, C, H, W), `train.y` and `test.y` int64 (N,), and `spec` with
-    shape, class names, and the training split's mean and standard deviation per channel in [0, 1] units. With `size`,
+    Returns three splits, `train`, `validation` and `test`, each with `x` uint8 (N, C, H, W) and `y` int64 (N,), and `spec`
+    with shape, class names, and the training split's mean and standard deviation per channel in [0, 1] units. A
+    registered dataset gives a stratified tenth of its training images, always the same ones, to validation. With `size`,
     images are resized (bilinear, averaging when shrinking) to size × size. A registered name wins over a folder of that
     name; write `./name` for the folder. Raises `UserError` naming the file and what to do.
     """
@@ -69,7 +70,7 @@ def images(name: str | os.PathLike[str], size: int | None = None) -> Images:
 
         path = Path(name).expanduser()
         read = folders.read(path, size)
-        return assemble(str(name), read.train, read.test, read.classes, None, read.source)
+        return assemble(str(name), read.train, read.test, read.classes, None, read.source, read.validation)
     train, test, source = _arrays(dataset)
     return assemble(dataset.name, train, test, dataset.classes, size, source)
 
@@ -293,10 +294,11 @@ def _arrays(dataset: Dataset) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.n
         path = folder / cifar.JPEG
         return *cifar.jpeg(path, remedy), f"{path} (lossy)"
     if dataset.name == "cifar10_partial":
-        from etude.data import bundled, cifar
+        from etude.data import cifar
+        from etude.data.sets import stratified
 
         x, y, source = cifar.partial(folder, remedy)
-        train, test = bundled.stratified(y, len(y) // 5)
+        train, test = stratified(y, len(y) // 5)
         return (x[train], y[train]), (x[test], y[test]), f"{source}; every fifth record tests"
     from etude.data import idx
 

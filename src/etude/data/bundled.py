@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from etude.data.sets import stratified
+
 TEST = 360
 """Test images of the digits; the other 1,437 train."""
 
@@ -31,21 +33,3 @@ def photographs() -> dict[str, np.ndarray]:
         name.rpartition("/")[2].removesuffix(".jpg"): np.ascontiguousarray(image)
         for name, image in zip((name.replace("\\", "/") for name in bunch.filenames), bunch.images)
     }
-
-
-def stratified(labels: np.ndarray, test: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Split the indices of `labels` into (train, test), sorted, `test` of them for testing, classes in proportion.
-
-    Each class gives floor(test · share) and the classes with the largest remainders give one more, so the total is
-    exact. Within a class the members with the smallest keys of a Philox stream are chosen: equal on every machine.
-    """
-    keys = np.random.Philox(key=seed).random_raw(len(labels))
-    kinds, counts = np.unique(labels, return_counts=True)
-    exact = counts * (test / len(labels))
-    quota = np.floor(exact).astype(np.int64)
-    quota[np.argsort(quota - exact, kind="stable")[: test - quota.sum()]] += 1
-    chosen = np.zeros(len(labels), bool)
-    for kind, count in zip(kinds, quota):
-        members = np.flatnonzero(labels == kind)
-        chosen[members[np.argsort(keys[members], kind="stable")[:count]]] = True
-    return np.flatnonzero(~chosen), np.flatnonzero(chosen)

@@ -1,8 +1,10 @@
 """Read a folder of class-named image folders: the user's own data.
 
-Two layouts: FOLDER/<class>/*.png with a split of our own, or FOLDER/train/<class>/* and FOLDER/test/<class>/*
-(`val` and `valid` count as test when there is no `test`). The split of our own depends on the file names alone: an
-image whose hashed name falls in the lowest fifth is a test image, so adding images never moves the others.
+Two layouts: FOLDER/<class>/*.png with splits of our own, or FOLDER/train/<class>/* and FOLDER/test/<class>/*, with
+FOLDER/val/<class>/* for validation where there is one (without `test`, `val` or `valid` is the test split). Splits of our
+own depend on the file names alone: an image whose hashed name falls in the lowest fifth is a test image, one in the next
+8 % (a tenth of the rest) validates, so adding images never moves the others. Beside a `test` folder, a tenth of `train`
+validates in the same way.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from etude.core.errors import UserError
+from etude.data.sets import VALIDATION
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -24,15 +27,17 @@ ENDINGS = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", "
 """File name endings that are read as images; other files are counted and left alone."""
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 """What a file may hold whatever it is called; Pillow would start Ghostscript for a PostScript file."""
-_TEST_NAMES = ("test", "val", "valid")
+_VALIDATION_NAMES = ("val", "valid", "validation")
+_TEST_NAMES = ("test", *_VALIDATION_NAMES)
 _GREY = ("1", "L", "LA", "La", "I", "F")
 
 
 @dataclass(frozen=True, eq=False)
 class Folder:
-    """A read folder: uint8 images (N, C, H, W) and int64 labels (N,) of both splits, class names, a description."""
+    """A read folder: uint8 images (N, C, H, W) and int64 labels (N,) of the three splits, class names, a description."""
 
     train: tuple[np.ndarray, np.ndarray]
+    validation: tuple[np.ndarray, np.ndarray]
     test: tuple[np.ndarray, np.ndarray]
     classes: tuple[str, ...]
     source: str
@@ -52,43 +57,56 @@ def read(folder: Path, size: int | None = None, seed: int = 0, share: float = 0.
         )
     other = next((name for name in _TEST_NAMES if (folder / name).is_dir()), None)
     ignored = 0
+    parts: dict[str, dict[str, list[Path]]] = {"train": {}, "validation": {}, "test": {}}
     if other and (folder / "train").is_dir() and _folders(folder / "train"):
-        train, skipped = _listed(folder / "train")
-        test, more = _listed(folder / other)
-        ignored = skipped + more
-        if strange := sorted(set(test) - set(train)):
-            raise UserError(
-                f"{folder / other} has the class '{strange[0]}', which {folder / 'train'} has not: "
-                "give both the same class folders."
-            )
-        split = f"folders train and {other}"
+        held = next((name for name in _VALIDATION_NAMES if other == "test" and (folder / name).is_dir()), None)
+        for part, name in (("train", "train"), ("validation", held), ("test", other)):
+            if name is not None:
+                parts[part], skipped = _listed(folder / name)
+                ignored += skipped
+                if strange := sorted(set(parts[part]) - set(parts["train"])):
+                    raise UserError(
+                        f"{folder / name} has the class '{strange[0]}', which {folder / 'train'} has not: "
+                        "give both the same class folders."
+                    )
+        if held is None:
+            for name, paths in parts["train"].items():
+                parts["train"][name], parts["validation"][name] = _divided(name, paths, seed, (0.0, VALIDATION))
+        split = f"folders train, {held + ', ' if held else ''}and {other}" + ("" if held else "; a tenth of train validates")
     else:
         both, ignored = _listed(folder)
-        train, test = {}, {}
         for name, paths in both.items():
-            train[name], test[name] = _divided(name, paths, seed, share)
-        split = f"{share:.0%} of the file names for testing"
-    classes = tuple(sorted(train))
-    if not any(train.values()) or not any(test.values()):
-        raise UserError(
-            f"{folder} has no {'training' if not any(train.values()) else 'test'} images: put at least two "
-            f"images ({', '.join(sorted(ENDINGS)[:5])}, …) in every class folder."
-        )
+            rest, parts["test"][name] = _divided(name, paths, seed, (0.0, share))
+            parts["train"][name], parts["validation"][name] = _divided(
+                name, rest, seed, (share, share + (1 - share) * VALIDATION)
+            )
+        split = f"{share:.0%} of the file names for testing, {(1 - share) * VALIDATION:.0%} for validation"
+    classes = tuple(sorted(parts["train"]))
+    for part, what in (("train", "training"), ("test", "test"), ("validation", "validation")):
+        if not any(parts[part].values()):
+            raise UserError(
+                f"{folder} has no {what} images: put at least three images "
+                f"({', '.join(sorted(ENDINGS)[:5])}, …) in every class folder."
+            )
     if len(classes) < 2:
         raise UserError(
             f"{folder} has only the class '{classes[0]}': put the images of every class into a folder of "
             "its own, at least two."
         )
     for name in classes:
-        if not train[name]:
+        if not parts["train"][name]:
             raise UserError(f"{folder} has no training images of the class '{name}': add some or remove the folder.")
-    rows = {"train": [(path, classes.index(name)) for name in classes for path in train[name]]}
-    rows["test"] = [(path, classes.index(name)) for name in classes for path in test.get(name, ())]
+    rows = {
+        part: [(path, classes.index(name)) for name in classes for path in paths.get(name, ())]
+        for part, paths in parts.items()
+    }
     arrays = _decoded([path for part in rows.values() for path, _ in part], size, folder)
-    count = len(rows["train"])
-    labels = {name: np.array([label for _, label in part], np.int64) for name, part in rows.items()}
     source = f"{folder} ({split}{f'; {ignored} other files left alone' if ignored else ''})"
-    return Folder((arrays[:count], labels["train"]), (arrays[count:], labels["test"]), classes, source)
+    ends = np.cumsum([len(part) for part in rows.values()])
+    images = (arrays[end - len(part) : end] for end, part in zip(ends, rows.values()))
+    labels = (np.array([label for _, label in part], np.int64) for part in rows.values())
+    train, validation, test = zip(images, labels)
+    return Folder(train, validation, test, classes, source)
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -112,19 +130,20 @@ def _listed(folder: Path) -> tuple[dict[str, list[Path]], int]:
     return {name: paths for name, paths in found.items() if paths}, ignored
 
 
-def _divided(name: str, paths: list[Path], seed: int, share: float) -> tuple[list[Path], list[Path]]:
-    """Split by the hash of (seed, class, file name); both parts get an image where the class has two or more."""
+def _divided(name: str, paths: list[Path], seed: int, chances: tuple[float, float]) -> tuple[list[Path], list[Path]]:
+    """Take out the files whose chance, a hash of (seed, class, file name), lies in [low, high): the rest, and those.
+
+    Both parts get an image where there are two or more.
+    """
+    low, high = chances
 
     def chance(path: Path) -> float:
         digest = hashlib.sha256(f"{seed}/{name}/{path.name}".encode("utf-8", "surrogateescape")).digest()
         return int.from_bytes(digest[:8], "big") / 2**64
 
-    ranked = sorted(paths, key=lambda path: (chance(path), path.name))
-    count = sum(chance(path) < share for path in ranked)
-    if len(ranked) > 1:
-        count = min(max(count, 1), len(ranked) - 1)
-    else:
-        count = 0
+    ranked = sorted(paths, key=lambda path: (chance(path) < low, chance(path), path.name))
+    count = sum(low <= chance(path) < high for path in ranked)
+    count = min(max(count, 1), len(ranked) - 1) if len(ranked) > 1 else 0
     return sorted(ranked[count:]), sorted(ranked[:count])
 
 

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+VALIDATION = 0.1
+"""Share of the training images that is held back for validation where the data bring no validation split."""
+
 
 @dataclass(frozen=True, eq=False)
 class Split:
@@ -33,7 +36,10 @@ class Images:
 
     name: str
     train: Split
+    validation: Split
+    """For curves, early stopping and every other choice; cut from the training images unless the data bring their own."""
     test: Split
+    """Scored once, at the end; no choice looks at it."""
     spec: Spec
     source: str
     """Where it was read from and, when it is not the official set, in what it differs."""
@@ -80,16 +86,51 @@ def assemble(
     classes: tuple[str, ...],
     size: int | None,
     source: str,
+    validation: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Images:
-    """Wrap uint8 arrays (N, C, H, W) and integer labels (N,) as tensors that share their memory (but for a resize)."""
+    """Wrap uint8 arrays (N, C, H, W) and integer labels (N,) as tensors; mean and deviation are the training split's.
+
+    Without `validation`, a tenth of the training images is cut off for it by `held_back`: the same images in every run,
+    whatever its seed.
+    """
     import numpy as np
     import torch
 
+    if validation is None:
+        (x, y), (kept, held) = train, held_back(train[1])
+        train, validation = (x[kept], y[kept]), (x[held], y[held])
     if size is not None:
-        train, test = (resized(train[0], size), train[1]), (resized(test[0], size), test[1])
+        train, validation, test = ((resized(x, size), y) for x, y in (train, validation, test))
     mean, std = moments(train[0])
-    splits = [Split(torch.from_numpy(x), torch.from_numpy(y.astype(np.int64, copy=False))) for x, y in (train, test)]
-    return Images(name, splits[0], splits[1], Spec(tuple(train[0].shape[1:]), classes, mean, std), source)
+    parts = (
+        Split(torch.from_numpy(x), torch.from_numpy(y.astype(np.int64, copy=False))) for x, y in (train, validation, test)
+    )
+    return Images(name, *parts, Spec(tuple(train[0].shape[1:]), classes, mean, std), source)
+
+
+def held_back(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The indices of training labels as (training, validation): a stratified tenth, at least one, validates."""
+    return stratified(labels, max(1, round(VALIDATION * len(labels))), seed=1)
+
+
+def stratified(labels: np.ndarray, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Split the indices of `labels` in two, sorted, `count` of them in the second part, classes in proportion.
+
+    Each class gives floor(count · share) and the classes with the largest remainders give one more, so the total is
+    exact. Within a class the members with the smallest keys of a Philox stream are chosen: equal on every machine.
+    """
+    import numpy as np
+
+    keys = np.random.Philox(key=seed).random_raw(len(labels))
+    kinds, counts = np.unique(labels, return_counts=True)
+    exact = counts * (count / len(labels))
+    quota = np.floor(exact).astype(np.int64)
+    quota[np.argsort(quota - exact, kind="stable")[: count - quota.sum()]] += 1
+    chosen = np.zeros(len(labels), bool)
+    for kind, share in zip(kinds, quota):
+        members = np.flatnonzero(labels == kind)
+        chosen[members[np.argsort(keys[members], kind="stable")[:share]]] = True
+    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
 
 
 def moments(x: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
