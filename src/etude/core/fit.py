@@ -1,3 +1,11 @@
-"""The old place of `etude.core.scoring.accuracy`, for methods that still import it from here."""
+"""The old place of `etude.blocks.classifying.scores.accuracy`, for the files that still import it from here."""
 
-from etude.core.scoring import accuracy as accuracy
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    """The function of that name in its new place."""
+    return getattr(importlib.import_module("etude.blocks.classifying.scores"), name)
