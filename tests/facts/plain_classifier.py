@@ -1,10 +1,11 @@
 """A classifier's training written out with torch's own parts, against which the loops of etude are held.
 
-Not a test itself: `runpy.run_path` brings `train` into the tests of the methods. Only the documented random streams are
+Not a test itself: `runpy.run_path` brings it into the tests of the methods. Only the documented random streams are
 etude's: the order of the images, a member's seed, its bootstrap sample, the shift of an image, the seed of a step.
 """
 
 import copy
+import json
 import math
 from types import SimpleNamespace
 
@@ -12,8 +13,68 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from etude.basics.mlp import Config, build
+from etude.core import checkpoint
 from etude.core.randomness import fold, generator
 from etude.data.batches import Stream
+
+
+class Pixels(nn.Module):
+    """(x/255 − mean) / deviation."""
+
+    def __init__(self, spec):
+        super().__init__()
+        self.mean, self.std = torch.tensor(spec.mean).double(), torch.tensor(spec.std)
+
+    def forward(self, x):
+        return (x.double() / 255 - self.mean) * (1 / self.std).double()
+
+
+class Classic(nn.Module):
+    """Units dropped in training without scaling, all of them multiplied by the keep probability at test."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.keep = 1 - p
+
+    def forward(self, x):
+        return x * torch.empty_like(x).bernoulli_(self.keep) if self.training else x * self.keep
+
+
+def networks(
+    count, spec, widths, activation="relu", dropout=0.0, dropout_style="inverted", normalizer="none", **_others
+):
+    """torch's own layers, begun with the weights that a run with seed 0 begins with."""
+    torch.manual_seed(fold(0, 0, 0, "init"))
+    config = Config(widths=widths, activation=activation, dropout=dropout, normalizer=normalizer)
+    sources, made = [build(config, spec)["model"] for _ in range(count)], []
+    for source in sources:
+        layers = [nn.Flatten()]
+        for before, after in zip((64, *widths), widths):
+            layers.append(nn.Linear(before, after, bias=normalizer != "batch"))
+            layers += {"none": [], "batch": [nn.BatchNorm1d(after)], "layer": [nn.LayerNorm(after)]}[normalizer]
+            layers.append({"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}[activation]())
+            if dropout:
+                layers.append(nn.Dropout(dropout) if dropout_style == "inverted" else Classic(dropout))
+        layers = nn.Sequential(*layers, nn.Linear((64, *widths)[-1], 10))
+        layers.load_state_dict(source.layers.state_dict())
+        made.append(nn.Sequential(Pixels(spec), *layers).double())
+    return made
+
+
+def flat(module):
+    """All numbers of a module's state, in order."""
+    state = module.state_dict() if isinstance(module, nn.Module) else module
+    return torch.cat([value.double().flatten() for value in state.values()])
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def state_of(folder):
+    return checkpoint.load(folder / "checkpoints")[1]["model"]
+
 
 OPTIMIZERS = {
     "sgd": torch.optim.SGD,

@@ -1,24 +1,22 @@
 """The whole run of the feed-forward network against the same training written out with torch, in float64."""
 
-import json
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 import etude
 from etude.basics.mlp import Config, build
 from etude.blocks.classifying.recipe import DAMPING
-from etude.core import checkpoint
 from etude.core.randomness import fold
 from etude.core.run import Run
 from etude.data import images
 from etude.data.sets import Images, Split
 
-plain = runpy.run_path(str(Path(__file__).parents[1] / "plain_classifier.py"))
+plain = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "plain_classifier.py")))
 SMALL = {"widths": (12, 8), "steps": 6, "batch": 20}
 TINY = {"preset": "tiny", "quiet": True, "seed": 0, "threads": 1}
 
@@ -34,63 +32,6 @@ def _float64(monkeypatch):
 def _no_pictures(monkeypatch):
     monkeypatch.setattr("etude.blocks.classifying.scores.classifier_pictures", lambda *_: None)
     monkeypatch.setattr("etude.core.launch._report", lambda *_: None)
-
-
-class Pixels(nn.Module):
-    """(x/255 − mean) / deviation."""
-
-    def __init__(self, spec):
-        super().__init__()
-        self.mean, self.std = torch.tensor(spec.mean).double(), torch.tensor(spec.std)
-
-    def forward(self, x):
-        return (x.double() / 255 - self.mean) * (1 / self.std).double()
-
-
-class Classic(nn.Module):
-    """Units dropped in training without scaling, all of them multiplied by the keep probability at test."""
-
-    def __init__(self, p):
-        super().__init__()
-        self.keep = 1 - p
-
-    def forward(self, x):
-        return x * torch.empty_like(x).bernoulli_(self.keep) if self.training else x * self.keep
-
-
-def networks(
-    count, spec, widths, activation="relu", dropout=0.0, dropout_style="inverted", normalizer="none", **_others
-):
-    """torch's own layers, begun with the weights that a run with seed 0 begins with."""
-    torch.manual_seed(fold(0, 0, 0, "init"))
-    config = Config(widths=widths, activation=activation, dropout=dropout, normalizer=normalizer)
-    sources, made = [build(config, spec)["model"] for _ in range(count)], []
-    for source in sources:
-        layers = [nn.Flatten()]
-        for before, after in zip((64, *widths), widths):
-            layers.append(nn.Linear(before, after, bias=normalizer != "batch"))
-            layers += {"none": [], "batch": [nn.BatchNorm1d(after)], "layer": [nn.LayerNorm(after)]}[normalizer]
-            layers.append({"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}[activation]())
-            if dropout:
-                layers.append(nn.Dropout(dropout) if dropout_style == "inverted" else Classic(dropout))
-        layers = nn.Sequential(*layers, nn.Linear((64, *widths)[-1], 10))
-        layers.load_state_dict(source.layers.state_dict())
-        made.append(nn.Sequential(Pixels(spec), *layers).double())
-    return made
-
-
-def flat(module):
-    """All numbers of a module's state, in order."""
-    state = module.state_dict() if isinstance(module, nn.Module) else module
-    return torch.cat([value.double().flatten() for value in state.values()])
-
-
-def log(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def state_of(folder):
-    return checkpoint.load(folder / "checkpoints")[1]["model"]
 
 
 RULES = [{"optimizer": name, "weight_decay": 0.05, "schedule": schedule, "learning_rate": rate}
@@ -119,14 +60,14 @@ def test_loop_is_the_one_written_out(flags, tmp_path):
     flags = SMALL | flags | {"evaluate_every": 4} | ({"members": 3} if "ensemble" in flags else {})
     done = etude.run("basics/mlp", **TINY, **flags, out=tmp_path / "run")
     data, kind = images("digits"), flags.get("ensemble")
-    made = networks(3 if kind in ("seeds", "bagging", "heads") else 1, data.spec, **flags)
+    made = plain.networks(3 if kind in ("seeds", "bagging", "heads") else 1, data.spec, **flags)
     trunk = None
     if kind == "heads":  # the first network's trunk under the last layers of all
         trunk, made = made[0][:-1], [network[-1] for network in made]
     made[0].snapshots = 3
-    expected = plain["train"](made, data, trunk=trunk, **flags)
+    expected = plain.train(made, data, trunk=trunk, **flags)
     assert bool(expected.clipped) == any("clip" in name for name in flags)
-    rows, state = log(done.folder), state_of(done.folder)
+    rows, state = plain.log(done.folder), plain.state_of(done.folder)
     assert [row["loss"] for row in rows] == pytest.approx(expected.losses, rel=1e-9)
     seen = [(row["step"], row["validation_loss"], row["validation_accuracy"]) for row in rows if len(row) > 2]
     assert [row[0] for row in seen] == [4, 6]
@@ -136,10 +77,10 @@ def test_loop_is_the_one_written_out(flags, tmp_path):
     for number, network in enumerate(expected.members):
         own = prefix.replace("0", str(number))
         found = {name: value for name, value in state.items() if name.startswith(own)}
-        torch.testing.assert_close(flat(found), flat(network), rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(plain.flat(found), plain.flat(network), rtol=1e-8, atol=1e-10)
     if kind == "heads":
         found = {name: value for name, value in state.items() if name.startswith("trunk.")}
-        torch.testing.assert_close(flat(found), flat(expected.trunk), rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(plain.flat(found), plain.flat(expected.trunk), rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.usefixtures("_float64")
@@ -152,10 +93,10 @@ def test_loop_of_newton_s_method(tmp_path):
     layer = build(Config(widths=(), initializer="small", initial_bias=0.1), data.spec)["model"].layers[1].double()
     assert bool((layer.bias == torch.tensor(0.1).double()).all())
     theta, losses = torch.cat([layer.weight.flatten(), layer.bias]).detach(), []
-    stream = plain["Stream"](len(data.train.y), 64, 0)
+    stream = plain.Stream(len(data.train.y), 64, 0)
     for step in range(3):
         index = stream.indices(step)
-        x, y = Pixels(data.spec)(data.train.x[index]).flatten(1), data.train.y[index]
+        x, y = plain.Pixels(data.spec)(data.train.x[index]).flatten(1), data.train.y[index]
 
         def loss(theta, x=x, y=y):
             return F.cross_entropy(x @ theta[:640].view(10, 64).T + theta[640:], y)
@@ -165,8 +106,8 @@ def test_loop_of_newton_s_method(tmp_path):
         theta = theta - 0.8 * (1 - step / 3) * torch.linalg.solve(
             hessian + DAMPING * torch.eye(650, dtype=torch.float64), gradient
         )
-    assert [row["loss"] for row in log(done.folder)] == pytest.approx(losses, rel=1e-7)
-    torch.testing.assert_close(flat(state_of(done.folder)), theta, rtol=1e-6, atol=1e-8)
+    assert [row["loss"] for row in plain.log(done.folder)] == pytest.approx(losses, rel=1e-7)
+    torch.testing.assert_close(plain.flat(plain.state_of(done.folder)), theta, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("flags", [
@@ -179,7 +120,7 @@ def test_reported_numbers_are_those_of_the_saved_network(flags, tmp_path):
     """On the test split, in evaluation mode; and the last row of the log on the validation split."""
     done = etude.run("basics/mlp", **TINY, **flags, evaluate_every=10, out=tmp_path / "run")
     model, data = etude.load(done.folder).model, images("digits")
-    rows = [row for row in log(done.folder) if len(row) > 2]
+    rows = [row for row in plain.log(done.folder) if len(row) > 2]
     assert [row["step"] for row in rows] == [10, 20, 30]
     assert set(rows[0]) == {"step", "loss", "validation_loss", "validation_accuracy"}
     for said, part in (("test", data.test), ("validation", data.validation)):
@@ -204,8 +145,8 @@ def test_loop_sees_no_test_label(tmp_path, monkeypatch):
 
     monkeypatch.setattr("etude.basics.mlp.room.images", moved)
     two = etude.run("basics/mlp", **TINY, **flags, out=tmp_path / "two")
-    assert log(one.folder) == log(two.folder)
-    assert torch.equal(flat(state_of(one.folder)), flat(state_of(two.folder)))
+    assert plain.log(one.folder) == plain.log(two.folder)
+    assert torch.equal(plain.flat(plain.state_of(one.folder)), plain.flat(plain.state_of(two.folder)))
     assert one.metrics != two.metrics
 
 
@@ -213,6 +154,6 @@ def test_loop_trains_on_the_subset_only(tmp_path):
     """Five images in batches of five: the batch is the same every step, and full-batch descent lowers its loss."""
     flags = {"examples": 5, "batch": 5, "optimizer": "sgd", "learning_rate": 0.05, "steps": 8}
     done = etude.run("basics/mlp", **TINY, **flags, out=tmp_path / "run")
-    losses = [row["loss"] for row in log(done.folder)]
+    losses = [row["loss"] for row in plain.log(done.folder)]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.8 * losses[0]

@@ -1,8 +1,8 @@
 """The whole run of LeNet against the same training written out with torch's own parts, in float64."""
 
-import json
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,14 +12,13 @@ from torch.nn import functional as F
 import etude
 from etude.blocks.nn.dropout import Dropout
 from etude.blocks.nn.norm import BatchNorm, LayerNorm
-from etude.core import checkpoint
 from etude.core.randomness import fold
 from etude.core.run import Run
 from etude.data import images
 from etude.data.sets import Images, Split
 from etude.vision.lenet import Config, build
 
-plain = runpy.run_path(str(Path(__file__).parents[1] / "plain_classifier.py"))
+plain = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "plain_classifier.py")))
 SMALL = {"steps": 4, "batch": 6, "examples": 40, "evaluate_every": 3, "shift": 0}
 TINY = {"preset": "tiny", "quiet": True, "seed": 0, "threads": 1}
 
@@ -75,19 +74,6 @@ def networks(count, spec, **flags):
     return [torchs(source) for source in sources]
 
 
-def flat(module):
-    state = module.state_dict() if isinstance(module, nn.Module) else module
-    return torch.cat([value.double().flatten() for value in state.values()])
-
-
-def log(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def state_of(folder):
-    return checkpoint.load(folder / "checkpoints")[1]["model"]
-
-
 @pytest.mark.usefixtures("_float64")
 @pytest.mark.parametrize("flags", [
     {"optimizer": "sgd", "learning_rate": 0.1, "weight_decay": 0.05},
@@ -115,9 +101,9 @@ def test_loop_is_the_one_written_out(flags, small, tmp_path):
         trunk.classifier[-1] = nn.Identity()
     made[0].snapshots = 2
     data = Images(small.name, train, small.validation, small.test, spec, "")
-    expected = plain["train"](made, data, trunk=trunk, **flags)
+    expected = plain.train(made, data, trunk=trunk, **flags)
     assert bool(expected.clipped) == any("clip" in name for name in flags)
-    rows, state = log(done.folder), state_of(done.folder)
+    rows, state = plain.log(done.folder), plain.state_of(done.folder)
     assert [row["loss"] for row in rows] == pytest.approx(expected.losses, rel=1e-9)
     seen = [(row["step"], row["validation_loss"], row["validation_accuracy"]) for row in rows if len(row) > 2]
     assert [row[0] for row in seen] == [3, 4]
@@ -127,10 +113,10 @@ def test_loop_is_the_one_written_out(flags, small, tmp_path):
     for number, network in enumerate(expected.members):
         own = prefix.replace("0", str(number))
         found = {name: value for name, value in state.items() if name.startswith(own)}
-        torch.testing.assert_close(flat(found), flat(network), rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(plain.flat(found), plain.flat(network), rtol=1e-8, atol=1e-9)
     if kind == "heads":
         found = {name: value for name, value in state.items() if name.startswith("trunk.")}
-        torch.testing.assert_close(flat(found), flat(expected.trunk), rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(plain.flat(found), plain.flat(expected.trunk), rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +125,7 @@ def test_loop_is_the_one_written_out(flags, small, tmp_path):
 def test_reported_numbers_are_those_of_the_saved_network(flags, small, tmp_path):
     """On the test split, in evaluation mode; and the last row of the log on the validation split."""
     done = etude.run("vision/lenet", **TINY, **SMALL, **flags, out=tmp_path / "run")
-    model, last = etude.load(done.folder).model, log(done.folder)[-1]
+    model, last = etude.load(done.folder).model, plain.log(done.folder)[-1]
     assert set(last) == {"step", "loss", "validation_loss", "validation_accuracy"}
     assert set(done.metrics) == {"test_loss", "test_accuracy"}
     for said, part, numbers in (("test", small.test, done.metrics), ("validation", small.validation, last)):
@@ -156,8 +142,8 @@ def test_loop_sees_no_test_label(small, tmp_path, monkeypatch):
     other = Images(small.name, small.train, small.validation, moved, small.spec, small.source)
     monkeypatch.setattr("etude.vision.lenet.room.images", lambda *_: other)
     two = etude.run("vision/lenet", **TINY, **SMALL, out=tmp_path / "two")
-    assert log(one.folder) == log(two.folder)
-    assert torch.equal(flat(state_of(one.folder)), flat(state_of(two.folder)))
+    assert plain.log(one.folder) == plain.log(two.folder)
+    assert torch.equal(plain.flat(plain.state_of(one.folder)), plain.flat(plain.state_of(two.folder)))
     assert one.metrics != two.metrics
 
 
@@ -179,6 +165,6 @@ def test_loop_goes_on_where_it_was_killed(stop, flags, small, tmp_path, monkeypa
         with pytest.raises(SystemExit):
             etude.run("vision/lenet", **TINY, **SMALL, **flags, save_every=1, out=tmp_path / "killed")
     again = etude.resume(tmp_path / "killed")
-    assert log(whole.folder) == log(again.folder)
+    assert plain.log(whole.folder) == plain.log(again.folder)
     assert whole.metrics == again.metrics
-    assert torch.equal(flat(state_of(whole.folder)), flat(state_of(again.folder)))
+    assert torch.equal(plain.flat(plain.state_of(whole.folder)), plain.flat(plain.state_of(again.folder)))
