@@ -8,6 +8,7 @@ each file with `ast` and never imports torch; `load_method` imports the one file
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -95,7 +96,8 @@ class Experiment:
     @classmethod
     def of(cls, values: dict[str, Any]) -> Experiment:
         """From the dictionaries of `Entry.experiments`."""
-        return cls(**values | {"controls": tuple(Control(**control) for control in values["controls"])})
+        controls = tuple(Control(**control) for control in values["controls"])
+        return dataclasses.replace(cls(**{k: v for k, v in values.items() if k != "controls"}), controls=controls)
 
 
 @dataclass(frozen=True)

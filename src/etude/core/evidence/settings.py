@@ -98,9 +98,10 @@ def another(value: Any, hint: Any) -> Any:
 
 def _first(kind: Any) -> Any:
     """A value to start from where there is none."""
-    bare = typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
-    if typing.get_origin(bare) is typing.Literal:
-        return typing.get_args(bare)[0]
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return arguments[0]
+    bare = arguments[0] if typing.get_origin(kind) is typing.Annotated else kind
     return {int: 0, float: 1.0, bool: False}.get(bare)
 
 
