@@ -316,6 +316,22 @@ def extra_installed(extra: str) -> bool:
     return all(importlib.util.find_spec(package) is not None for package in EXTRAS.get(extra, ()))
 
 
+def systems() -> list[dict[str, str]]:
+    """The 197 systems of the lecture notes: chapter, section, system, where, test, missing, badge.
+
+    `where` is the method that shows it (or a file of `blocks`), empty where there is none yet; `missing` says what a row
+    done in part still lacks. The badge is the method's, "in part", or "not yet".
+    """
+    lines = (PACKAGE / "notes.tsv").read_text(encoding="utf-8").splitlines()
+    heads = lines[0].split("\t")
+    rows = [dict(zip(heads, line.split("\t"))) for line in lines[1:]]
+    known = entries()
+    for row in rows:
+        entry = known.get(row["where"])
+        row["badge"] = "in part" if row["missing"] else entry.badge if entry else "not yet"
+    return rows
+
+
 def results_folder() -> Path:
     """Where evidence cards lie: ETUDE_RESULTS, the checkout's `results/`, or the copy inside the installed package."""
     if "ETUDE_RESULTS" in os.environ:
