@@ -16,9 +16,9 @@ TABLE = [
     for line in (ROOT / "docs" / "vocabulary.md").read_text(encoding="utf-8").splitlines()
     if line.startswith("| `")
 ]
-REFUSED = {word: cells[0] for cells in TABLE for word in re.findall(r"`([^`…]+)`", cells[2])}
+REFUSED = {word: cells[0] for cells in TABLE for word in re.findall(r"`([^`…, ]+)`", cells[2])}
 ENDINGS = {word.rstrip("…"): cells[0] for cells in TABLE for word in re.findall(r"`([^`]+_…)`", cells[2])}
-KEPT = {word for cells in TABLE for word in re.findall(r"`([^`…]+)`", cells[0])}
+KEPT = {word for cells in TABLE for word in re.findall(r"`([^`…, ]+)`", cells[0])}
 
 
 def test_the_table_is_read_and_does_not_contradict_itself() -> None:
