@@ -12,6 +12,7 @@ from typing import Any
 
 from etude.core.report.charts import SMOOTH_FROM, chart, groups
 from etude.core.report.headline import headline, limit_of
+from etude.core.report.mathematics import typeset
 from etude.core.report.reading import Contract, Record, as_dict, as_float, as_list, is_number, same
 from etude.core.report.tiles import pictures
 from etude.core.report.words import (
@@ -19,7 +20,6 @@ from etude.core.report.words import (
     duration,
     escape,
     facts_list,
-    formula,
     html_table,
     inline,
     moment,
@@ -225,7 +225,7 @@ def _contract(record: Record, contract: Contract) -> str:
     if source:
         parts.append(f"<p>{inline(source)}</p>")
     if contract.equation:
-        parts.append(f"<h3>Equation</h3>{formula(contract.equation)}")
+        parts.append(f"<h3>Equation</h3>{typeset(contract.equation)}")
     for title in ("algorithm", "differences", "expect"):
         if text := getattr(contract, title):
             parts.append(f"<h3>{title.capitalize()}</h3>{prose(text)}")
