@@ -50,9 +50,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from etude.blocks.envs import Worlds, film, play
-from etude.blocks.replay import Replay
-from etude.blocks.returns import td_target
+from etude.blocks.acting.episodes import film, play
+from etude.blocks.acting.replay import Replay
+from etude.blocks.acting.returns import td_target
+from etude.blocks.acting.worlds import Worlds
 from etude.catalog import Experiment, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, NonNegative, Positive, Probability, Whole

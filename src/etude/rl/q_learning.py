@@ -41,7 +41,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from etude.blocks.envs import Worlds, expected_return, film, optimal_q, play, single, tables, time_limit
+from etude.blocks.acting.environments import environment
+from etude.blocks.acting.episodes import film, play
+from etude.blocks.acting.tables import expected_return, optimal_q, tables
+from etude.blocks.acting.worlds import Worlds
 from etude.catalog import Experiment, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, Fraction, NonNegative, Positive, Probability, Whole
@@ -254,7 +257,7 @@ def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
 @method("rl/q_learning", paper="Watkins & Dayan 1992", section="7.6.1, 7.6.2, 7.6.8", needs=("rl",), threads=1)
 def train(config: Config, run: Run) -> dict[str, float]:
     probe = Worlds.make(config.env)  # answers for continuous actions and structured observations
-    env, world = single(config.env), tables(config.env)
+    env, world = environment(config.env).make(), tables(config.env)
     if not hasattr(env.observation_space, "n"):
         raise UserError(
             f"--env {config.env} observes {env.observation_space}, and a table needs discrete states: use rl/dqn for it"
@@ -265,7 +268,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
     box = Box(env_steps=0, recent=[])
     run.track(model=model, box=box)
     q, visits = model.q.numpy(), model.visits.numpy()  # views: the loop below writes into the module
-    limit = time_limit(config.env, config.limit)
+    limit = environment(config.env).limit(config.limit)
     best = optimal_q(world, config.gamma) if world else None
     temperature = config.temperature if config.exploration == "boltzmann" else 0.0
 

@@ -12,9 +12,9 @@ from gymnasium import spaces
 from torch.nn import functional as F
 
 import etude
-from etude.blocks.envs import Worlds
-from etude.blocks.replay import Replay
-from etude.blocks.returns import td_target
+from etude.blocks.acting.replay import Replay
+from etude.blocks.acting.returns import td_target
+from etude.blocks.acting.worlds import Worlds
 from etude.core.errors import RunError, UserError
 from etude.core.randomness import fold, generator
 from etude.rl import dqn

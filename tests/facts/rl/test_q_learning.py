@@ -6,7 +6,8 @@ import pytest
 from scipy.stats import chisquare
 
 import etude
-from etude.blocks.envs import tables, time_limit
+from etude.blocks.acting.environments import environment
+from etude.blocks.acting.tables import tables
 from etude.core.errors import UserError
 from etude.rl import q_learning
 from etude.rl.q_learning import (
@@ -90,7 +91,7 @@ def test_fixed_point_on_a_one_state_loop():
 @pytest.mark.parametrize("name", ["FrozenLake-v1", "CliffWalkingSlippery-v1", "Taxi-v4"])
 def test_compiled_episodes_are_those_of_the_environment(name):
     world, env = tables(name), gymnasium.make(name, disable_env_checker=True)
-    shape, limit = world.probability.shape[:2], time_limit(name, 50)
+    shape, limit = world.probability.shape[:2], environment(name).limit(50)
     ours, theirs = [(np.zeros(shape), np.zeros(shape), np.random.default_rng(9)) for _ in range(2)]
     for seed in range(12):
         epsilon = np.array([0.7])
