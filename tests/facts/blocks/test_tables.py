@@ -54,4 +54,25 @@ def test_shortest_way_along_the_cliff_is_thirteen_steps():
     world = tables("CliffWalking-v1")
     assert expected_return(world, optimal_q(world, 0.999).argmax(1), 100) == pytest.approx(-13, abs=1e-12)
     assert environment("CliffWalking-v1").limit(77) == 77
-    assert environment("FrozenLake-v1").limit(77) == 100
+    assert environment("CliffWalking-v1").limit() == 1000
+    assert environment("FrozenLake-v1").limit() == 100  # registered
+    assert [environment("FrozenLake-v1").limit(most) for most in (77, 177)] == [77, 100]
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("name", ["FrozenLake-v1", "CliffWalkingSlippery-v1", "Taxi-v4"])
+def test_optimal_values_are_those_of_plain_value_iteration(name, gamma):
+    world = tables(name)
+    q = np.zeros(world.probability.shape[:2])
+    for _ in range(40_000):
+        before, value = q, q.max(1)
+        q = (world.probability * (world.reward + gamma * ~world.terminated * value[world.next_state])).sum(2)
+        if np.abs(q - before).max() < 1e-13:
+            break
+    np.testing.assert_allclose(optimal_q(world, gamma), q, atol=1e-9)
+
+
+def test_optimal_values_are_found_for_gamma_next_to_one():
+    for gamma in (1 - 1e-9, np.nextafter(1.0, 0.0)):  # plain value iteration would take 10^9 sweeps and more
+        assert optimal_q(tables("FrozenLake-v1"), gamma).max(1)[0] == pytest.approx(14 / 17, abs=1e-6)
+        assert optimal_q(tables("CliffWalking-v1"), gamma).max(1)[36] == pytest.approx(-13, abs=1e-5)

@@ -124,6 +124,15 @@ def test_unusable_environments_are_answered(name, sentence, tmp_path):
 
 def test_any_discrete_environment_runs_without_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(q_learning, "tables", lambda env: None)
-    run = {"env": "CliffWalking-v1", "episodes": 150, "round": 50, "power": 0.0, "gamma": 0.99, "epsilon_end": 0.0}
-    result = etude.run("rl/q_learning", out=tmp_path / "run", quiet=True, limit=100, evaluation_episodes=2, **run)
+    run = {
+        "env": "CliffWalking-v1",
+        "episodes": 150,
+        "log_every": 50,
+        "learning_rate_power": 0.0,
+        "gamma": 0.99,
+        "epsilon_end": 0.0,
+    }
+    result = etude.run(
+        "rl/q_learning", out=tmp_path / "run", quiet=True, max_episode_steps=100, evaluation_episodes=2, **run
+    )
     assert result.metrics["greedy_return"] == -13.0

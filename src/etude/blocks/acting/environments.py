@@ -29,10 +29,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from etude.blocks.acting.memory import afford
+from etude.core import launch
 from etude.core.errors import UserError, nearest
 
-OBJECT = "the environment object"
-"""How config.json names an environment that was handed over in Python; `etude.core.launch` writes it."""
+LONGEST = 1000
+"""Steps after which an episode that is looked at is left, where nothing else says when."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,10 @@ class Environment:
 
         return Guard(env, self.name)
 
-    def limit(self, otherwise: int) -> int:
-        """The registered number of steps after which an episode is truncated, or `otherwise` where there is none."""
-        limit = self.spec.max_episode_steps if self.spec else None
-        return otherwise if limit is None else int(limit)
+    def limit(self, most: int | None = None) -> int:
+        """Steps after which an episode is left: the registered time limit or `most`, the smaller; 1000 without either."""
+        registered = self.spec.max_episode_steps if self.spec else None
+        return min([int(limit) for limit in (registered, most) if limit is not None], default=LONGEST)
 
 
 def refusal(name: str, error: Exception) -> UserError:
@@ -105,7 +106,7 @@ def environment(env: str | Environment, given: Any = None, trusted: bool = True)
         return env
     if given is not None:
         return _tried(Environment(env, _entry(given, env), own=True))
-    if env.startswith(OBJECT):
+    if env.startswith(launch.WORLD):
         raise UserError(f"the run acts in {env}, which ended with its Python session; start it again with env=…")
     place, _, name = env.rpartition(":")
     if place.endswith(".py") or env.endswith(".py"):
@@ -250,9 +251,16 @@ def encoder(space: Any, name: str) -> tuple[int, Callable[[Any], NDArray[np.floa
     from gymnasium.spaces import Box, Discrete
 
     if isinstance(space, Discrete):
-        afford(f"--env {name} with its {int(space.n):,} states as one-hot vectors", 4 * int(space.n) ** 2)
-        rows, first = np.eye(int(space.n), dtype=np.float32), int(space.start)
-        return int(space.n), lambda raw: rows[np.asarray(raw, dtype=np.int64) - first]
+        size, first = int(space.n), int(space.start)
+        afford(f"--env {name} with its {size:,} states as one-hot vectors", 4 * 1000 * size)
+
+        def one_hot(raw: Any) -> NDArray[np.float32]:
+            state = np.asarray(raw, dtype=np.int64) - first
+            rows = np.zeros((len(state), size), np.float32)
+            rows[np.arange(len(state)), state] = 1.0
+            return rows
+
+        return size, one_hot
     if not isinstance(space, Box):
         raise UserError(f"--env {name} has the observation space {space}; Box and Discrete observations are supported")
     if len(space.shape) >= 2 and space.dtype == np.uint8:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from etude.blocks.acting.environments import Environment
 
 
+TRIED = 8
+"""At most this many actions are tried before a run begins."""
+
+
 class Guard(gymnasium.Wrapper):
     """Passes everything through unchanged and holds no state.
 
@@ -72,13 +76,13 @@ class Guard(gymnasium.Wrapper):
 
 
 def examine(env: Environment) -> str:
-    """Make one copy, begin an episode and take a step: UserError for what cannot work, else a note, mostly empty."""
+    """Make one copy, begin an episode and try the actions: UserError for what cannot work, else a note, mostly empty."""
     one = env.make()
     for name in ("observation_space", "action_space"):
         if getattr(one.unwrapped, name, None) is None:
             raise UserError(f"--env {env.name} has no {name}; its __init__ must set one of gymnasium.spaces")
     encoder(one.observation_space, env.name)
-    _, first = discrete(one.action_space, env.name)
+    count, first = discrete(one.action_space, env.name)
     taken = inspect.signature(one.unwrapped.reset).parameters
     if not any(kind.kind is inspect.Parameter.VAR_KEYWORD for kind in taken.values()):
         missing = [name for name in ("seed", "options") if name not in taken]
@@ -89,7 +93,10 @@ def examine(env: Environment) -> str:
             )
     try:
         before, again = np.asarray(one.reset(seed=0)[0]), np.asarray(one.reset(seed=0)[0])
-        one.step(first)
+        for action in range(first, first + min(count, TRIED)):
+            _, _, terminated, truncated, _ = one.step(action)
+            if terminated or truncated:
+                one.reset(seed=0)
     except RunError as error:
         raise UserError(str(error)) from error
     one.close()
