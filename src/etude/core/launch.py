@@ -39,6 +39,8 @@ except ImportError:  # a system without it (Windows) has no such locks
 
 OBJECT = "the model object"
 """How config.json names a network that was handed over in Python."""
+WORLD = "the environment object"
+"""How it names an environment that was."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,9 @@ def run(name: str, *, preset: str = "default", out: str | os.PathLike[str] | Non
     """Run a method and return its folder and metrics.
 
     `settings` are fields of the method's Config (``data="mnist"``, ``steps=2000``) and of `Common` (``seed``, ``device``,
-    ``precision``, ``threads``, ``save_every``, ``quiet``). A method with a ``source`` takes an `nn.Module` there too; such a
-    run cannot be resumed, for its folder holds only the object's name. Raises UserError for wrong input, RunError if
+    ``precision``, ``threads``, ``save_every``, ``quiet``). A method with a ``source`` takes an `nn.Module` there too, and
+    one with an ``env`` an environment, its class or a function that makes one; such a run cannot be resumed, for its
+    folder holds only the object's name. Raises UserError for wrong input, RunError if
     the run fails.
     """
     entry = catalog.find(name)
@@ -77,9 +80,14 @@ def run(name: str, *, preset: str = "default", out: str | os.PathLike[str] | Non
         settings["source"] = f"{OBJECT} {type(source).__name__}"
     else:
         source = None
+    env = settings.get("env")
+    if "env" in known and env is not None and not isinstance(env, (str, os.PathLike)):
+        settings["env"] = f"{WORLD} {getattr(env, '__name__', type(env).__name__)}"
+    else:
+        env = None
     common = replace(Common(), {k: v for k, v in settings.items() if k in shared}, "etude.run")
     config = configure(module, entry, preset, {k: v for k, v in settings.items() if k not in shared})
-    return start(entry, module, config, common, preset, Path(out) if out is not None else None, source)
+    return start(entry, module, config, common, preset, Path(out) if out is not None else None, source, env)
 
 
 def start(
@@ -90,6 +98,7 @@ def start(
     preset: str,
     out: Path | None = None,
     source: torch.nn.Module | None = None,
+    env: Any = None,
 ) -> Finished:
     """Make the run folder and run the method in it. Wrong input leaves no folder behind."""
     check(config)
@@ -104,7 +113,7 @@ def start(
     with _ranks(common), contextlib.ExitStack() as held:
         folder, made = _share(lambda: _make_folder(entry, common, out, described, held))
         try:
-            return _execute(entry, module, config, common, folder, resume=False, source=source)
+            return _execute(entry, module, config, common, folder, resume=False, source=source, env=env)
         except UserError:
             if not (folder / "checkpoints").exists() and int(os.environ.get("RANK", 0)) == 0:
                 _remove(folder, made)
@@ -207,10 +216,11 @@ def _execute(
     folder: Path,
     resume: bool,
     source: torch.nn.Module | None = None,
+    env: Any = None,
 ) -> Finished:
     loop = catalog.loop_of(module)
     run = Run(entry.name, config, common, folder, resume=resume)
-    run.source = source
+    run.source, run.env = source, env
     for complaint in run.complaints:
         run.say(f"{complaint}; going on from step {run.step}")
     before = torch.get_num_threads()
