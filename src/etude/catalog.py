@@ -178,7 +178,7 @@ class Entry:
         """Whether this is a file of the user's, outside the package."""
         return not self.path.is_relative_to(PACKAGE)
 
-    @functools.cached_property
+    @property
     def card(self) -> dict[str, Any] | None:
         """The evidence card written by `etude verify`; None where there is none, and for a file of the user's own."""
         if self.own:
@@ -192,9 +192,10 @@ class Entry:
     @property
     def badge(self) -> str:
         """From the card: `verified`, `runs`, `broken`, or `stale` when it is of other code or bars; `unproved` without one."""
-        if self.card is None:
+        card = self.card
+        if card is None:
             return "unproved"
-        return "stale" if self.stale else str(self.card.get("badge", "unproved"))
+        return "stale" if self.stale else str(card.get("badge", "unproved"))
 
     @property
     def stale(self) -> bool:

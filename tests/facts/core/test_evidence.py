@@ -215,53 +215,49 @@ def carded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return played, asked
 
 
-def entry() -> catalog.Entry:
-    return dataclasses.replace(ENTRY)  # without what was read before
-
-
 def test_a_card_goes_stale_and_is_renewed_by_its_traces(carded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     played, _ = carded
-    assert entry().badge == "unproved"
-    assert cards.verify(entry())["badge"] == "verified"
-    assert entry().badge == "verified"
+    assert ENTRY.badge == "unproved"
+    assert cards.verify(ENTRY)["badge"] == "verified"
+    assert ENTRY.badge == "verified"
     monkeypatch.setattr(catalog, "files_digest", lambda path: "other bytes")
-    assert entry().badge == "verified"  # other bytes, the same code
+    assert ENTRY.badge == "verified"  # other bytes, the same code
     monkeypatch.setattr(catalog, "digest", lambda path: digest.Digest("other code", "other bytes"))
-    assert entry().badge == "stale"
+    assert ENTRY.badge == "stale"
     monkeypatch.setattr(cards, "digest", lambda path: digest.Digest("other code", "other bytes"))
     played["gain"] = 1.6
-    card, said = cards.replay(entry())
+    card, said = cards.replay(ENTRY)
     assert card is None
     assert said == "the trace of 'gain' differs: gain is 1.6, it was 1.5; it wants: etude verify basics/risk"
-    assert entry().badge == "stale"
+    assert ENTRY.badge == "stale"
     played["gain"] = 1.5
-    card, said = cards.replay(entry())
+    card, said = cards.replay(ENTRY)
     assert card is not None
     assert card["badge"] == "verified"
     assert card["replayed"]["written"]
-    assert entry().badge == "verified"
+    assert ENTRY.badge == "verified"
 
 
 def test_a_halved_bar_is_seen_and_recorded_values_are_held_against_it(
     carded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, asked = carded
-    cards.verify(entry())
+    cards.verify(ENTRY)
     monkeypatch.setattr(catalog, "files_digest", lambda path: "other bytes")
     asked["experiments"] = [dataclasses.asdict(dataclasses.replace(GAIN, bar=2.0))]
-    assert entry().badge == "stale"
-    card, _ = cards.replay(entry())
+    assert ENTRY.badge == "stale"
+    card, _ = cards.replay(ENTRY)
     assert card is not None
     assert card["badge"] == "runs"
     asked["experiments"] = [dataclasses.asdict(dataclasses.replace(GAIN, seeds=(0,)))]
-    assert cards.replay(entry())[0] is None
+    assert cards.replay(ENTRY)[0] is None
 
 
 def test_a_setting_that_does_nothing_costs_the_badge(carded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for state, badge in (("nothing", "runs"), ("refused", "runs"), ("idle", "verified")):
         rows = {"noise": {"to": "", "state": state, "why": ""}}
         monkeypatch.setattr(cards, "check_settings", lambda entry, rows=rows: rows)
-        assert cards.verify(entry())["badge"] == badge
+        assert cards.verify(ENTRY)["badge"] == badge
 
 
 def test_no_card_from_a_changed_checkout_nor_over_a_wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,7 +178,6 @@ def _write(entry: Entry, card: dict[str, Any]) -> None:
     path = catalog.results_folder() / f"{entry.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(card, indent=1) + "\n")
-    vars(entry).pop("card", None)  # what was read before
     say(f"card: {path}")
 
 
