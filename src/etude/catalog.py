@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from etude.core.digest import digest, files_digest
 from etude.core.errors import UserError, nearest
 
 PACKAGE = Path(__file__).resolve().parent
@@ -171,18 +172,45 @@ class Entry:
         return "sample" in names
 
     @property
+    def own(self) -> bool:
+        """Whether this is a file of the user's, outside the package."""
+        return not self.path.is_relative_to(PACKAGE)
+
+    @functools.cached_property
     def card(self) -> dict[str, Any] | None:
-        """The evidence card written by `etude verify`, or None."""
-        path = results_folder() / f"{self.name}.json"
+        """The evidence card written by `etude verify`; None where there is none, and for a file of the user's own."""
+        if self.own:
+            return None
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            card = json.loads((results_folder() / f"{self.name}.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+        return card if isinstance(card, dict) else None
 
     @property
     def badge(self) -> str:
-        """`verified`, `runs` or `broken` from the card; `unproved` where no card has been written."""
-        return (self.card or {}).get("badge", "unproved")
+        """From the card: `verified`, `runs`, `broken`, or `stale` when it is of other code or bars; `unproved` without one."""
+        if self.card is None:
+            return "unproved"
+        return "stale" if self.stale else str(self.card.get("badge", "unproved"))
+
+    @property
+    def stale(self) -> bool:
+        """Whether the code that made the card's numbers, or what was asked of them, has changed since."""
+        card = self.card or {}
+        kept = card.get("digest")
+        if not isinstance(kept, dict):
+            return True
+        if kept.get("files") == files_digest(self.path):
+            return False
+        return self.asked != card.get("asked") or kept.get("code") != digest(self.path).code
+
+    @property
+    def asked(self) -> list[dict[str, Any]]:
+        """What the experiments ask, as JSON gives it back; what they only tell (published, notes) is left out."""
+        told = ("published", "notes")
+        kept = [{k: v for k, v in experiment.items() if k not in told} for experiment in self.experiments]
+        return json.loads(json.dumps(kept))
 
     def summary(self) -> dict[str, Any]:
         """The shape of `etude list --json`."""
@@ -392,9 +420,7 @@ def _literal(node: ast.AST, assigned: dict[str, ast.expr]) -> Any:
     if isinstance(node, ast.Tuple):
         return tuple(_literal(item, assigned) for item in node.elts)
     if isinstance(node, ast.Dict):
-        return {
-            _literal(key, assigned): _literal(value, assigned) for key, value in zip(node.keys, node.values) if key
-        }
+        return {_literal(key, assigned): _literal(value, assigned) for key, value in zip(node.keys, node.values) if key}
     return ast.literal_eval(node)  # type: ignore[arg-type]
 
 

@@ -84,7 +84,9 @@ def info(words: list[str]) -> int:
 def verify(words: list[str]) -> int:
     parser = Parser("verify")
     parser.add_argument("pattern", nargs="?", help="a method, a room or a wildcard; default: all with experiments")
-    parser.add_argument("--seeds", type=int, help="how many of the recorded seeds (a card needs all)")
+    parser.add_argument("--replay", action="store_true", help="only run the traces of stale cards; renew those that agree")
+    parser.add_argument("--settings", action="store_true", help="only change every setting once (no card is written)")
+    parser.add_argument("--seeds", type=int, help="how many of the recorded seeds (no card is written)")
     parser.add_argument("--experiment", help="only the experiment of this name (no card is written)")
     parser.add_argument("--keep", type=Path, help="keep the run folders here")
     parser.add_argument("--json", action="store_true", help="print the cards")
@@ -96,9 +98,19 @@ def verify(words: list[str]) -> int:
     chosen = [entry for entry in _matching(options.pattern) if entry.experiments]
     if not chosen:
         raise UserError(f"no method matching '{options.pattern}' has recorded experiments")
-    cards = [
-        evidence.verify(entry, seeds=options.seeds, only=options.experiment, keep=options.keep) for entry in chosen
-    ]
+    if options.settings:
+        found = {entry.name: evidence.check_settings(entry) for entry in chosen}
+        if options.json:
+            print_json(found)
+        return int(any(row["state"] in ("nothing", "refused") for rows in found.values() for row in rows.values()))
+    cards: list[dict[str, Any]] = []
+    for entry in chosen:
+        if options.replay:
+            card, said = evidence.replay(entry)
+            evidence.say(f"{entry.name}: {said}")
+            cards.append(card or {"name": entry.name, "badge": entry.badge})
+        else:
+            cards.append(evidence.verify(entry, options.seeds, options.experiment, options.keep))
     if options.json:
         print_json(cards)
     else:
@@ -174,10 +186,14 @@ def _evidence_table(entry: catalog.Entry) -> Any:
     grid = table("experiment", "metric", "measured", "bar", "published", "seconds", "")
     for row in card.get("experiments", []):
         measured = f"{row['mean']:.4g} ± {row['spread']:.2g}" if row.get("mean") is not None else "failed"
-        sign = "≥" if row["better"] == "higher" else "≤"
+        sign = {"higher": "≥", "lower": "≤"}.get(row["better"], "=")
+        bar = f"{sign} {row['bar']:g}" + (f" ± {row['tolerance']:g}" if row["better"] == "near" else "")
         seconds = f"{max(row['seconds']):.0f}" if row.get("seconds") else ""
         mark = "[green]✓[/]" if row["passed"] else "[red]✗[/]"
-        grid.add_row(
-            row["name"], row["metric"], measured, f"{sign} {row['bar']}", row.get("published", ""), seconds, mark
-        )
+        grid.add_row(row["name"], row["metric"], measured, bar, row.get("published", ""), seconds, mark)
+        for control in row.get("controls", ()):
+            values = [value for value in control["values"] if value is not None]
+            measured = f"{sum(values) / len(values):.4g}" if values else "failed"
+            mark = "[green]fails the bar[/]" if control["held"] else "[red]clears the bar[/]"
+            grid.add_row(f"[dim]  control: {plain(control['name'])}[/]", "", f"[dim]{measured}[/]", "", "", "", mark)
     return grid

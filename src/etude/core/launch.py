@@ -27,6 +27,7 @@ from etude import catalog
 from etude.catalog import Entry
 from etude.core import checkpoint
 from etude.core.config import check, flag, replace
+from etude.core.digest import sources
 from etude.core.errors import RunError, UserError, nearest
 from etude.core.run import Common, Interrupted, Loaded, Run
 from etude.core.spec import Spec
@@ -97,6 +98,8 @@ def start(
         raise UserError(f"{entry.name} cannot split its parameters over ranks; leave out --shard")
     if common.compile and "run.compile(" not in entry.source:
         raise UserError(f"{entry.name} has no part that torch.compile is used for; leave out --compile")
+    if common.precision != "fp32" and not any(".autocast(" in path.read_text("utf-8") for path in sources(entry.path)):
+        raise UserError(f"{entry.name} computes in one precision only; leave out --precision {common.precision}")
     described = json.dumps(_command(entry, module, config, common, preset), indent=1) + "\n"
     with _ranks(common), contextlib.ExitStack() as held:
         folder, made = _share(lambda: _make_folder(entry, common, out, described, held))
