@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -12,10 +13,13 @@ import torch
 import torch.nn.functional as F
 
 import etude
+from etude.blocks.tokens.decoding import pick
+from etude.blocks.tokens.text import tokenizer
 from etude.core.errors import UserError
 from etude.core.randomness import fold, generator
+from etude.data import texts
 from etude.language.gpt import GPT, Architecture
-from etude.language.gpt.train import Config, Sample, generate
+from etude.language.gpt.train import Config, Sample, generate, sample
 
 SMALL = {"layers": 2, "heads": 2, "width": 8, "context": 8, "batch": 3, "steps": 6, "warmup_steps": 3}
 SMALL |= {"final_learning_rate": 0.3, "learning_rate": 0.02, "weight_decay": 0.4, "clip_norm": 0.5, "dropout": 0.2}
@@ -23,13 +27,7 @@ SMALL |= {"evaluate_every": 2, "sample_every": 4}
 
 
 def house(length: int = 900) -> str:
-    return etude_text()[:length]
-
-
-def etude_text() -> str:
-    from etude.data.texts import house as bundled
-
-    return bundled()
+    return texts.house()[:length]
 
 
 def write(folder: Path, text: str) -> str:
@@ -148,7 +146,7 @@ def test_reported_numbers_are_those_of_the_saved_network(tmp_path):
     assert set(result.metrics) == {"test_nats_per_character", "test_bigram_nats_per_character"}
     expected = nats_of(model, ids, held) / len(test)
     assert result.metrics["test_nats_per_character"] == pytest.approx(expected, rel=1e-5)
-    pairs, single, known = Counter(zip(ids, ids[1 : len(learned)])), Counter(ids[: len(learned)]), len(alphabet)
+    pairs, single, known = Counter(itertools.pairwise(ids[: len(learned)])), Counter(ids[: len(learned)]), len(alphabet)
     total = 0.0
     for a, b in zip(ids[held - 1 :], ids[held:]):
         often = (single[b] + 1) / (len(learned) + known)
@@ -205,3 +203,25 @@ def test_prompts_of_all_lengths_are_continued_as_each_alone(tmp_path):
         generate(loaded, ["who", "Ω"])
     with pytest.raises(UserError, match="--top-p is 0"):
         generate(loaded, ["who"], Sample(top_p=0.0))
+
+
+@pytest.mark.parametrize(
+    "rules", [{"temperature": 0.3}, {"top_k": 3}, {"top_p": 0.4}, {"greedy": True}, {"temperature": 3.0, "seed": 9}]
+)
+def test_options_decide_what_is_written(rules, tmp_path, capsys):
+    """One token after the other from the whole text so far; in the terminal, in sample.txt and from `generate`."""
+    loaded = etude.load(run(tmp_path, house(), steps=2).folder)
+    model, tokens = loaded.model.double(), tokenizer(loaded.spec.extra["tokenizer"])
+    options = Sample(prompt="you ", count=4, samples=2, **rules)  # so that all fits into the context of 8
+    told = generate(loaded, [""], options)
+    for index in range(2):
+        ids, dice = tokens.encode("you ")[None], torch.Generator().manual_seed(options.seed + index)
+        for _ in range(4):
+            given = {"temperature": 0.8} | {key: value for key, value in rules.items() if key != "seed"}
+            with torch.no_grad():
+                drawn = pick(model(ids)[:, -1], generator=dice, **given)
+            ids = torch.cat([ids, drawn[:, None]], 1)
+        assert told[index] == tokens.decode(ids[0])
+    sample(loaded, options, tmp_path)
+    assert (tmp_path / "sample.txt").read_text(encoding="utf-8") == "\n\n".join(told) + "\n"
+    assert capsys.readouterr().out == "\n".join(told) + "\n"

@@ -306,8 +306,8 @@ def generate(loaded: Loaded, prompts: list[str], options: Sample = Sample()) -> 
     ids, pads = decoding.pad_left([tokens.encode(prompt).to(device) for prompt in begun])
     dice = [torch.Generator().manual_seed(options.seed + i % options.samples) for i in range(len(begun))]
     whole = decoding.generate(model, ids, options.count, pads=pads, generator=dice, **_rules(options))
-    ends = [tokens.decode(row[ids.shape[1] :]) for row in whole]
-    return [prompt + end for prompt, end in zip(begun, ends)]
+    told, asked = ([tokens.decode(row[pad:]) for row, pad in zip(rows, pads.tolist())] for rows in (whole, ids))
+    return [prompt + text[len(before) :] for prompt, text, before in zip(begun, told, asked)]
 
 
 def _opening(tokens: Tokenizer) -> str:
