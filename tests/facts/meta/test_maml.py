@@ -265,6 +265,27 @@ def test_pictures_are_drawn_from_where_the_model_lives(monkeypatch):
     """Tasks are drawn on the CPU: whatever meets the weights must have been moved to their device."""
     moved = []
     monkeypatch.setattr(Task, "to", lambda task, device: moved.append(device) or task)
-    figure = curves(Regressor(4), 0.01, 1, 3, torch.Generator().manual_seed(0))
-    assert moved == [torch.device("cpu")]
-    assert [line.get_label() for line in figure.axes[0].lines] == ["before", "1 step", "the task", "support"]
+    nets = {"one": (Regressor(4), 0.01), "other": (Regressor(5), 0.02)}
+    figure = curves(nets, 2, 3, torch.Generator().manual_seed(0))
+    assert moved == [torch.device("cpu")] * 2
+    assert len(figure.axes) == 6
+    for axes in figure.axes:
+        assert [line.get_label() for line in axes.lines] == ["before", "1 step", "2 steps", "the task", "support"]
+
+
+def test_the_curves_are_those_of_each_network_at_its_rate():
+    """The drawn values: θ's own answers, then those after steps taken here by hand."""
+    nets = {"one": (Regressor(4), 0.01), "other": (Regressor(5), 0.3)}
+    figure = curves(nets, 2, 3, torch.Generator().manual_seed(0))
+    task = sinusoids(3, 3, 1, torch.Generator().manual_seed(0))[0]
+    x = torch.linspace(-5, 5, 200)[:, None]
+    for place, axes in enumerate(figure.axes):
+        net, rate = list(nets.values())[place // 3]
+        tuned, (sx, sy) = copy.deepcopy(net), (task.support_x[place % 3], task.support_y[place % 3])
+        optimizer = torch.optim.SGD(tuned.parameters(), lr=rate)
+        for step in range(3):
+            drawn = torch.as_tensor(axes.lines[step].get_ydata())
+            torch.testing.assert_close(drawn, tuned(x).detach()[:, 0], rtol=1e-4, atol=1e-5)
+            optimizer.zero_grad()
+            F.mse_loss(tuned(sx), sy).backward()
+            optimizer.step()

@@ -104,10 +104,10 @@ class Config:
     """Decoupled decay of matrices and embeddings; biases and layer norms are left alone."""
     clip_norm: Positive = 1.0
     """Largest norm of the whole gradient."""
-    evaluate_every: Count = 500
-    """Steps between validations."""
-    sample_every: Count = 500
-    """Steps between samples written to the run folder."""
+    evaluate_every: Whole = 500
+    """Steps between validations (0: only at the end)."""
+    sample_every: Whole = 500
+    """Steps between samples written to the run folder (0: only at the end)."""
 
 
 PRESETS = {
