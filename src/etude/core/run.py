@@ -96,6 +96,7 @@ class Run:
         self._on_cpu = self.device.type == "cpu"
         self.step = 0
         self.source: nn.Module | None = None  # given as `source` in Python: it has no place in config.json
+        self.data: Any = None  # the same of `data`
         self.complaints: list[str] = []
         self.progress = Progress(name, enabled=not common.quiet and self.rank == 0)
         self.record = record.Record(folder, writes=self.rank == 0)
