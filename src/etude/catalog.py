@@ -8,6 +8,7 @@ each file with `ast` and never imports torch; `load_method` imports the one file
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -95,7 +96,8 @@ class Experiment:
     @classmethod
     def of(cls, values: dict[str, Any]) -> Experiment:
         """From the dictionaries of `Entry.experiments`."""
-        return cls(**values | {"controls": tuple(Control(**control) for control in values["controls"])})
+        controls = tuple(Control(**control) for control in values["controls"])
+        return dataclasses.replace(cls(**{k: v for k, v in values.items() if k != "controls"}), controls=controls)
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ class Entry:
         """Whether this is a file of the user's, outside the package."""
         return not self.path.is_relative_to(PACKAGE)
 
-    @functools.cached_property
+    @property
     def card(self) -> dict[str, Any] | None:
         """The evidence card written by `etude verify`; None where there is none, and for a file of the user's own."""
         if self.own:
@@ -190,9 +192,10 @@ class Entry:
     @property
     def badge(self) -> str:
         """From the card: `verified`, `runs`, `broken`, or `stale` when it is of other code or bars; `unproved` without one."""
-        if self.card is None:
+        card = self.card
+        if card is None:
             return "unproved"
-        return "stale" if self.stale else str(self.card.get("badge", "unproved"))
+        return "stale" if self.stale else str(card.get("badge", "unproved"))
 
     @property
     def stale(self) -> bool:
@@ -312,6 +315,22 @@ def loop_of(module: ModuleType) -> Callable[..., dict[str, float]]:
 def extra_installed(extra: str) -> bool:
     """Whether the packages of this extra can be imported (looked up, not imported)."""
     return all(importlib.util.find_spec(package) is not None for package in EXTRAS.get(extra, ()))
+
+
+def systems() -> list[dict[str, str]]:
+    """The 197 systems of the lecture notes: chapter, section, system, where, test, missing, badge.
+
+    `where` is the method that shows it (or a file of `blocks`), empty where there is none yet; `missing` says what a row
+    done in part still lacks. The badge is the method's, "in part", or "not yet".
+    """
+    lines = (PACKAGE / "notes.tsv").read_text(encoding="utf-8").splitlines()
+    heads = lines[0].split("\t")
+    rows = [dict(zip(heads, line.split("\t"))) for line in lines[1:]]
+    known = entries()
+    for row in rows:
+        entry = known.get(row["where"])
+        row["badge"] = "in part" if row["missing"] else entry.badge if entry else "not yet"
+    return rows
 
 
 def results_folder() -> Path:

@@ -21,7 +21,15 @@ def list_(words: list[str]) -> int:
         "--json", action="store_true", help="a list of {name, title, room, section, paper, badge, needs}"
     )
     parser.add_argument("--names", action="store_true", help="names only")
+    parser.add_argument(
+        "--notes",
+        action="store_true",
+        help="the 197 systems of the lecture notes, and which method shows each; with --json a list of {chapter, section, "
+        "system, where, test, badge}",
+    )
     options = parser.parse_args(words)
+    if options.notes:
+        return _notes(options.room, options.json)
     found = _matching(options.room)
     if options.json:
         print_json([entry.summary() for entry in found])
@@ -39,6 +47,32 @@ def list_(words: list[str]) -> int:
         screen.print(grid)
         if sys.stdout.isatty():
             screen.print(f"\n[dim]{len(found)} methods · etude info NAME · etude run NAME[/]")
+    return 0
+
+
+def _notes(text: str | None, as_json: bool) -> int:
+    """The systems of the notes, those of one chapter, section or name where `text` is given."""
+    rows = [row for row in catalog.systems() if text is None or text.lower() in " ".join(row.values()).lower()]
+    if not rows:
+        raise UserError(f"no system of the notes matches '{text}'; leave it out to see all 197")
+    if as_json:
+        print_json(rows)
+        return 0
+    grid = table("section", "system", "where", "evidence")
+    for column in (0, 2, 3):
+        grid.columns[column].no_wrap = True
+    chapter = ""
+    for row in rows:
+        if row["chapter"] != chapter:
+            chapter = row["chapter"]
+            grid.add_row("", f"[bold]{chapter}[/]", "", "")
+        colour = BADGES.get(row["badge"], "yellow" if row["missing"] else "dim")
+        lacks = f" [dim]({plain(row['missing'])})[/]" if row["missing"] else ""
+        grid.add_row(row["section"], plain(row["system"]) + lacks, row["where"], f"[{colour}]{row['badge']}[/]")
+    console().print(grid)
+    done = sum(row["where"] != "" and not row["missing"] for row in rows)
+    part = sum(row["missing"] != "" for row in rows)
+    console().print(f"\n[dim]{done} of {len(rows)} systems are shown by a method, {part} in part[/]")
     return 0
 
 
