@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
+import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +18,10 @@ from hypothesis import HealthCheck, settings
 # the same examples every time, however slow the machine is
 settings.register_profile("etude", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("etude")
+
+# what tests run is not remembered as trusted in the home of whoever runs them
+os.environ["ETUDE_CACHE"] = tempfile.mkdtemp(prefix="etude-tests-")
+atexit.register(shutil.rmtree, os.environ["ETUDE_CACHE"], ignore_errors=True)
 
 NO_SKIP = "ETUDE_NO_SKIP"  # set to 1 where every dataset and extra is present: a skipped test is a failed one there
 

@@ -8,6 +8,9 @@ from pathlib import Path
 from etude.core.errors import UserError
 from etude.data.stream import Reader
 
+MOST = 2**30
+"""Bytes of text that are read at most: a small gzip file can unpack to a thousand times its size."""
+
 
 def house() -> str:
     """The bundled passage, the opening of Shakespeare's Coriolanus."""
@@ -22,9 +25,12 @@ def read(path: Path, remedy: str, sha256: str | None = None) -> str:
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a text file: name one file.")
     with Reader(path, remedy) as reader:
-        pieces = []
+        pieces, size = [], 0
         while piece := reader.read(1 << 20):
             pieces.append(piece)
+            size += len(piece)
+            if size > MOST:
+                raise UserError(f"{path} holds more than {MOST:,} bytes of text: name a shorter one.")
         digest = reader.finish()
         if sha256 is not None and digest != sha256:
             raise reader.fail(f"has the wrong checksum (SHA-256 {digest[:12]}…, expected {sha256[:12]}…)")
