@@ -23,7 +23,7 @@ from etude.core.errors import UserError, nearest
 
 PACKAGE = Path(__file__).resolve().parent
 NOT_ROOMS = {"core", "blocks", "data", "optim", "_results", "cli", "__pycache__"}
-EXTRAS = {"rl": ("gymnasium",), "text": ("tokenizers",), "track": ("tensorboard",), "export": ("onnx", "onnxscript")}
+EXTRAS = {"rl": ("gymnasium",), "text": ("tokenizers",), "track": ("tensorboard",), "export": ("onnx", "onnxscript", "onnxruntime")}
 SECTIONS = ("Paper", "Equation", "Algorithm", "Differences", "Expect", "Command")
 
 

@@ -34,7 +34,7 @@ def list_(words: list[str]) -> int:
             column.no_wrap = True
         for entry in found:
             colour = BADGES[entry.badge]
-            missing = f" [yellow](needs etude\\[{','.join(entry.missing)}])[/]" if entry.missing else ""
+            missing = f" [yellow](needs {', '.join(entry.missing)})[/]" if entry.missing else ""
             grid.add_row(f"[bold]{entry.name}[/]", f"[{colour}]{entry.badge}[/]", plain(entry.title) + missing)
         screen = console()
         screen.print(grid)

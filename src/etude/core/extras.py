@@ -12,7 +12,7 @@ from etude import catalog
 def how(*extras: str) -> str:
     """The command that installs these extras: the checkout's own path, or the packages by their names.
 
-    Never ``pip install 'etude[…]'``: that name is nobody's in the package index until etude is published there.
+    Never etude by its bare name: it is nobody's in the package index until etude is published there.
     """
     checkout = catalog.checkout_folder()
     if checkout is not None:
