@@ -8,6 +8,7 @@ each file with `ast` and never imports torch; `load_method` imports the one file
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -19,11 +20,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from etude.core.digest import digest, files_digest
 from etude.core.errors import UserError, nearest
 
 PACKAGE = Path(__file__).resolve().parent
 NOT_ROOMS = {"core", "blocks", "data", "optim", "_results", "cli", "__pycache__"}
-EXTRAS = {"rl": ("gymnasium",), "text": ("tokenizers",), "track": ("tensorboard",), "export": ("onnx", "onnxscript", "onnxruntime")}
+EXTRAS = {
+    "rl": ("gymnasium",),
+    "text": ("tokenizers",),
+    "track": ("tensorboard",),
+    "export": ("onnx", "onnxscript", "onnxruntime"),
+}
 SECTIONS = ("Paper", "Equation", "Algorithm", "Differences", "Expect", "Command")
 
 
@@ -93,7 +100,8 @@ class Experiment:
     @classmethod
     def of(cls, values: dict[str, Any]) -> Experiment:
         """From the dictionaries of `Entry.experiments`."""
-        return cls(**values | {"controls": tuple(Control(**control) for control in values["controls"])})
+        controls = tuple(Control(**control) for control in values["controls"])
+        return dataclasses.replace(cls(**{k: v for k, v in values.items() if k != "controls"}), controls=controls)
 
 
 @dataclass(frozen=True)
@@ -170,18 +178,46 @@ class Entry:
         return "sample" in names
 
     @property
+    def own(self) -> bool:
+        """Whether this is a file of the user's, outside the package."""
+        return not self.path.is_relative_to(PACKAGE)
+
+    @property
     def card(self) -> dict[str, Any] | None:
-        """The evidence card written by `etude verify`, or None."""
-        path = results_folder() / f"{self.name}.json"
+        """The evidence card written by `etude verify`; None where there is none, and for a file of the user's own."""
+        if self.own:
+            return None
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            card = json.loads((results_folder() / f"{self.name}.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+        return card if isinstance(card, dict) else None
 
     @property
     def badge(self) -> str:
-        """`verified`, `runs` or `broken` from the card; `unproved` where no card has been written."""
-        return (self.card or {}).get("badge", "unproved")
+        """From the card: `verified`, `runs`, `broken`, or `stale` when it is of other code or bars; `unproved` without one."""
+        card = self.card
+        if card is None:
+            return "unproved"
+        return "stale" if self.stale else str(card.get("badge", "unproved"))
+
+    @property
+    def stale(self) -> bool:
+        """Whether the code that made the card's numbers, or what was asked of them, has changed since."""
+        card = self.card or {}
+        kept = card.get("digest")
+        if not isinstance(kept, dict):
+            return True
+        if kept.get("files") == files_digest(self.path):
+            return False
+        return self.asked != card.get("asked") or kept.get("code") != digest(self.path).code
+
+    @property
+    def asked(self) -> list[dict[str, Any]]:
+        """What the experiments ask, as JSON gives it back; what they only tell (published, notes) is left out."""
+        told = ("published", "notes")
+        kept = [{k: v for k, v in experiment.items() if k not in told} for experiment in self.experiments]
+        return json.loads(json.dumps(kept))
 
     def summary(self) -> dict[str, Any]:
         """The shape of `etude list --json`."""
@@ -264,6 +300,22 @@ def loop_of(module: ModuleType) -> Callable[..., dict[str, float]]:
 def extra_installed(extra: str) -> bool:
     """Whether the packages of this extra can be imported (looked up, not imported)."""
     return all(importlib.util.find_spec(package) is not None for package in EXTRAS.get(extra, ()))
+
+
+def systems() -> list[dict[str, str]]:
+    """The 197 systems of the lecture notes: chapter, section, system, where, test, missing, badge.
+
+    `where` is the method that shows it (or a file of `blocks`), empty where there is none yet; `missing` says what a row
+    done in part still lacks. The badge is the method's, "in part", or "not yet".
+    """
+    lines = (PACKAGE / "notes.tsv").read_text(encoding="utf-8").splitlines()
+    heads = lines[0].split("\t")
+    rows = [dict(zip(heads, line.split("\t"))) for line in lines[1:]]
+    known = entries()
+    for row in rows:
+        entry = known.get(row["where"])
+        row["badge"] = "in part" if row["missing"] else entry.badge if entry else "not yet"
+    return rows
 
 
 def results_folder() -> Path:
