@@ -23,7 +23,7 @@ from etude.core.report.headline import published_number
 from etude.core.report.reading import Series as S
 from etude.core.report.reading import read_metrics
 
-SECTIONS = ["headline", "curves", "pictures", "run", "config", "contract", "next"]
+SECTIONS = ["headline", "pictures", "curves", "run", "config", "contract", "next"]
 
 
 def write(folder: Path, name: str, value: object) -> None:
