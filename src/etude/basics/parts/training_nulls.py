@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from etude.basics.backprop.engine import Node
 from etude.basics.descent import NAMES, curvatures, settings, starts
 from etude.basics.gradient_noise import draw
 from etude.basics.initialization import deviation, passes
@@ -68,3 +69,13 @@ def variance(function: str) -> float:
 def squared(name: str, width: int) -> float:
     """basics/initialization: the notes' N(0, .0001) taken for a standard deviation (E16)."""
     return 0.0001 if name == "small" else deviation(name, width)
+
+
+def wall(a: Node) -> Node:
+    """basics/backprop: a ReLU that passes nothing back, so that only the last layer learns."""
+    return Node(a.value.clamp(min=0), "relu", (a, torch.zeros_like))
+
+
+def straight_through(a: Node) -> Node:
+    """basics/backprop: a ReLU that passes δ back as it is, without its Jacobian."""
+    return Node(a.value.clamp(min=0), "relu", (a, lambda d: d))
