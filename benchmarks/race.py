@@ -1,7 +1,8 @@
 """Alternating timing of us against a peer: A B A B …, one process tree, the ratio taken pair by pair.
 
 Shared machines drift, so absolute seconds do not travel; the median of the pairwise ratios does. Every
-`benchmarks/<room>.py` builds its rows with `race` and writes them with `report` to `results/bench/<room>.json`.
+`benchmarks/<room>.py` builds its rows with `race` and writes them with `report` to `bench/<room>.json` in `results/` (in
+ETUDE_RESULTS where that is set).
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent.parent / "results" / "bench"
+from etude.catalog import results_folder
+
+RESULTS = results_folder() / "bench"
 
 
 def race(

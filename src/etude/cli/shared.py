@@ -24,7 +24,7 @@ VERBS = {
     "doctor": "versions, devices, extras, writable folders: what to fix",
     "completion": 'shell completion for names and flags: eval "$(etude completion bash)"',
 }
-BADGES = {"verified": "green", "runs": "yellow", "broken": "red", "unproved": "dim"}
+BADGES = {"verified": "green", "runs": "yellow", "stale": "yellow", "broken": "red", "unproved": "dim"}
 
 
 class Parser(argparse.ArgumentParser):

@@ -44,13 +44,16 @@ class Axis:
         return [k * unit for k in range(first, last + 1)]
 
 
-_GROWS = re.compile(r"acc|precision|recall|f1|iou|return|reward|score|prob|rate|wins?\b", re.IGNORECASE)
+_FALLS = re.compile(
+    r"loss|nll|error|exploitab|gap|norm|variance|risk|distance|objective|residual|divergence|frechet", re.IGNORECASE
+)
 
 
 def value_axis(name: str, values: np.ndarray) -> Axis:
-    """The vertical axis for these finite values: logarithmic for loss-like numbers that span more than two decades."""
+    """The vertical axis for these finite values: logarithmic for what falls without a bound (losses, errors, distances)
+    over more than two decades; shares, accuracies, rates of exploration and returns are shown as they are."""
     low, high = float(values.min()), float(values.max())
-    if low > 0 and high / low > 100 and not _GROWS.search(name):
+    if low > 0 and high / low > 100 and _FALLS.search(name):
         room = (high / low) ** 0.04
         return Axis(low / room, high * room, log=True)
     if low == high:

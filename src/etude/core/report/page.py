@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from etude.core.report.charts import SMOOTH_FROM, chart, groups, unit_of
-from etude.core.report.headline import headline
+from etude.core.report.headline import headline, limit_of
+from etude.core.report.mathematics import typeset
 from etude.core.report.reading import CLOCKS, Contract, Record, as_dict, as_float, as_list, is_number, same
 from etude.core.report.tiles import pictures
 from etude.core.report.words import (
@@ -19,7 +20,6 @@ from etude.core.report.words import (
     duration,
     escape,
     facts_list,
-    formula,
     html_table,
     inline,
     moment,
@@ -226,7 +226,7 @@ def _contract(record: Record, contract: Contract) -> str:
     if source:
         parts.append(f"<p>{inline(source)}</p>")
     if contract.equation:
-        parts.append(f"<h3>Equation</h3>{formula(contract.equation)}")
+        parts.append(f"<h3>Equation</h3>{typeset(contract.equation)}")
     for title in ("algorithm", "differences", "expect"):
         if text := getattr(contract, title):
             parts.append(f"<h3>{title.capitalize()}</h3>{prose(text)}")
@@ -245,14 +245,17 @@ def _evidence(card: dict[str, Any]) -> str:
     for one in map(as_dict, as_list(card.get("experiments"))):
         values = [number(v) if is_number(v) else "failed" for v in as_list(one.get("values"))]
         seconds = [as_float(v) for v in as_list(one.get("seconds"))]
-        sign = "≤" if one.get("better") == "lower" else "≥"
         spread = f" ± {float(one['spread']):.2g}" if is_number(one.get("spread")) and len(values) > 1 else ""
         mean = f"{number(one['mean'])}{spread}" if is_number(one.get("mean")) else ""
-        bar = f"{sign} {one['bar']:.6g}" if is_number(one.get("bar")) else ""
+        bar = limit_of(one) if is_number(one.get("bar")) else ""
         passed = "✓ clears" if one.get("passed") is True else "✕ misses" if one.get("passed") is False else ""
         slowest = duration(max(seconds)) if seconds else ""
         name = f"{one.get('name') or ''}: {spaced(str(one.get('metric') or ''))}"
         rows.append([name, ", ".join(values), mean, bar, passed, one.get("published") or "", slowest])
+        for control in map(as_dict, as_list(one.get("controls"))):
+            values = [number(v) if is_number(v) else "failed" for v in as_list(control.get("values"))]
+            fate = "✓ fails it" if control.get("held") is True else "✕ clears it"
+            rows.append([f"control: {control.get('name') or ''}", ", ".join(values), "", "", fate, "", ""])
     head = ["experiment", "each seed", "mean", "bar", "", "published", "time"]
     table = html_table(head, rows) if rows else ""
     return f'<p class="note">{escape(" · ".join(filter(None, facts)))}</p>{table}'
