@@ -150,7 +150,7 @@ SETTINGS = {
     "double": {"double": True, "target_every": 600},
     "temperature": {"exploration": "boltzmann", "temperature": 0.05},
     "evaluate_every": 1024,
-    "keep_best": {"evaluate_every": 256, "keep_best": False},
+    "keep_best": {"steps": 3000, "updates": 100, "evaluate_every": 256, "keep_best": False},
 }
 
 EXPERIMENTS = (
