@@ -46,6 +46,7 @@ from etude.blocks.acting.episodes import Copies, play, show
 from etude.blocks.acting.memory import afford
 from etude.blocks.acting.tables import expected_return, optimal_q, tables
 from etude.blocks.acting.worlds import Worlds
+from etude.blocks.plots import INK, PALETTE, PAPER
 from etude.catalog import Control, Experiment, Idle, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, Fraction, NonNegative, Positive, Probability, Range, Whole
@@ -354,16 +355,17 @@ def train(config: Config, run: Run) -> dict[str, float]:
 
 def _map(q: NDArray, visits: NDArray, shape: tuple[int, int]) -> Any:
     """A grid world's values, max Q(s, ·) in each visited cell."""
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1 + 0.7 * shape[1], 1 + 0.7 * shape[0]), layout="tight")
+    figure = Figure(figsize=(0.52 * shape[1], 0.52 * shape[0]), layout="tight", facecolor=PAPER)
     axes = figure.subplots()
     seen = visits.sum(1) > 0
-    image = axes.imshow(np.where(seen, q.max(1), np.nan).reshape(shape), cmap="viridis")
+    shades = LinearSegmentedColormap.from_list("etude", (PAPER, PALETTE[0]))
+    image = axes.imshow(np.where(seen, q.max(1), np.nan).reshape(shape), cmap=shades)
     for cell in np.flatnonzero(seen):
         value = q[cell].max()
-        colour = "k" if image.norm(value) > 0.6 else "w"  # what can be read on this cell
-        axes.text(cell % shape[1], cell // shape[1], f"{value:.2g}", ha="center", va="center", color=colour, fontsize=8)
-    axes.set(xticks=[], yticks=[])
-    figure.colorbar(image, ax=axes)
+        colour = PAPER if image.norm(value) > 0.5 else INK  # what can be read on this cell
+        axes.text(cell % shape[1], cell // shape[1], f"{value:.2g}", ha="center", va="center", color=colour, fontsize=9)
+    axes.set(xticks=[], yticks=[], facecolor=PAPER)
     return figure
