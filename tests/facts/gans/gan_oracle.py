@@ -43,7 +43,11 @@ def start(module, config):
 
 def twin(ours, layers):
     """The same weights in torch's own layers."""
-    plain = nn.Sequential(*layers, nn.Flatten(0)) if layers[-1].__class__ in (nn.Linear, nn.Conv2d) else nn.Sequential(*layers)
+    plain = (
+        nn.Sequential(*layers, nn.Flatten(0))
+        if layers[-1].__class__ in (nn.Linear, nn.Conv2d)
+        else nn.Sequential(*layers)
+    )
     plain.load_state_dict({name.removeprefix("main."): value for name, value in ours.state_dict().items()})
     return plain.train()
 
@@ -85,7 +89,11 @@ def batches(images, config, step, count):
 
 
 def rate(config, step):
-    falls = {"constant": 1, "linear": 1 - step / config.steps, "cosine": (1 + math.cos(math.pi * step / config.steps)) / 2}
+    falls = {
+        "constant": 1,
+        "linear": 1 - step / config.steps,
+        "cosine": (1 + math.cos(math.pi * step / config.steps)) / 2,
+    }
     return config.learning_rate * falls[config.schedule]
 
 
@@ -171,7 +179,9 @@ def reported(module, result):
     images, fresh = start(module, config)
     untrained, found = fresh["generator"].eval(), {}
     with torch.no_grad():
-        for kind, count in (("validation", 300), ("test", 300)) if images is None else (("validation", 120), ("test", 120)):
+        for kind, count in (
+            (("validation", 300), ("test", 300)) if images is None else (("validation", 120), ("test", 120))
+        ):
             made, first = G(noise(kind, count, config)), untrained(noise("validation", count, config))
             if images is None:
                 scores = point_scores(made.numpy(), first.numpy())
