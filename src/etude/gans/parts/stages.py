@@ -21,6 +21,7 @@ from etude.data.batches import Stream
 from etude.gans.parts import judge as judging
 from etude.gans.parts.draw import SHOWN, drawn, scatter, unit
 from etude.gans.parts.judge import frechet, gaussian, judgement
+from etude.gans.parts.networks import doublings
 from etude.gans.parts.ring import ENOUGH, moments, ring, ring_scores
 from etude.gans.parts.transport import wasserstein
 
@@ -73,7 +74,10 @@ class RingStage:
     def _scores(self, samples: Tensor) -> dict[str, float]:
         """`modes` and `share`, and the Fréchet distance of the points themselves, which sees two moments only."""
         distance = frechet(*moments(), *gaussian(samples))
-        return ring_scores(samples) | {"frechet_distance": distance, "frechet_ratio": distance / (self.held.first or 1.0)}
+        return ring_scores(samples) | {
+            "frechet_distance": distance,
+            "frechet_ratio": distance / (self.held.first or 1.0),
+        }
 
 
 class ImageStage:
@@ -81,6 +85,7 @@ class ImageStage:
 
     def __init__(self, run: Run, name: str, size: int) -> None:
         self.run = run
+        doublings(size)  # refuses a size that no network here can have, before a dataset is resized to it
         self.data = room.images(name, size)
         self.spec = self.data.spec
         self.stream: Stream | None = None
@@ -110,7 +115,9 @@ class ImageStage:
         train = self.data.train
         judging.teach(judge, train.x, train.y, run.device, judging.JUDGE_STEPS)
         real, accuracy = self._seen(self.data.validation)
-        run.log(validation_judge_accuracy=accuracy, validation_lenet_frechet_floor=frechet(*real, *self._seen(train)[0]))
+        run.log(
+            validation_judge_accuracy=accuracy, validation_lenet_frechet_floor=frechet(*real, *self._seen(train)[0])
+        )
         run.say(f"judge: LeNet, validation accuracy {accuracy:.4f}")
         self.held.real, self.held.untrained = list(real), list(gaussian(self._judged(drawn(generator, self.z))[0]))
         self.held.taught = True
