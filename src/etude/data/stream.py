@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from etude.core.errors import UserError
+from etude.core.folder import kind_of
 
 _PACKED, _UNPACKED = 1 << 16, 1 << 18
 _GZIP = b"\x1f\x8b"
@@ -29,11 +30,11 @@ class Reader:
         self.count = 0
         self._hash = hashlib.sha256()
         try:
-            found = self.path.stat()
-            if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):  # opening a pipe waits for a writer
-                raise UserError(f"{self.path} is a pipe or a device, not a file: {remedy}.")
+            status = self.path.stat()
+            if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
+                raise UserError(f"{self.path} is {kind_of(status.st_mode)}, not a file: {remedy}.")
             self._file = self.path.open("rb")
-            self._size = found.st_size
+            self._size = status.st_size
             head = self._file.read(len(_GZIP))
             self._file.seek(0)
         except FileNotFoundError as error:

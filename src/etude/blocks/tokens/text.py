@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from etude.core.errors import UserError
+from etude.core.extras import how
 
 __all__ = ["UNKNOWN", "BytePairs", "Characters", "Tokenizer", "pieces", "starts", "tokenizer", "windows"]
 
@@ -206,5 +207,5 @@ def _tokenizers() -> Any:
         import tokenizers.pre_tokenizers
         import tokenizers.trainers
     except ModuleNotFoundError as error:
-        raise UserError("byte-pair tokens need the package tokenizers: pip install 'etude[text]'") from error
+        raise UserError(f"byte-pair tokens need the package tokenizers; run: {how('text')}") from error
     return tokenizers
