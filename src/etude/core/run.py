@@ -107,7 +107,8 @@ class Run:
         self._last_row: dict[str, Any] = {}  # of the step in which the loop was left
         self._rows: list[tuple[int, dict[str, Any]]] = []
         self._latest: dict[str, float] = {}
-        self._found, self._one = torch.zeros(1, device=self.device), torch.ones(1, device=self.device)
+        single = {"device": self.device, "dtype": torch.float32}  # whatever torch's default type is
+        self._found, self._one = torch.zeros(1, **single), torch.ones(1, **single)
         self._suspects: list[tuple[int, torch.Tensor]] = []
         self._signal = 0
         self._busy = self._stop = self._left = self._over = False

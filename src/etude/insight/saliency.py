@@ -99,7 +99,7 @@ PRESETS = {
 
 SETTINGS = {
     "source": Idle("a sweep has no other run to name; tests/facts/blocks/test_sources.py examines several"),
-    "data": Idle("a sweep has no other images; tests/facts/blocks/test_sources.py examines other ones"),
+    "data": "mnist",
 }
 
 NULLS = (
@@ -160,11 +160,11 @@ def train(config: Config, run: Run) -> dict[str, float]:
         raise UserError(f"--target {config.target} is no class; {source.label} has 0 to {len(names) - 1}")
     run.describe(source.spec)
     mean = torch.tensor(source.spec.mean, device=run.device).view(1, -1, 1, 1)
+    x, y = source.choose(config.images, run.seed)
     for step in run.steps(source.steps):  # a fresh network learns first
         run.log(loss=source.learn(step))
-    x, y = source.choose(config.images, run.seed)
     total: Counter[str] = Counter()
-    for number, image, true in rounds(x, y, config.batch, run.device):
+    for number, image, true in rounds(run, x, y, config.batch):
         before = probabilities(model, image)
         aim = chosen(before, config.target)
         total["test_accuracy"] += int((before.argmax(1) == true).sum())

@@ -81,7 +81,9 @@ def split(given: Given, size: int | None) -> Images:
         raise UserError("a fresh network learns from labels: give data=(images, labels), or a trained --source")
     names = given.classes or tuple(str(k) for k in range(int(y.max()) + 1))
     if len(names) < 2 or int(y.max()) >= len(names) or len(y) < 4:
-        raise UserError(f"a fresh network needs images of two classes or more; {len(y)} images of {len(names)} were given")
+        raise UserError(
+            f"a fresh network needs images of two classes or more; {len(y)} images of {len(names)} were given"
+        )
     x = x if size is None else resize(x, size)
     rest, test = (torch.from_numpy(part) for part in stratified(y.numpy(), max(1, round(SHARE * len(y)))))
     kept, held = (rest[torch.from_numpy(part)] for part in held_back(y[rest].numpy()))
@@ -97,8 +99,9 @@ def words(given: Given) -> str:
 
 
 def unit(x: Tensor) -> Tensor:
-    """uint8 images as float32 in [0, 1]; floating ones as they are, in float32."""
-    return x.float() / 255 if x.dtype == torch.uint8 else x.float()
+    """uint8 images divided by 255, floating ones as they are; in torch's default dtype."""
+    values = x.to(torch.get_default_dtype())
+    return values / 255 if x.dtype == torch.uint8 else values
 
 
 def resize(x: Tensor, size: int) -> Tensor:
@@ -160,7 +163,9 @@ def _items(data: Any) -> Any:
     """All items of a dataset: images, or (images, labels)."""
     count = len(data) if hasattr(data, "__len__") else None
     if count is not None and count > MOST:
-        raise UserError(f"the dataset has {count:,} items, and all are read; give a torch.utils.data.Subset of {MOST:,}")
+        raise UserError(
+            f"the dataset has {count:,} items, and all are read; give a torch.utils.data.Subset of {MOST:,}"
+        )
     items = (data[i] for i in range(count)) if count is not None else iter(data)
     found = list(itertools.islice(items, MOST))
     if not found:

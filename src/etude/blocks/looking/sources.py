@@ -63,7 +63,7 @@ class Source:
     def choose(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
         """`count` images (or all) in an order drawn by `seed`: float (N, C, H, W) in [0, 1], int64 (N,).
 
-        Where the caller gave no labels, what the network says counts as true: ask when it is trained.
+        Where the caller gave no labels (which a fresh network needs), what the trained network says counts as true.
         """
         x, y = self.images.x, self.images.y
         order = torch.randperm(len(x), generator=generator(seed, -1, 0, "examined images"))[:count]
@@ -75,10 +75,15 @@ class Source:
         return chosen, torch.cat(said)
 
 
-def rounds(x: Tensor, y: Tensor, batch: int, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """The examination: a number from 0, `batch` images and their labels on the device, until all have been seen."""
+def rounds(run: Run, x: Tensor, y: Tensor, batch: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The examination: a number from 0, `batch` images and their labels on the run's device, until all have been seen.
+
+    It comes after the run's clock has ended. What is drawn in it depends on the number of the round alone, so an interrupted
+    examination begins again and comes to the same numbers.
+    """
+    run.say(f"examining {len(y):,} images")
     for number, (image, true) in enumerate(zip(x.split(batch), y.split(batch))):
-        yield number, image.to(device), true.to(device)
+        yield number, image.to(run.device), true.to(run.device)
 
 
 def resolve(run: Run, source: str, data: str, network: str = "lenet", steps: int = 300, batch: int = 128) -> Source:
@@ -135,7 +140,9 @@ def _named(loaded: Loaded, source: str, data: str) -> tuple[Split, str]:
     except UserError as error:
         if data:
             raise
-        raise UserError(f"--source {source} learnt from {own}, and {error} Or name other images with --data.") from error
+        raise UserError(
+            f"--source {source} learnt from {own}, and {error} Or name other images with --data."
+        ) from error
     name = found.name
     if found.spec.shape != spec.shape:
         raise UserError(
@@ -179,11 +186,16 @@ def _object(run: Run, model: nn.Module, data: str) -> Source:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"the {kind} object cannot take images {tuple(two.shape)} of {of}: {reason}") from error
-    if logits.ndim != 2 or len(logits) != len(two) or logits.shape[1] < 2 or found is not None and logits.shape[1] != len(found.spec.classes):
-        wanted = "classes" if found is None else len(found.spec.classes)
+    wanted = None if found is None else len(found.spec.classes)
+    if (
+        logits.ndim != 2
+        or len(logits) != len(two)
+        or logits.shape[1] < 2
+        or logits.shape[1] != (wanted or logits.shape[1])
+    ):
         raise UserError(
             f"the {kind} object returns {tuple(logits.shape)} for {len(two)} images of {of}; it must return logits "
-            f"({len(two)}, {wanted}), one a class"
+            f"({len(two)}, {wanted or 'classes'}), one a class"
         )
     count = logits.shape[1]
     names = own.classes if len(own.classes) == count else tuple(map(str, range(count)))
