@@ -227,22 +227,27 @@ def test_copy_run_resume_show(etude, tmp_path) -> None:
     assert etude.refused("copy", "vision/lenet", "mine/copy.py") == "mine/copy.py exists already; name another file"
     done = etude("run", "./mine/copy.py", "--preset", "tiny", "--quiet")
     assert (done.code, done.err) == (0, "")
-    (folder,) = (tmp_path / "runs" / "vision" / "lenet").iterdir()
+    (folder,) = (tmp_path / "runs" / "mine" / "copy").iterdir()
     assert f"run:  {folder}\nnext: etude show {folder}\n" in done.out
-    # the copy is what resumes, wherever the command is given
+    # what the run keeps is what resumes, wherever the command is given and whatever became of the file
+    assert (folder / "source.py").read_bytes() == (tmp_path / "mine" / "copy.py").read_bytes()
+    (tmp_path / "mine" / "copy.py").unlink()
     (folder / "done").unlink()
     result = (folder / "result.json").read_text()
     (folder / "result.json").unlink()
-    assert json.loads((folder / "config.json").read_text())["method"] == str(tmp_path / "mine" / "copy.py")
+    described = json.loads((folder / "config.json").read_text())
+    assert described["method"] == "mine/copy"
+    assert described["source"]["path"] == str(tmp_path / "mine" / "copy.py")
+    assert described["command"] == f"etude run {tmp_path / 'mine' / 'copy.py'} --preset tiny --quiet"
     done = etude("resume", "latest", before="import os; os.chdir('/')")
     assert (done.code, done.err) == (0, "")
     assert (folder / "result.json").read_text() == result
     done = etude("resume", folder)
     assert (done.code, done.err) == (0, f"{folder} has already finished; nothing to continue\n")
-    for words in (("latest",), (), ("vision/lenet",), ("lenet",), (folder,)):
+    for words in (("latest",), (), ("mine/copy",), (folder,)):
         done = etude("show", *words)
         assert (done.code, done.err) == (0, "")
-        assert done.out.splitlines()[0] == f"{tmp_path / 'mine' / 'copy.py'}  done"
+        assert done.out.splitlines()[0] == "mine/copy  done"
         assert done.out.splitlines()[-1] == str(folder / "report.html")
     shown = json.loads(etude("show", "--json").out)
     assert shown["state"] == "done"
@@ -425,5 +430,5 @@ def test_progress_on_a_terminal(etude) -> None:
     os.close(ours)
     assert code == 0
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode())
-    assert re.search(r"tests/piece \S+ \d+/60 20/s \ds left .*loss \d", shown), shown
+    assert re.search(r"mine/piece \S+ \d+/60 20/s \ds left .*loss \d", shown), shown
     assert seen.decode().rstrip("\n\r").endswith("\x1b[2K"), "the line was left behind"

@@ -12,7 +12,10 @@ from typing import Any
 from etude import catalog
 from etude.cli.settings import parse, parse_settings
 from etude.cli.shared import Parser, print_json
+from etude.core import trust as permission
 from etude.core.errors import UserError
+
+TRUST = "run code that the run folder brings though this machine has not run it before: read it first"
 
 
 def run(words: list[str]) -> int:
@@ -22,35 +25,37 @@ def run(words: list[str]) -> int:
             print("'etude run METHOD --help' shows its flags; 'etude list' the methods")
             return 0
         raise UserError("name the method to run, as in: etude run vision/lenet ('etude list' shows all)")
-    entry = catalog.find(words[0])
-    module = catalog.load_method(entry)
     from etude.core import launch
 
+    entry, module = launch.method(words[0])
     settings = parse_settings(entry, module, words[1:])
     out = Path(settings.launch.out) if settings.launch.out else None
     finished = launch.start(entry, module, settings.config, settings.common, settings.launch.preset, out)
-    _closing(finished, entry, module)
+    _closing(finished, entry)
     return 0
 
 
 def resume(words: list[str]) -> int:
     parser = Parser("resume")
     parser.add_argument("run", help="a run folder, a method's name (its latest run) or 'latest'")
+    parser.add_argument("--source", metavar="FILE", help="a repaired own file, to be kept in place of the one that ran")
+    parser.add_argument("--trust", action="store_true", help=TRUST)
     options = parser.parse_args(words)
     from etude.core import launch
 
-    folder = launch.find_run(options.run)
-    entry = catalog.find(launch.read_config(folder)["method"])
+    folder, _, entry = launch.opened(options.run, trust=options.trust or options.source is not None)
     if (folder / "done").is_file():
         print(f"{folder} has already finished; nothing to continue", file=sys.stderr)
-    finished = launch.resume(folder)
-    _closing(finished, entry, catalog.load_method(entry))
+    finished = launch.resume(folder, trust=options.trust, source=options.source)
+    _closing(finished, entry)
     return 0
 
 
-def _closing(finished: Any, entry: catalog.Entry, module: Any) -> None:
+def _closing(finished: Any, entry: catalog.Entry) -> None:
     """The last lines of a run: its metrics, its folder and the next command to try (rank 0 only)."""
-    if int(os.environ.get("RANK", 0)):
+    from etude.core import ranks
+
+    if not ranks.first():
         return
     for name, value in finished.metrics.items():
         print(
@@ -58,7 +63,7 @@ def _closing(finished: Any, entry: catalog.Entry, module: Any) -> None:
             if abs(value) >= 1e-3 or value == 0
             else f"{name.replace('_', ' ')}: {value:.3e}"
         )
-    verb = "sample" if hasattr(module, "sample") else "show"
+    verb = "sample" if entry.samples else "show"
     print(f"\nrun:  {finished.folder}\nnext: etude {verb} {shlex.quote(str(finished.folder))}")
 
 
@@ -73,9 +78,7 @@ def show(words: list[str]) -> int:
     options = parser.parse_args(words)
     from etude.core import launch, record
 
-    folder = launch.find_run(options.run)
-    described = launch.read_config(folder)
-    entry = catalog.find(described["method"])
+    folder, described, entry = launch.opened(options.run)
     path = launch.write_report(entry, folder)
     state = "done" if (folder / "done").is_file() else "failed" if (folder / "failed").is_file() else "unfinished"
     result_file = folder / "result.json"
@@ -114,20 +117,23 @@ def sample(words: list[str]) -> int:
         raise UserError("name the run to draw from, as in: etude sample latest")
     from etude.core import launch
 
-    folder = launch.find_run(words[0])
-    entry = catalog.find(launch.read_config(folder)["method"])
-    module = catalog.load_method(entry)
+    trust = "--trust" in words
+    folder, _, entry = launch.opened(words[0], trust=trust)
+    with permission.granted(trust):
+        module = catalog.load_method(entry)
     if not hasattr(module, "sample"):
         see = f"etude show {shlex.quote(str(folder))}"
         raise UserError(f"{entry.name} learns no distribution to draw from; see its results with: {see}")
     from etude.core.config import check
 
     default = module.Sample()
+    words = [word for word in words if word != "--trust"]
     options = parse(module.Sample, default, {"options": default}, words[1:], f"etude sample {words[0]}", entry.title)
     check(options)
     target = folder / "samples"
     target.mkdir(exist_ok=True)
-    text = module.sample(launch.load(folder), options, target)
+    with permission.granted(trust):
+        text = module.sample(launch.load(folder, trust=trust), options, target)
     if text:
         print(text)
     written = sorted(target.iterdir())

@@ -18,14 +18,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import torch
 from torch import nn
 
 from etude.core import checkpoint, record
-from etude.core.config import Whole
+from etude.core.config import Range, Whole
 from etude.core.errors import RunError, UserError
+from etude.core.loaded import Loaded as Loaded  # what `sample` of a method's file is given
 from etude.core.progress import Progress
 from etude.core.randomness import fold, generator
 from etude.core.spec import Spec
@@ -53,7 +54,7 @@ class Common:
     """auto (a GPU where there is one), cpu, cuda, cuda:1, mps."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic inside autocast regions."""
-    threads: Whole = 0
+    threads: Annotated[int, Range(0, 512)] = 0
     """CPU threads; 0 takes the method's own default (1 for small networks, all for large ones)."""
     save_every: Whole = 0
     """Steps between checkpoints; 0 saves every 60 seconds. One is always saved at the end and when interrupted."""
@@ -63,26 +64,6 @@ class Common:
     """Shard parameters over the ranks of torchrun (FSDP2)."""
     quiet: bool = False
     """No progress on the terminal."""
-
-
-@dataclass
-class Loaded:
-    """A finished or interrupted run, built again: what `etude.load(run_dir)` returns."""
-
-    name: str
-    config: Any
-    spec: Spec
-    modules: dict[str, nn.Module]
-    folder: Path
-    step: int
-    state: dict[str, Any]
-
-    @property
-    def model(self) -> nn.Module:
-        """The module named ``model``, in eval mode."""
-        if "model" not in self.modules:
-            raise UserError(f"{self.name} has no single 'model'; its modules are {', '.join(self.modules) or 'none'}")
-        return self.modules["model"]
 
 
 class Run:
@@ -96,7 +77,9 @@ class Run:
         self._on_cpu = self.device.type == "cpu"
         self.step = 0
         self.source: nn.Module | None = None  # given as `source` in Python: it has no place in config.json
-        self.data: Any = None  # the same of `data`
+        self.data: Any = None  # images given as `data`, likewise
+        self.env: Any = None  # an environment given as `env`, likewise
+        self.trusted = not resume  # whether files that config.json names may be run; a user who starts a run named them
         self.complaints: list[str] = []
         self.progress = Progress(name, enabled=not common.quiet and self.rank == 0)
         self.record = record.Record(folder, writes=self.rank == 0)
