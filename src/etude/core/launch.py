@@ -31,7 +31,7 @@ from etude.core.config import check, flag, replace
 from etude.core.digest import sources
 from etude.core.errors import RunError, UserError, nearest
 from etude.core.folder import find_run, read_result, runs_folder
-from etude.core.loaded import load
+from etude.core.loaded import Loaded, load
 from etude.core.own import opened
 from etude.core.run import Common, Interrupted, Run
 

@@ -85,7 +85,9 @@ PRESETS = {
 }
 
 EXPERIMENTS = (
-    Experiment("ring", preset="default", metric="test_modes", bar=7, notes="of 8; covered: 1/32 of the samples within 3σ"),
+    Experiment(
+        "ring", preset="default", metric="test_modes", bar=7, notes="of 8; covered: 1/32 of the samples within 3σ"
+    ),
     Experiment("mnist", preset="mnist", metric="test_frechet_ratio", bar=0.25, better="lower", within_seconds=300),
     Experiment("mnist, classes", preset="mnist", metric="test_modes", bar=9, seeds=(0,), within_seconds=300),
 )

@@ -94,7 +94,9 @@ PRESETS = {
 }
 
 EXPERIMENTS = (
-    Experiment("ring", preset="default", metric="test_modes", bar=7, notes="of 8; covered: 1/32 of the samples within 3σ"),
+    Experiment(
+        "ring", preset="default", metric="test_modes", bar=7, notes="of 8; covered: 1/32 of the samples within 3σ"
+    ),
     Experiment("ring, share", preset="default", metric="test_share", bar=0.6, notes="within 3σ; the data has 0.989"),
     Experiment("mnist", preset="mnist", metric="test_frechet_ratio", bar=0.25, better="lower", within_seconds=300),
     Experiment("mnist, classes", preset="mnist", metric="test_modes", bar=9, seeds=(0,), within_seconds=300),

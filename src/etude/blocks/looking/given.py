@@ -89,8 +89,8 @@ def split(given: Given, size: int | None) -> Images:
     kept, held = (rest[torch.from_numpy(part)] for part in held_back(y[rest].numpy()))
     mean, std = moments(x[kept])
     spec = Spec(tuple(x.shape[1:]), names, mean, std)
-    parts = (Split(x[index], y[index]) for index in (kept, held, test))
-    return Images(words(given), *parts, spec, "handed over in Python")
+    train, validation, last = (Split(x[index], y[index]) for index in (kept, held, test))
+    return Images(words(given), train, validation, last, spec, "handed over in Python")
 
 
 def words(given: Given) -> str:
@@ -170,7 +170,7 @@ def _items(data: Any) -> Any:
     found = list(itertools.islice(items, MOST))
     if not found:
         raise UserError(f"the {type(data).__name__} given is empty")
-    pairs = [item if isinstance(item, (tuple, list)) else (item,) for item in found]
+    pairs = [list(item) if isinstance(item, (tuple, list)) else [item] for item in found]
     if len({len(pair) for pair in pairs}) > 1 or len(pairs[0]) not in (1, 2):
         raise UserError(f"items of the {type(data).__name__} given must all be images or all be (image, label) pairs")
     tensors = [_image(pair[0]) for pair in pairs]

@@ -186,16 +186,16 @@ def _object(run: Run, model: nn.Module, data: str) -> Source:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"the {kind} object cannot take images {tuple(two.shape)} of {of}: {reason}") from error
-    wanted = None if found is None else len(found.spec.classes)
     if (
         logits.ndim != 2
         or len(logits) != len(two)
         or logits.shape[1] < 2
-        or logits.shape[1] != (wanted or logits.shape[1])
+        or (found is not None and logits.shape[1] != len(found.spec.classes))
     ):
+        wanted = "classes" if found is None else len(found.spec.classes)
         raise UserError(
             f"the {kind} object returns {tuple(logits.shape)} for {len(two)} images of {of}; it must return logits "
-            f"({len(two)}, {wanted or 'classes'}), one a class"
+            f"({len(two)}, {wanted}), one a class"
         )
     count = logits.shape[1]
     names = own.classes if len(own.classes) == count else tuple(map(str, range(count)))
