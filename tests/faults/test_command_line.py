@@ -14,7 +14,21 @@ from pathlib import Path
 
 import pytest
 
-VERBS = ["list", "info", "run", "resume", "show", "sample", "verify", "bench", "data", "copy", "doctor", "completion"]
+VERBS = [
+    "list",
+    "info",
+    "run",
+    "resume",
+    "show",
+    "predict",
+    "sample",
+    "verify",
+    "bench",
+    "data",
+    "copy",
+    "doctor",
+    "completion",
+]
 WARM = ("--quiet", "--steps", "4")
 
 
@@ -71,7 +85,7 @@ def test_list_json(etude) -> None:
     for row in rows:
         assert list(row) == ["name", "title", "room", "section", "paper", "badge", "needs"]
         assert row["room"] == row["name"].partition("/")[0]
-        assert row["badge"] in {"verified", "runs", "broken", "unproved"}
+        assert row["badge"] in {"verified", "stale", "runs", "broken", "unproved"}
         assert isinstance(row["needs"], list)
         assert all(isinstance(value, str) for name, value in row.items() if name != "needs")
     assert {row["name"] for row in json.loads(etude("list", "vision", "--json").out)} == {

@@ -24,6 +24,7 @@ FUNCTIONS: dict[str, Callable[[list[str]], int]] = {
     "run": runs.run,
     "resume": runs.resume,
     "show": runs.show,
+    "predict": runs.predict,
     "sample": runs.sample,
     "verify": methods.verify,
     "bench": methods.bench,

@@ -119,7 +119,9 @@ def info(words: list[str]) -> int:
 def verify(words: list[str]) -> int:
     parser = Parser("verify")
     parser.add_argument("pattern", nargs="?", help="a method, a room or a wildcard; default: all with experiments")
-    parser.add_argument("--replay", action="store_true", help="only run the traces of stale cards; renew those that agree")
+    parser.add_argument(
+        "--replay", action="store_true", help="only run the traces of stale cards; renew those that agree"
+    )
     parser.add_argument("--settings", action="store_true", help="only change every setting once (no card is written)")
     parser.add_argument("--seeds", type=int, help="how many of the recorded seeds (no card is written)")
     parser.add_argument("--experiment", help="only the experiment of this name (no card is written)")

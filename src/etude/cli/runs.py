@@ -11,7 +11,7 @@ from typing import Any
 
 from etude import catalog
 from etude.cli.settings import parse, parse_settings
-from etude.cli.shared import Parser, print_json
+from etude.cli.shared import Parser, console, plain, print_json, table
 from etude.core import trust as permission
 from etude.core.errors import UserError
 
@@ -118,27 +118,46 @@ def sample(words: list[str]) -> int:
     from etude.core import launch
 
     trust = "--trust" in words
+    words = [word for word in words if word != "--trust"]
     folder, _, entry = launch.opened(words[0], trust=trust)
-    with permission.granted(trust):
-        module = catalog.load_method(entry)
-    if not hasattr(module, "sample"):
+    if not entry.samples:
         see = f"etude show {shlex.quote(str(folder))}"
         raise UserError(f"{entry.name} learns no distribution to draw from; see its results with: {see}")
+    with permission.granted(trust):
+        module = catalog.load_method(entry)
     from etude.core.config import check
 
     default = module.Sample()
-    words = [word for word in words if word != "--trust"]
     options = parse(module.Sample, default, {"options": default}, words[1:], f"etude sample {words[0]}", entry.title)
     check(options)
-    target = folder / "samples"
-    target.mkdir(exist_ok=True)
-    with permission.granted(trust):
-        text = module.sample(launch.load(folder, trust=trust), options, target)
-    if text:
-        print(text)
-    written = sorted(target.iterdir())
-    if written:
-        print(f"\nfiles: {target}/ ({', '.join(path.name for path in written[-4:])})")
-    else:
-        target.rmdir()
+    drawn = launch.load(folder, trust=trust).draw(options)
+    if drawn.text:
+        print(drawn.text)
+    if drawn.files:
+        print(f"\nfiles: {drawn.folder}/ ({', '.join(path.name for path in drawn.files[-4:])})")
+    return 0
+
+
+def predict(words: list[str]) -> int:
+    parser = Parser("predict")
+    parser.add_argument("run", help="a run folder, a method's name (its latest run) or 'latest'")
+    parser.add_argument("files", nargs="+", metavar="file", help="pictures, or folders of pictures")
+    parser.add_argument("--json", action="store_true", help="a list of {file, class, probability, probabilities, …}")
+    parser.add_argument("--trust", action="store_true", help=TRUST)
+    options = parser.parse_args(words)
+    from etude.core import launch
+
+    found = launch.load(options.run, trust=options.trust).predict(options.files)
+    for row in found:
+        if row["note"]:
+            print(f"{row['file']}: {row['note']}", file=sys.stderr)
+    if options.json:
+        print_json(found)
+        return 0
+    grid = table("file", "class", "probability", "next")
+    for row in found:
+        second = sorted(row["probabilities"].items(), key=lambda item: -item[1])[1]
+        after = f"{plain(second[0])} {second[1]:.3f}"
+        grid.add_row(plain(str(row["file"])), f"[bold]{plain(row['class'])}[/]", f"{row['probability']:.3f}", after)
+    console().print(grid)
     return 0

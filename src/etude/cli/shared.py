@@ -16,6 +16,7 @@ VERBS = {
     "run": "run a method on real data: etude run METHOD [--preset P] [--data D] [--FLAG VALUE …]",
     "resume": "continue an interrupted run exactly where it stopped: etude resume RUN",
     "show": "open the report of a run, and print its result",
+    "predict": "the trained network on your own pictures: etude predict RUN FILE … (names and probabilities)",
     "sample": "draw from a trained run: etude sample RUN [--count N …]",
     "verify": "run the recorded experiments again, hold them against their bars and write the cards",
     "bench": "time us against the peer library, side by side",

@@ -31,11 +31,24 @@ from etude.core.config import check, flag, replace
 from etude.core.digest import sources
 from etude.core.errors import RunError, UserError, nearest
 from etude.core.folder import find_run, read_result, runs_folder
-from etude.core.loaded import load
+from etude.core.loaded import load, sample
 from etude.core.own import opened
 from etude.core.run import Common, Interrupted, Run
 
-__all__ = ["OBJECT", "Finished", "configure", "find_run", "load", "method", "resume", "run", "start", "write_report"]
+__all__ = [
+    "OBJECT",
+    "Finished",
+    "configure",
+    "find_run",
+    "load",
+    "method",
+    "opened",
+    "resume",
+    "run",
+    "sample",
+    "start",
+    "write_report",
+]
 
 try:
     import fcntl
