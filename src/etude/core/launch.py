@@ -57,6 +57,10 @@ except ImportError:  # a system without it (Windows) has no such locks
 
 OBJECT = "the model object"
 """How config.json names a network that was handed over in Python."""
+WORLD = "the environment object"
+"""How it names an environment that was."""
+DATA = "the data object"
+"""How it names images that were."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,10 @@ def run(name: str, *, preset: str = "default", out: str | os.PathLike[str] | Non
     """Run a method and return its folder and metrics.
 
     `settings` are fields of the method's Config (``data="mnist"``, ``steps=2000``) and of `Common` (``seed``, ``device``,
-    ``precision``, ``threads``, ``save_every``, ``quiet``). A method with a ``source`` takes an `nn.Module` there too; such a
-    run cannot be resumed, for its folder holds only the object's name. Raises UserError for wrong input, RunError if
+    ``precision``, ``threads``, ``save_every``, ``quiet``). A method with a ``source`` takes an `nn.Module` or a finished run
+    there too, and images, a pair (images, labels) or a `torch.utils.data` dataset as ``data``; one with an ``env`` takes an
+    environment, its class or a function that makes one. A run on an object cannot be resumed, for its folder holds only
+    the object's kind. Raises UserError for wrong input, RunError if
     the run fails.
     """
     entry, module = method(name)
@@ -96,14 +102,28 @@ def run(name: str, *, preset: str = "default", out: str | os.PathLike[str] | Non
     known = [*(field.name for field in dataclasses.fields(module.Config)), *shared, "preset", "out"]
     for unknown in settings.keys() - known:
         raise UserError(f"{entry.name} has no setting '{unknown}'{nearest(unknown, known)}")
-    source = settings.get("source")
+    source, data = settings.get("source"), settings.get("data")
+    if isinstance(source, (Finished, Loaded)):
+        settings["source"] = str(source.folder)
     if isinstance(source, torch.nn.Module) and "source" in known:
         settings["source"] = f"{OBJECT} {type(source).__name__}"
     else:
         source = None
+    env = settings.get("env")
+    if "env" in known and env is not None and not isinstance(env, (str, os.PathLike)):
+        settings["env"] = f"{WORLD} {getattr(env, '__name__', type(env).__name__)}"
+    else:
+        env = None
+    if data is not None and not isinstance(data, (str, os.PathLike)) and "data" in known:
+        if "source" not in known:
+            raise UserError(f"{entry.name} takes data by name or as a folder, not a {type(data).__name__} object")
+        settings["data"] = f"{DATA} {type(data).__name__}"
+    else:
+        data = None
     common = replace(Common(), {k: v for k, v in settings.items() if k in shared}, "etude.run")
     config = configure(module, entry, preset, {k: v for k, v in settings.items() if k not in shared})
-    return start(entry, module, config, common, preset, Path(out) if out is not None else None, source)
+    given = {"source": source, "data": data, "env": env}
+    return start(entry, module, config, common, preset, Path(out) if out is not None else None, given)
 
 
 def start(
@@ -113,7 +133,7 @@ def start(
     common: Common,
     preset: str,
     out: Path | None = None,
-    source: torch.nn.Module | None = None,
+    given: dict[str, Any] | None = None,
 ) -> Finished:
     """Make the run folder and run the method in it. Wrong input leaves no folder behind."""
     check(config)
@@ -132,7 +152,7 @@ def start(
     ):
         folder, made = ranks.shared(lambda: _make_folder(entry, common, out, described, held))
         try:
-            return _execute(entry, module, config, common, folder, resume=False, source=source)
+            return _execute(entry, module, config, common, folder, resume=False, given=given)
         except UserError:
             if not (folder / "checkpoints").exists() and ranks.first():
                 _remove(folder, made)
@@ -191,11 +211,12 @@ def _execute(
     common: Common,
     folder: Path,
     resume: bool,
-    source: torch.nn.Module | None = None,
+    given: dict[str, Any] | None = None,
 ) -> Finished:
     loop = catalog.loop_of(module)
     run = Run(entry.name, config, common, folder, resume=resume)
-    run.source = source
+    for name, thing in (given or {}).items():
+        setattr(run, name, thing)
     for complaint in run.complaints:
         run.say(f"{complaint}; going on from step {run.step}")
     before = torch.get_num_threads()

@@ -77,6 +77,9 @@ class Run:
         self._on_cpu = self.device.type == "cpu"
         self.step = 0
         self.source: nn.Module | None = None  # given as `source` in Python: it has no place in config.json
+        self.data: Any = None  # images given as `data`, likewise
+        self.env: Any = None  # an environment given as `env`, likewise
+        self.trusted = not resume  # whether files that config.json names may be run; a user who starts a run named them
         self.complaints: list[str] = []
         self.progress = Progress(name, enabled=not common.quiet and self.rank == 0)
         self.record = record.Record(folder, writes=self.rank == 0)
@@ -87,7 +90,8 @@ class Run:
         self._last_row: dict[str, Any] = {}  # of the step in which the loop was left
         self._rows: list[tuple[int, dict[str, Any]]] = []
         self._latest: dict[str, float] = {}
-        self._found, self._one = torch.zeros(1, device=self.device), torch.ones(1, device=self.device)
+        single = {"device": self.device, "dtype": torch.float32}  # whatever torch's default type is
+        self._found, self._one = torch.zeros(1, **single), torch.ones(1, **single)
         self._suspects: list[tuple[int, torch.Tensor]] = []
         self._signal = 0
         self._busy = self._stop = self._left = self._over = False

@@ -97,13 +97,16 @@ def assemble(
     import torch
 
     if validation is None:
+        if len(train[1]) < 2:
+            raise UserError(f"{source} has one training image: at least two are needed, one of them for validation.")
         (x, y), (kept, held) = train, held_back(train[1])
         train, validation = (x[kept], y[kept]), (x[held], y[held])
     if size is not None:
         train, validation, test = ((resized(x, size), y) for x, y in (train, validation, test))
     mean, std = moments(train[0])
     parts = (
-        Split(torch.from_numpy(x), torch.from_numpy(y.astype(np.int64, copy=False))) for x, y in (train, validation, test)
+        Split(torch.from_numpy(x), torch.from_numpy(y.astype(np.int64, copy=False)))
+        for x, y in (train, validation, test)
     )
     return Images(name, *parts, Spec(tuple(train[0].shape[1:]), classes, mean, std), source)
 

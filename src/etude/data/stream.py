@@ -22,7 +22,7 @@ _GZIP = b"\x1f\x8b"
 class Reader:
     """The unpacked bytes of `path`, in order. `remedy` ends every error sentence (what the user should do).
 
-    Raises `UserError` when the file cannot be opened, is not whole, or is damaged.
+    Raises `UserError` when the file cannot be opened, is no regular file, is not whole, or is damaged.
     """
 
     def __init__(self, path: Path | str, remedy: str = "put a whole copy of the file there") -> None:

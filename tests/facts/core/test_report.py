@@ -242,6 +242,29 @@ def test_metrics_are_read_as_written(tmp_path: Path) -> None:
     np.testing.assert_array_equal(series[0].values, [2.0, 1.5, np.nan])
 
 
+def test_the_clock_that_a_loop_logs_is_the_axis(run: Path) -> None:
+    """Where a step of the loop is a round of several environment steps, curves are drawn over what --steps counts."""
+    rows = [{"step": k, "env_steps": 32.0 * k, "loss": 1 / k} for k in range(1, 5)]
+    rows += [{"step": 4, "env_steps": 128.0, "loss": 0.125}, {"step": 5, "score": 7.0}]  # logged after the loop
+    write(run, "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    series, damaged = read_metrics(run / "metrics.jsonl")
+    assert damaged == 0
+    assert [(s.name, s.clock) for s in series] == [("loss", "env_steps"), ("score", "env_steps")]
+    np.testing.assert_array_equal(series[0].steps, [32, 64, 96, 128])
+    np.testing.assert_array_equal(series[0].values, [1, 0.5, 1 / 3, 0.125])
+    np.testing.assert_array_equal(series[1].steps, [128])
+    (run / "done").unlink()
+    shown = Page(render(run).read_text(encoding="utf-8"))
+    assert "Over environment steps." in shown.text
+    assert "environment step 128 of 200" in shown.text
+    assert "10 s; 128 environment steps, 12.8 a second" in shown.text
+    (svg,) = shown.all("svg")
+    assert "loss: 1 at environment step 32, 0.1250 at environment step 128" in str(svg["aria-label"])
+    assert svg["data-unit"] == "environment step"
+    write(run, "metrics.jsonl", "".join(json.dumps({"step": k, "episodes": 10 * k, "x": k}) + "\n" for k in (1, 2)))
+    assert "Over episodes." in Page(render(run).read_text(encoding="utf-8")).text
+
+
 def test_torch_is_not_imported() -> None:
     code = "import sys, etude.core.report; assert 'torch' not in sys.modules and 'PIL' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,9 +5,9 @@ import torch
 from scipy.stats import wasserstein_distance
 from torch import nn
 
-from etude.blocks.gans import PointCritic
 from etude.blocks.nn.norm import BatchNorm
 from etude.core.spec import Spec
+from etude.gans.parts.networks import PointCritic
 from etude.gans.wgan_gp import Config, build, gradient_penalty, interpolates
 from etude.optim import Adam, flatten
 
@@ -111,10 +111,10 @@ def test_a_flat_critic_gives_penalty_1_and_finite_gradients():
     assert critic.weight.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("norm", ["none", "layer"])
-def test_the_critic_has_no_batch_norm(norm):
+@pytest.mark.parametrize("normalizer", ["none", "layer"])
+def test_the_critic_has_no_batch_norm(normalizer):
     spec = Spec((1, 16, 16), ("a", "b"), (0.5,), (0.2,))
-    modules = build(Config(norm=norm, size=16, width=8, latent=8), spec)
+    modules = build(Config(normalizer=normalizer, size=16, width=8, latent=8), spec)
     kinds = (BatchNorm, nn.modules.batchnorm._BatchNorm)
     assert not any(isinstance(layer, kinds) for layer in modules["critic"].modules())
     assert any(isinstance(layer, kinds) for layer in modules["generator"].modules())

@@ -10,10 +10,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from etude.core.report.charts import SMOOTH_FROM, chart, groups
+from etude.core.report.charts import SMOOTH_FROM, chart, groups, unit_of
 from etude.core.report.headline import headline, limit_of
 from etude.core.report.mathematics import typeset
-from etude.core.report.reading import Contract, Record, as_dict, as_float, as_list, is_number, same
+from etude.core.report.reading import CLOCKS, Contract, Record, as_dict, as_float, as_list, is_number, same
 from etude.core.report.tiles import pictures
 from etude.core.report.words import (
     Facts,
@@ -90,15 +90,15 @@ def _header(record: Record, contract: Contract) -> str:
         )
         failure = f'<div class="failure"><h2>Why it failed</h2><p>{escape(first)}</p>{more}</div>'
     progress = ""
-    total = record.config.get("steps")
+    total = record.config.get(CLOCKS[record.clock][1] if record.clock else "steps")
     if status in ("running", "unfinished") and is_number(total) and total:
         share = min(1.0, record.last_step / total)
         ended = record.sessions[-1].get("ended") if record.sessions else None
         heard = f", last heard of {moment(ended)}" if ended else ""
         progress = (
-            f'<div class="progress" role="img" aria-label="{share:.0%} of the steps done">'
+            f'<div class="progress" role="img" aria-label="{share:.0%} of the {record.counted} done">'
             f'<i style="width:{100 * share:.2f}%"></i></div>'
-            f'<p class="facts">step {number(record.last_step)} of {number(total)}{escape(heard)}</p>'
+            f'<p class="facts">{unit_of(record.clock)} {number(record.last_step)} of {number(total)}{escape(heard)}</p>'
         )
     return (
         f'<header><p class="method"><span>{escape(record.method)}</span>'
@@ -133,7 +133,7 @@ def _curves(record: Record, contract: Contract) -> str:
         out += f'<details><summary>{len(rest)} more curves</summary><div class="charts">{"".join(rest)}</div></details>'
     smoothed = any(len(s.steps) >= SMOOTH_FROM for s in record.series)
     note = "Thin: every value logged. Thick, and the number beside the name: its moving mean." if smoothed else ""
-    return out + f'<p class="note">Over steps. {note}</p>{once}'
+    return out + f'<p class="note">Over {record.counted}. {note}</p>{once}'
 
 
 def _what_was_run(record: Record) -> str:
@@ -163,8 +163,9 @@ def _time_and_memory(record: Record) -> Facts:
     whole, loop = record.seconds(), record.seconds("loop_seconds") or record.seconds()
     if whole:
         steps = sum(as_float(s.get("to_step")) - as_float(s.get("from_step")) for s in record.sessions)
+        steps = record.last_step if record.clock else steps
         rate = f", {tick(float(f'{steps / loop:.3g}'))} a second" if steps > 0 else ""
-        rows.append(("time", f"{duration(whole)}; {number(steps)} steps{rate}"))
+        rows.append(("time", f"{duration(whole)}; {number(steps)} {record.counted}{rate}"))
     memory = max((as_float(s.get("peak_memory_mb")) for s in record.sessions), default=0.0)
     if memory:
         rows.append(("peak memory", f"{number(round(memory))} MB"))

@@ -12,26 +12,23 @@ from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from scipy.optimize import linprog
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "games"))
+sys.path.insert(0, str(Path(__file__).parent))
 from game_oracle import RandomGame, best_value, nash_gap, sets_of, value
 
-from etude.blocks import tree as trees
-from etude.blocks.games import CHANCE, OVER, Kuhn, Leduc, LiarsDice, Matrix, load_game
-from etude.blocks.tree import (
+from etude.core.errors import UserError
+from etude.games.parts import strategies
+from etude.games.parts.rules import CHANCE, OVER, Kuhn, Leduc, LiarsDice, Matrix, load_game
+from etude.games.parts.showing import deal, strategy_figure, strategy_text, table
+from etude.games.parts.strategies import (
     best_response,
-    deal,
     expected_value,
     exploitability,
-    flatten,
     normalised,
     policy,
     reach,
-    strategy_figure,
-    strategy_text,
-    table,
     uniform,
 )
-from etude.core.errors import UserError
+from etude.games.parts.tree import flatten
 
 KUHN, LEDUC = flatten(Kuhn()), flatten(Leduc())
 
@@ -226,7 +223,7 @@ def test_python_and_machine_code_agree_to_the_last_bit():
     strategy, size = random_strategy(LEDUC, 3), LEDUC.sequences[2]
     results = []
     for kind in ("__wrapped__", "build"):
-        down, up = (getattr(kernel, kind) for kernel in (trees._reach, trees._best_response))
+        down, up = (getattr(kernel, kind) for kernel in (strategies._reach, strategies._best_response))
         if kind == "build":
             down, up = down(), up()
         plans = np.ones(size)
@@ -371,7 +368,7 @@ def test_games_by_name_and_file(tmp_path):
     assert isinstance(load_game("leduc"), Leduc)
     mine = tmp_path / "mine.py"
     mine.write_text(
-        "from etude.blocks.games import Kuhn\nclass Mine(Kuhn):\n    cards = 'AB'\nship = Mine()\nodd = 3\n"
+        "from etude.games.parts.rules import Kuhn\nclass Mine(Kuhn):\n    cards = 'AB'\nship = Mine()\nodd = 3\n"
     )
     assert flatten(load_game(f"{mine}:Mine")).histories == flatten(load_game(f"{mine}:ship")).histories
     for name, says in [

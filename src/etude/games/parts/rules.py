@@ -1,7 +1,8 @@
 """Two-player zero-sum games with hidden information: the rules interface, Kuhn and Leduc poker, liar's dice.
 
 A `Game` is seven pure functions on immutable states, so a game of your own is one short class; `load_game` finds it by
-``path/to/file.py:Name``. `etude.blocks.tree` flattens a game into arrays and measures strategies on it.
+``path/to/file.py:Name``. `etude.games.parts.tree` flattens a game into arrays, `etude.games.parts.strategies` measures
+strategies on it, `etude.games.parts.showing` makes them readable.
 """
 
 from __future__ import annotations
@@ -281,7 +282,9 @@ def load_game(name: str) -> Game:
         raise UserError(f"{path} defines no '{attribute}'{nearest(attribute, vars(module))}")
     missing = [part for part in _PARTS if not callable(getattr(game, part, None))]
     if missing:
-        raise UserError(f"{name} is not a game: it lacks the function {', '.join(missing)} (etude.blocks.games.Game)")
+        raise UserError(
+            f"{name} is not a game: it lacks the function {', '.join(missing)} (etude.games.parts.rules.Game)"
+        )
     return game
 
 

@@ -13,6 +13,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from etude.blocks.acting.memory import afford
+
 
 class Replay:
     """Keeps exactly the last `capacity` rows added.
@@ -26,6 +28,7 @@ class Replay:
             raise ValueError(f"a replay buffer needs room for at least 1 row, got {capacity}")
         examples = {name: np.asarray(example) for name, example in fields.items()}
         record = np.dtype([(name, item.dtype, item.shape) for name, item in examples.items()], align=True)
+        afford(f"a replay buffer of {capacity:,} transitions (--buffer)", capacity * record.itemsize)
         self._rows = np.zeros(capacity, record)
         self._columns = {name: self._rows[name] for name in examples}
         self._next = self._size = 0

@@ -8,22 +8,12 @@ import torch
 from scipy import linalg
 from torch import nn
 
-from etude.blocks.gans import (
-    Critic,
-    Generator,
-    PointCritic,
-    centres,
-    frechet,
-    gaussian,
-    judgement,
-    players,
-    ring,
-    ring_scores,
-    teach,
-)
 from etude.blocks.nn.norm import BatchNorm
 from etude.core.errors import UserError
 from etude.core.spec import Spec
+from etude.gans.parts.judge import frechet, gaussian, judgement, teach
+from etude.gans.parts.networks import Critic, Generator, PointCritic, players
+from etude.gans.parts.ring import centres, moments, ring, ring_scores
 from etude.vision.lenet import LeNet
 
 
@@ -129,6 +119,8 @@ def test_ring_has_the_stated_moments():
     offsets = x - centres()[which]
     assert offsets.std().item() == pytest.approx(0.05, rel=0.01)
     torch.testing.assert_close(centres().norm(dim=1), torch.full((8,), 2.0))
+    for ours, seen in zip(moments(), gaussian(x)):
+        torch.testing.assert_close(ours, seen, atol=0.03, rtol=0)
     scores = ring_scores(x)
     assert scores["modes"] == 8
     assert scores["share"] == pytest.approx(1 - math.exp(-4.5), abs=2e-3)

@@ -4,7 +4,7 @@ Equation: for logits z = model(x) and a vector v(z) at the output, the map is v�
     Guided (Springenberg et al., arXiv:1412.6806): at each ReLU with input u and incoming gradient δ,
     δ·1[u>0]·1[δ>0] goes on.
 
-`input_gradient` runs the model in eval mode and computes no gradient of its parameters; `etude.blocks.lens` sees every
+`input_gradient` runs the model in eval mode and computes no gradient of its parameters; `etude.blocks.looking.lens` sees every
 function that the model calls. When it returns, or raises, the model is as it was: no hook, the same training flags,
 requires_grad flags, gradients, parameters and buffers.
 """
@@ -23,12 +23,12 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from etude.blocks.lens import Folding, Lens, Norm, Unfold
+from etude.blocks.looking.lens import Folding, Lens, Norm, Unfold
 from etude.blocks.plots import INK, PALETTE, PAPER, SOFT, WIDTH
 
 
 class Known(NamedTuple):
-    """Batch norms that were seen to follow convolutions (`etude.blocks.lens.Folding`), and whether to fold them."""
+    """Batch norms that were seen to follow convolutions (`etude.blocks.looking.lens.Folding`), and whether to fold them."""
 
     norms: dict[str, Norm]
     sure: bool = False
@@ -206,10 +206,15 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def probabilities(model: nn.Module, x: Tensor) -> Tensor:
-    """Softmax of the logits (N, K) in eval mode; the model's training flags are as before when it returns."""
+def logits(model: nn.Module, x: Tensor) -> Tensor:
+    """What the model returns for x, (N, K), in eval mode; its training flags are as before when it returns."""
     with _evaluating(model):
-        return model(x).softmax(1)
+        return model(x)
+
+
+def probabilities(model: nn.Module, x: Tensor) -> Tensor:
+    """Softmax of `logits`, (N, K)."""
+    return logits(model, x).softmax(1)
 
 
 # ------------------------------------------------------------------------------------------------------------ checks

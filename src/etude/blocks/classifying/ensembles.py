@@ -26,7 +26,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +116,11 @@ class Ensemble(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self)} members, by {self.how}"
+
+
+def apart(model: nn.Module) -> TypeGuard[Ensemble]:
+    """Whether it is an ensemble whose members share nothing, so that each has batches and clipping of its own."""
+    return isinstance(model, Ensemble) and model.trunk is None
 
 
 # ------------------------------------------------------------------------------------------------------ shared trunk

@@ -8,8 +8,9 @@ import pytest
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from etude.blocks import envs
-from etude.blocks.envs import Worlds, expected_return, film, optimal_q, play, tables, time_limit
+from etude.blocks.acting.environments import Environment, encoder
+from etude.blocks.acting.episodes import film, play
+from etude.blocks.acting.worlds import Worlds
 from etude.core.errors import UserError
 
 
@@ -265,11 +266,13 @@ def test_unusable_environments_are_answered_in_one_sentence(name, sentence):
 
 
 def test_missing_package_and_images_are_answered():
-    pytest.importorskip("gymnasium")
-    with pytest.raises(UserError, match="package that is not installed"), envs._kind_errors("X-v0"):
+    def lacking():
         raise gymnasium.error.DependencyNotInstalled("install box2d")
+
+    with pytest.raises(UserError, match="--env X-v0 needs a package that is not installed"):
+        Environment("X-v0", lacking).make()
     with pytest.raises(UserError, match="image observations"):
-        envs._encoder(spaces.Box(0, 255, (84, 84, 3), np.uint8), "X-v0")
+        encoder(spaces.Box(0, 255, (84, 84, 3), np.uint8), "X-v0")
 
 
 def test_film_shows_the_episode_or_says_why_not():
@@ -283,54 +286,3 @@ def test_film_shows_the_episode_or_says_why_not():
     pictures, total, reason = film("etude-test/Lasting-v0", lambda states: np.zeros(len(states), int), seed=0)
     assert pictures == []
     assert "etude-test/Lasting-v0 cannot be drawn here" in reason
-
-
-# ---------------------------------------------------------------------------------------------------- tables
-
-
-@pytest.mark.parametrize("name", ["FrozenLake-v1", "CliffWalkingSlippery-v1", "Taxi-v4"])
-def test_tables_give_the_trajectories_of_the_environment(name):
-    table, env = tables(name), gymnasium.make(name, disable_env_checker=True)
-    for seed in range(20):
-        state, _ = env.reset(seed=seed)
-        draws = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
-        assert state == np.argmax(table.cumulative_start > draws.random())
-        for action in np.random.default_rng(seed).integers(0, env.action_space.n, size=200):
-            following, reward, terminated, truncated, _ = env.step(action)
-            outcome = np.argmax(table.cumulative[state, action] > draws.random())
-            assert following == table.next_state[state, action, outcome]
-            assert reward == table.reward[state, action, outcome]
-            assert terminated == table.terminated[state, action, outcome]
-            state = following
-            if terminated or truncated:
-                break
-    assert tables("CartPole-v1") is None
-    np.testing.assert_allclose(table.probability.sum(2), 1)
-
-
-def test_a_wrapped_world_is_not_read_from_the_table_of_the_world_inside():
-    name = "etude-test/Tripled-v0"
-    if name not in gymnasium.registry:
-        triple = gymnasium.wrappers.TransformReward.wrapper_spec(func=lambda reward: 3 * reward)
-        inside = gymnasium.registry["CliffWalking-v1"].entry_point
-        gymnasium.register(name, entry_point=inside, max_episode_steps=50, additional_wrappers=(triple,))
-    assert tables(name) is None
-    assert play(name, lambda state: np.zeros(len(state), np.int64), 1, seed=0)[0] == -150  # up against the wall
-
-
-def test_optimal_values_of_frozen_lake_are_the_known_ones():
-    world = tables("FrozenLake-v1")
-    q = optimal_q(world, 0.99)
-    assert q.max(1)[0] == pytest.approx(0.5420259, abs=5e-8)
-    assert expected_return(world, q.argmax(1), 100) == pytest.approx(0.74016, abs=5e-6)
-    backup = (world.probability * (world.reward + 0.99 * ~world.terminated * q.max(1)[world.next_state])).sum(2)
-    np.testing.assert_allclose(q, backup, atol=1e-11)
-    with pytest.raises(ValueError, match="gamma < 1"):
-        optimal_q(world, 1.0)
-
-
-def test_shortest_way_along_the_cliff_is_thirteen_steps():
-    world = tables("CliffWalking-v1")
-    assert expected_return(world, optimal_q(world, 0.999).argmax(1), 100) == pytest.approx(-13, abs=1e-12)
-    assert time_limit("CliffWalking-v1", 77) == 77
-    assert time_limit("FrozenLake-v1", 77) == 100

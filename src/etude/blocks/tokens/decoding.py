@@ -8,13 +8,16 @@ Legend: B sequences side by side, V vocabulary, P prompt length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Decoder", "generate", "keep_top_k", "keep_top_p", "pick", "stream"]
+__all__ = ["Decoder", "generate", "keep_top_k", "keep_top_p", "pad_left", "pick", "stream"]
+
+Dice = torch.Generator | Sequence[torch.Generator] | None
+"""Where draws come from: one generator for all rows, one a row, or torch's global one."""
 
 
 class Decoder(Protocol):
@@ -24,7 +27,11 @@ class Decoder(Protocol):
     """The number of positions the model has."""
 
     def start(self, batch: int) -> Any:
-        """An empty cache for `batch` sequences; `length` counts the positions read, setting it to 0 empties it."""
+        """An empty cache for `batch` sequences; `length` counts the columns read, setting it to 0 empties it.
+
+        `pads`, (B,) int64 or None, says how many of the first columns of each row are padding: not to be looked at and
+        not to be counted as positions. A model that has no use for it may leave it out of its cache.
+        """
 
     def advance(self, ids: Tensor, cache: Any) -> Tensor:
         """Read ids (B, T) after what the cache holds, add them to it; logits (B, V) for the next token."""
@@ -68,7 +75,7 @@ def pick(
     top_k: int | None = None,
     top_p: float | None = None,
     greedy: bool = False,
-    generator: torch.Generator | None = None,
+    generator: Dice = None,
 ) -> Tensor:
     """One token a row, (B, V) → (B,) int64: the most probable one if `greedy`, else drawn from the filtered softmax.
 
@@ -77,7 +84,8 @@ def pick(
         temperature: > 0; below 1 sharpens, above 1 flattens.
         top_k: keep the k most probable, None = all; top_p: keep the smallest set of that mass, None = all.
         greedy: take the maximum; the other settings are then without effect.
-        generator: the source of randomness, None = torch's global one.
+        generator: the source of randomness, None = torch's global one; with one generator a row, each row draws what it
+            would draw alone.
     """
     if greedy:
         return logits.argmax(-1)
@@ -89,9 +97,22 @@ def pick(
     if top_p is not None:
         logits = keep_top_p(logits, top_p)
     probability = logits.softmax(-1)
+    if isinstance(generator, Sequence):
+        rows = [
+            torch.multinomial(p.to(dice.device), 1, generator=dice)
+            for p, dice in zip(probability, generator, strict=True)
+        ]
+        return torch.cat(rows).to(logits.device)
     if generator is not None:
         probability = probability.to(generator.device)
     return torch.multinomial(probability, 1, generator=generator).squeeze(-1).to(logits.device)
+
+
+def pad_left(rows: Sequence[Tensor], fill: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows (P_b,) of different lengths with `fill` before the shorter ones: (B, P), and how much of it each has, (B,)."""
+    longest = max(len(row) for row in rows)
+    pads = torch.tensor([longest - len(row) for row in rows], device=rows[0].device)
+    return torch.stack([torch.cat([row.new_full((longest - len(row),), fill), row]) for row in rows]), pads
 
 
 def stream(
@@ -99,11 +120,12 @@ def stream(
     prompt: Tensor,
     count: int,
     *,
+    pads: Tensor | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     greedy: bool = False,
-    generator: torch.Generator | None = None,
+    generator: Dice = None,
     stop: int | None = None,
     keep: int | None = None,
     cache: Any = None,
@@ -114,38 +136,48 @@ def stream(
         model: see `Decoder`; it is asked to read each token once. Its train/eval mode is left to the caller.
         prompt: (B, P) int64 with P ≥ 1. Of a prompt longer than the context the last `context` tokens are read.
         count: number of tokens to add.
+        pads: (B,) int64, how many tokens at the start of each row are padding (`pad_left`), fewer than P. Each row is
+            continued as it would be alone.
         temperature, top_k, top_p, greedy, generator: see `pick`.
         stop: an end-of-text token: a sequence that has drawn it repeats it, and the iteration ends early when all have.
         keep: a model with absolute positions cannot shift its cache, so when the context is full the last `keep` tokens
             are read again from position 0. None means half the context (each token is then read twice at most on
             average and sees at least context/2 others); `context` is the exact sliding window, at a full read
-            per token. In 1 … context.
+            per token. In 1 … context. Rows of different lengths fill the context at different times, and whenever one
+            does, all are read again.
         cache: what `model.start(B)` gave, to use it again (it is emptied first) while the weights have not changed.
     """
     if prompt.ndim != 2 or prompt.shape[1] < 1:
         raise ValueError(f"the prompt must be (batch, at least one token), got {tuple(prompt.shape)}")
-    context = model.context
+    context, (batch, end) = model.context, prompt.shape
     keep = max(1, context // 2) if keep is None else keep
     if not 1 <= keep <= context:
         raise ValueError(f"keep must lie in 1 … {context}, the context, got {keep}")
-    batch, end = prompt.shape[0], min(context, prompt.shape[1])
-    seen = torch.empty(batch, end + count, dtype=torch.int64, device=prompt.device)  # seen[:, :end] is filled
-    seen[:, :end] = prompt[:, -end:]
+    begin = [0] * batch if pads is None else pads.tolist()  # the column at which what each row sees begins
+    if len(begin) != batch or not all(0 <= first < end for first in begin):
+        raise ValueError(f"pads must be {batch} numbers from 0 to {end - 1}, so that each row has a token; got {begin}")
+    begin = [max(first, end - context) for first in begin]
+    seen = torch.cat([prompt, prompt.new_empty(batch, count)], dim=1)  # seen[:, :end] is filled
     done = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
     with torch.no_grad():
         cache = model.start(batch) if cache is None else cache
-    cache.length = 0
-    new = seen[:, :end]
+    whole = True  # whether all that is seen is to be read, or only the newest token
     for _ in range(count):
-        if cache.length + new.shape[1] > context:
-            cache.length, new = 0, seen[:, end - keep : end]
+        if any(end - first > context for first in begin):
+            begin, whole = [end - keep if end - first > context else first for first in begin], True
+        if whole:
+            first = min(begin)
+            blank = None if max(begin) == first else torch.tensor(begin, device=prompt.device) - first
+            cache.length, cache.pads, whole = 0, blank, False
+            new = seen[:, first:end]
+        else:
+            new = seen[:, end - 1 : end]
         token = _step(model, new, cache, temperature, top_k, top_p, greedy, generator)
         if stop is not None:
             token = token.masked_fill(done, stop)
             done |= token == stop
         seen[:, end] = token
         end += 1
-        new = seen[:, end - 1 : end]
         yield token
         if stop is not None and bool(done.all()):
             return

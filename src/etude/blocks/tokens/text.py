@@ -19,7 +19,10 @@ from torch import Tensor
 from etude.core.errors import UserError
 from etude.core.extras import how
 
-__all__ = ["BytePairs", "Characters", "Tokenizer", "pieces", "split", "starts", "tokenizer", "windows"]
+__all__ = ["UNKNOWN", "BytePairs", "Characters", "Tokenizer", "pieces", "starts", "tokenizer", "windows"]
+
+UNKNOWN = "\ufffd"
+"""Stands for what cannot be written: bytes that are no UTF-8, or a character that training never showed."""
 
 
 class Tokenizer(Protocol):
@@ -33,7 +36,10 @@ class Tokenizer(Protocol):
 
 
 class Characters:
-    """One token a character: token i is the i-th character of the sorted `alphabet`."""
+    """One token a character: token i is the i-th character of the sorted `alphabet`.
+
+    Where the alphabet has U+FFFD, `encode(text, UNKNOWN)` writes it for every character that the alphabet has not.
+    """
 
     def __init__(self, alphabet: str) -> None:
         if not alphabet or len(set(alphabet)) != len(alphabet):
@@ -51,15 +57,17 @@ class Characters:
         """The number of tokens."""
         return len(self.alphabet)
 
-    def encode(self, text: str) -> Tensor:
-        """(N,) int64; raises UserError naming a character that is not in the alphabet."""
-        codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    def encode(self, text: str, instead: str | None = None) -> Tensor:
+        """(N,) int64. A character that is not in the alphabet becomes `instead`; without it, UserError names it."""
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
         ids = np.searchsorted(self._codes, codes).clip(max=self.size - 1)
         unknown = np.flatnonzero(self._codes[ids] != codes)
-        if len(unknown):
+        if len(unknown) and instead is not None:
+            ids[unknown] = self.alphabet.index(instead)
+        elif len(unknown):
             raise UserError(
                 f"the character {text[unknown[0]]!r} (position {unknown[0]}) does not occur in the text this "
-                f"tokenizer was made from; it knows {self.alphabet!r}"
+                f"tokenizer was made from; it knows {self.alphabet.replace(UNKNOWN, '')!r}"
             )
         return torch.from_numpy(ids.astype(np.int64))
 
@@ -131,7 +139,7 @@ class BytePairs:
         return torch.tensor(self._inner.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
 
     def decode(self, ids: Tensor | Iterable[int]) -> str:
-        """The text of a row of token numbers; bytes that are not valid UTF-8 become U+FFFD."""
+        """The text of a row of token numbers; bytes that are not valid UTF-8 become U+FFFD (`UNKNOWN`)."""
         return self._inner.decode([int(i) for i in _numbers(ids)], skip_special_tokens=False)
 
     def token(self, name: str) -> int | None:
@@ -148,12 +156,6 @@ def tokenizer(state: dict[str, Any]) -> Characters | BytePairs:
     if state["kind"] == "characters":
         return Characters(state["alphabet"])
     return BytePairs(state["definition"])
-
-
-def split(ids: Tensor, held_out: float = 0.1) -> tuple[Tensor, Tensor]:
-    """Cut (N,) into the first part for training and the last `held_out` fraction for validation; nothing is shared."""
-    cut = int(len(ids) * (1 - held_out))
-    return ids[:cut], ids[cut:]
 
 
 def starts(length: int, context: int, batch: int, generator: torch.Generator) -> Tensor:
@@ -178,7 +180,7 @@ def pieces(tokens: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     for token in ids:
         waiting.append(token)
         text = tokens.decode(before + waiting)
-        broken = text.endswith("\ufffd")
+        broken = text.endswith(UNKNOWN)
         if not broken or len(waiting) > 3:
             yield text[len(tokens.decode(before)) :]
             before, waiting = [] if broken else waiting, []
