@@ -46,7 +46,7 @@ def stranger(etude, tmp_path) -> Path:
 
 def test_a_kept_source_is_run_only_when_it_is_trusted(etude, tmp_path, cache, stranger) -> None:
     digest = hashlib.sha256((stranger / "source.py").read_bytes()).hexdigest()
-    for words in (("resume", stranger), ("sample", stranger)):
+    for words in (("resume", stranger), ("predict", stranger, "x.png")):
         said = etude.refused(*words, ETUDE_CACHE=str(cache))
         assert said.startswith(f"the method file {stranger / 'source.py'} (")
         assert digest[:16] in said
@@ -84,8 +84,8 @@ def test_config_json_that_names_a_file(etude, tmp_path, cache, stranger, place) 
     described = json.loads((stranger / "config.json").read_text()) | {"source": {}}
     described["method"] = str(tmp_path / place)
     (stranger / "config.json").write_text(json.dumps(described))
-    for verb in ("resume", "sample"):
-        said = etude.refused(verb, stranger, ETUDE_CACHE=str(cache))
+    for words in (("resume", stranger), ("predict", stranger, "x.png")):
+        said = etude.refused(*words, ETUDE_CACHE=str(cache))
         assert f"{tmp_path / place} (" in said
         assert "would be run" in said
     assert not (tmp_path / "mark").exists()
@@ -122,9 +122,6 @@ def test_a_setting_that_names_code(etude, tmp_path, cache) -> None:
     assert "game.py" in etude.refused("sample", tmp_path / "run", ETUDE_CACHE=str(cache))
     assert etude("resume", tmp_path / "run", ETUDE_CACHE=str(tmp_path / "elsewhere")).code == 0
     assert etude("sample", tmp_path / "run", "--trust", ETUDE_CACHE=str(cache)).code == 0
-
-
-PARTS = (Path(package.__file__).parent / "games" / "parts" / "games.py").is_file()
 
 
 # --------------------------------------------------------------------------------------------------------------- files

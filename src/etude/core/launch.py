@@ -31,7 +31,7 @@ from etude.core.config import check, flag, replace
 from etude.core.digest import sources
 from etude.core.errors import RunError, UserError, nearest
 from etude.core.folder import find_run, read_result, runs_folder
-from etude.core.loaded import load, sample
+from etude.core.loaded import Loaded, load, sample
 from etude.core.own import opened
 from etude.core.run import Common, Interrupted, Run
 
@@ -94,8 +94,7 @@ def run(name: str, *, preset: str = "default", out: str | os.PathLike[str] | Non
     ``precision``, ``threads``, ``save_every``, ``quiet``). A method with a ``source`` takes an `nn.Module` or a finished run
     there too, and images, a pair (images, labels) or a `torch.utils.data` dataset as ``data``; one with an ``env`` takes an
     environment, its class or a function that makes one. A run on an object cannot be resumed, for its folder holds only
-    the object's kind. Raises UserError for wrong input, RunError if
-    the run fails.
+    the object's kind. Raises UserError for wrong input, RunError if the run fails.
     """
     entry, module = method(name)
     shared = {field.name for field in dataclasses.fields(Common)}

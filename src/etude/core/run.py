@@ -79,7 +79,6 @@ class Run:
         self.source: nn.Module | None = None  # given as `source` in Python: it has no place in config.json
         self.data: Any = None  # images given as `data`, likewise
         self.env: Any = None  # an environment given as `env`, likewise
-        self.trusted = not resume  # whether files that config.json names may be run; a user who starts a run named them
         self.complaints: list[str] = []
         self.progress = Progress(name, enabled=not common.quiet and self.rank == 0)
         self.record = record.Record(folder, writes=self.rank == 0)

@@ -229,7 +229,7 @@ def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
 def train(config: Config, run: Run) -> dict[str, float]:
     if config.worlds > config.collect or config.collect > config.buffer:
         raise UserError("--worlds, --collect and --buffer must not fall: worlds <= collect <= buffer")
-    env = environment(config.env, run.env, run.trusted)
+    env = environment(config.env, run.env)
     worlds = Worlds.make(env, config.worlds, run.seed, "training", run.rank)
     spec = Spec(extra={"env": config.env, "size": worlds.size, "actions": worlds.actions})
     if config.exploration == "notes_epsilon_greedy":
@@ -377,7 +377,7 @@ class Sample:
 def sample(loaded: Loaded, options: Sample, folder: Path) -> str:
     """Play greedily, write each episode as a GIF where the environment can be drawn, and return the scores."""
     model = loaded.model
-    env = environment(loaded.config.env, trusted=False)
+    env = environment(loaded.config.env)
 
     def greedy(state: NDArray[np.float32]) -> NDArray[np.int64]:
         with torch.no_grad():

@@ -264,7 +264,7 @@ def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
 
 @method("rl/q_learning", paper="Watkins & Dayan 1992", section="7.6.1, 7.6.2, 7.6.8", needs=("rl",), threads=1)
 def train(config: Config, run: Run) -> dict[str, float]:
-    kind = environment(config.env, run.env, run.trusted)
+    kind = environment(config.env, run.env)
     probe = Worlds.make(kind)  # answers for continuous actions and structured observations
     env, world = kind.make(), tables(kind)
     if not hasattr(env.observation_space, "n"):

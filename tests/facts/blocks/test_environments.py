@@ -141,7 +141,7 @@ def test_a_resumed_run_does_not_execute_a_file_that_its_folder_names(env, here):
         (here / file).write_text("raise SystemExit('it was run')")
     for module in ("walk", "registers", "etude_user_walk"):
         sys.modules.pop(module, None)
-    with pytest.raises(UserError, match=rf"to go on would run the code in {here / name}, so say --trust"):
+    with pytest.raises(UserError, match=rf"the environment file {here / name} \(.*would be run"):
         etude.resume(run.folder)
 
 
