@@ -110,11 +110,7 @@ def test_a_compiled_file_beside_the_source_is_not_run(etude, tmp_path, stranger)
 def test_a_setting_that_names_code(etude, tmp_path, cache) -> None:
     """A game in a file, too, is run by `etude run` and not by whoever opens the run afterwards."""
     game = tmp_path / "game.py"
-    game.write_text(
-        "from etude.games.parts.games import Kuhn as Mine\n"
-        if PARTS
-        else "from etude.blocks.games import Kuhn as Mine\n"
-    )
+    game.write_text("from etude.games.parts.rules import Kuhn as Mine\n")
     words = ("run", "games/cfr", "--preset", "tiny", "--quiet", "--game", f"{game}:Mine", "--out", tmp_path / "run")
     assert etude(*words, ETUDE_CACHE=str(tmp_path / "elsewhere")).code == 0
     (tmp_path / "run" / "done").unlink()

@@ -25,7 +25,7 @@ import torch
 
 from etude import catalog
 from etude.catalog import Entry
-from etude.core import checkpoint, own, ranks
+from etude.core import checkpoint, longer, own, ranks
 from etude.core import trust as permission
 from etude.core.config import check, flag, replace
 from etude.core.digest import sources
@@ -163,22 +163,26 @@ def resume(
     *,
     trust: bool = False,
     source: str | os.PathLike[str] | None = None,
+    **length: int,
 ) -> Finished:
     """Continue a run exactly where its newest whole checkpoint stands (without one, from the start).
 
-    A finished run is returned as it is. A run of an own file goes on with the source that it keeps, or with `source`, a
-    repaired file, which is kept in its place. `trust` lets it run code that this machine has not run before. Raises
-    UserError when there is no such run, another process is writing it or all its checkpoints are damaged, RunError if
-    the run fails.
+    A finished run is returned as it is, unless `length` (``steps=2000``; iterations, episodes or rounds, as the method calls
+    it) is more than it was made for: then it trains on. A run of an own file goes on with the source that it keeps, or
+    with `source`, a repaired file, which is kept in its place. `trust` lets it run code that this machine has not run
+    before. Raises UserError when there is no such run, another process is writing it or all its checkpoints are
+    damaged, RunError if the run fails.
     """
     path, described, entry = opened(folder, trust=trust or source is not None)
     repaired = _repaired(path, described, os.fspath(source)) if source is not None else None
-    if (path / "done").is_file():
+    if (path / "done").is_file() and not length:
         return Finished(path, read_result(path))
     with permission.granted(trust or repaired is not None):
         module = catalog.load_method(repaired or entry)
         config = replace(module.Config(), described["config"], f"{path}/config.json")
         common = replace(Common(), described["common"], f"{path}/config.json")
+        if length:
+            config = longer.lengthen(path, described, repaired or entry, config, length)
         with ranks.joined(common.shard, common.device), contextlib.ExitStack() as held:
             ranks.shared(lambda: _claim(path, held))
             if repaired is not None and ranks.first():
@@ -187,6 +191,9 @@ def resume(
                     **own.keep(repaired, path),
                     "before": [*before.get("before", []), before["sha256"]],
                 }
+            if (repaired is not None or length) and ranks.first():
+                for name in ("done", "result.json") if length else ():
+                    (path / name).unlink(missing_ok=True)
                 checkpoint.write_text(path / "config.json", json.dumps(described, indent=1) + "\n")
             return _execute(repaired or entry, module, config, common, path, resume=True)
 
