@@ -422,9 +422,14 @@ def _literal(node: ast.AST, assigned: dict[str, ast.expr]) -> Any:
     if isinstance(node, ast.Name):
         return _literal(assigned[node.id], assigned)
     if isinstance(node, ast.Tuple):
-        return tuple(_literal(item, assigned) for item in node.elts)
+        parts = [(item.value, True) if isinstance(item, ast.Starred) else (item, False) for item in node.elts]
+        values = [(_literal(item, assigned), many) for item, many in parts]
+        return tuple(item for value, many in values for item in (value if many else (value,)))
     if isinstance(node, ast.Dict):
-        return {_literal(key, assigned): _literal(value, assigned) for key, value in zip(node.keys, node.values) if key}
+        pairs = [
+            (key and _literal(key, assigned), _literal(value, assigned)) for key, value in zip(node.keys, node.values)
+        ]
+        return {k: v for key, value in pairs for k, v in (value.items() if key is None else [(key, value)])}
     return ast.literal_eval(node)  # type: ignore[arg-type]
 
 

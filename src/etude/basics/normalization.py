@@ -138,7 +138,7 @@ def probe(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, np.ndarray]:
 @method("basics/normalization", paper="arXiv:1502.03167", section="4.3", threads=1)
 def train(config: Config, run: Run) -> dict[str, float]:
     data = room.images(config.data)
-    run.describe(data.spec)
+    run.describe(data.spec, data)
     models = {name: run.place(model) for name, model in build(config, data.spec).items()}  # line 1
     optimizers = {name: Adam(model.parameters(), lr=config.learning_rate) for name, model in models.items()}
     x, y = (part[: config.examples or None] for part in (data.train.x, data.train.y))

@@ -6,7 +6,7 @@ import ast
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from etude.catalog import Entry
 from etude.core.config import flag, replace
@@ -78,11 +78,11 @@ def lengthen(folder: Path, described: dict[str, Any], entry: Entry, config: Any,
     return config
 
 
-def _is_clock(node: ast.AST) -> bool:
+def _is_clock(node: ast.AST) -> TypeGuard[ast.Call]:
     return isinstance(node, ast.Call) and ast.unparse(node.func) == "run.steps"
 
 
-def _is_use(node: ast.AST, name: str) -> bool:
+def _is_use(node: ast.AST, name: str) -> TypeGuard[ast.Attribute]:
     return isinstance(node, ast.Attribute) and node.attr == name and ast.unparse(node.value) in ("config", "recipe")
 
 

@@ -104,10 +104,14 @@ PRESETS = {
 }
 
 EXPERIMENTS = (
-    Experiment("ring", preset="default", metric="test_modes", bar=7, notes="of 8; covered: 1/32 of the samples within 3σ"),
+    Experiment(
+        "ring", preset="default", metric="test_modes", bar=7, notes="of 8; covered: 1/32 of the samples within 3σ"
+    ),
     Experiment("ring, share", preset="default", metric="test_share", bar=0.8, notes="within 3σ; the data has 0.989"),
     Experiment("ring, minimax", preset="default", metric="test_modes", bar=7, flags={"objective": "minimax"}),
-    Experiment("ring, least squares", preset="default", metric="test_modes", bar=7, flags={"objective": "least_squares"}),
+    Experiment(
+        "ring, least squares", preset="default", metric="test_modes", bar=7, flags={"objective": "least_squares"}
+    ),
     Experiment("mnist", preset="mnist", metric="test_frechet_ratio", bar=0.25, better="lower", within_seconds=300),
     Experiment("mnist, classes", preset="mnist", metric="test_modes", bar=9, seeds=(0,), within_seconds=300),
 )
@@ -176,7 +180,7 @@ def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
 @method("gans/gan", paper="arXiv:1406.2661", section="8.6.1-8.6.4.1, 8.6.5.1", threads=1)
 def train(config: Config, run: Run) -> dict[str, float]:
     data = stage(run, config.data, config.size)
-    run.describe(data.spec)
+    run.describe(data.spec, data)
     modules = {name: run.place(module) for name, module in build(config, data.spec).items()}
     G, D = modules["generator"], modules["discriminator"]
     settings = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}

@@ -85,7 +85,9 @@ PRESETS = {
 }
 
 EXPERIMENTS = (
-    Experiment("ring", preset="default", metric="test_modes", bar=7, notes="of 8; covered: 1/32 of the samples within 3σ"),
+    Experiment(
+        "ring", preset="default", metric="test_modes", bar=7, notes="of 8; covered: 1/32 of the samples within 3σ"
+    ),
     Experiment("mnist", preset="mnist", metric="test_frechet_ratio", bar=0.25, better="lower", within_seconds=300),
     Experiment("mnist, classes", preset="mnist", metric="test_modes", bar=9, seeds=(0,), within_seconds=300),
 )
@@ -114,7 +116,7 @@ def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
 @method("gans/wgan", paper="arXiv:1701.07875", section="8.6.5.2", threads=1)
 def train(config: Config, run: Run) -> dict[str, float]:
     data = stage(run, config.data, config.size)
-    run.describe(data.spec)
+    run.describe(data.spec, data)
     modules = {name: run.place(module) for name, module in build(config, data.spec).items()}
     G, f = modules["generator"], modules["critic"]
     theta, w = optim.flatten(G), optim.flatten(f)

@@ -94,7 +94,9 @@ PRESETS = {
 }
 
 EXPERIMENTS = (
-    Experiment("ring", preset="default", metric="test_modes", bar=7, notes="of 8; covered: 1/32 of the samples within 3σ"),
+    Experiment(
+        "ring", preset="default", metric="test_modes", bar=7, notes="of 8; covered: 1/32 of the samples within 3σ"
+    ),
     Experiment("ring, share", preset="default", metric="test_share", bar=0.6, notes="within 3σ; the data has 0.989"),
     Experiment("mnist", preset="mnist", metric="test_frechet_ratio", bar=0.25, better="lower", within_seconds=300),
     Experiment("mnist, classes", preset="mnist", metric="test_modes", bar=9, seeds=(0,), within_seconds=300),
@@ -131,7 +133,7 @@ def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
 @method("gans/wgan_gp", paper="arXiv:1704.00028", section="8.6.5.3", threads=1)
 def train(config: Config, run: Run) -> dict[str, float]:
     data = stage(run, config.data, config.size)
-    run.describe(data.spec)
+    run.describe(data.spec, data)
     modules = {name: run.place(module) for name, module in build(config, data.spec).items()}
     G, f = modules["generator"], modules["critic"]
     settings = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}

@@ -130,7 +130,10 @@ EXPERIMENTS = (
         better="near",
         tolerance=0.01,
         published="0.880 (linear classifier, trained otherwise, LeCun 1998)",
-        controls=(Control("one update", flags={"train_steps": 1}), Control("the attacked images", metric="accuracy_at_0.25")),
+        controls=(
+            Control("one update", flags={"train_steps": 1}),
+            Control("the attacked images", metric="accuracy_at_0.25"),
+        ),
     ),
 )
 

@@ -114,7 +114,7 @@ def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
 @method("basics/backprop", paper="Rumelhart et al. 1986", section="4.2", threads=1)
 def train(config: Config, run: Run) -> dict[str, float]:
     data = room.images(config.data)
-    run.describe(data.spec)
+    run.describe(data.spec, data)
     model = run.place(build(config, data.spec)["model"])
     assert isinstance(model, MLP)
     twin = deepcopy(model)

@@ -81,14 +81,16 @@ def split(given: Given, size: int | None) -> Images:
         raise UserError("a fresh network learns from labels: give data=(images, labels), or a trained --source")
     names = given.classes or tuple(str(k) for k in range(int(y.max()) + 1))
     if len(names) < 2 or int(y.max()) >= len(names) or len(y) < 4:
-        raise UserError(f"a fresh network needs images of two classes or more; {len(y)} images of {len(names)} were given")
+        raise UserError(
+            f"a fresh network needs images of two classes or more; {len(y)} images of {len(names)} were given"
+        )
     x = x if size is None else resize(x, size)
     rest, test = (torch.from_numpy(part) for part in stratified(y.numpy(), max(1, round(SHARE * len(y)))))
     kept, held = (rest[torch.from_numpy(part)] for part in held_back(y[rest].numpy()))
     mean, std = moments(x[kept])
     spec = Spec(tuple(x.shape[1:]), names, mean, std)
-    parts = (Split(x[index], y[index]) for index in (kept, held, test))
-    return Images(words(given), *parts, spec, "handed over in Python")
+    train, validation, last = (Split(x[index], y[index]) for index in (kept, held, test))
+    return Images(words(given), train, validation, last, spec, "handed over in Python")
 
 
 def words(given: Given) -> str:
@@ -160,12 +162,14 @@ def _items(data: Any) -> Any:
     """All items of a dataset: images, or (images, labels)."""
     count = len(data) if hasattr(data, "__len__") else None
     if count is not None and count > MOST:
-        raise UserError(f"the dataset has {count:,} items, and all are read; give a torch.utils.data.Subset of {MOST:,}")
+        raise UserError(
+            f"the dataset has {count:,} items, and all are read; give a torch.utils.data.Subset of {MOST:,}"
+        )
     items = (data[i] for i in range(count)) if count is not None else iter(data)
     found = list(itertools.islice(items, MOST))
     if not found:
         raise UserError(f"the {type(data).__name__} given is empty")
-    pairs = [item if isinstance(item, (tuple, list)) else (item,) for item in found]
+    pairs = [list(item) if isinstance(item, (tuple, list)) else [item] for item in found]
     if len({len(pair) for pair in pairs}) > 1 or len(pairs[0]) not in (1, 2):
         raise UserError(f"items of the {type(data).__name__} given must all be images or all be (image, label) pairs")
     tensors = [_image(pair[0]) for pair in pairs]

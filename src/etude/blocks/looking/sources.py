@@ -135,7 +135,9 @@ def _named(loaded: Loaded, source: str, data: str) -> tuple[Split, str]:
     except UserError as error:
         if data:
             raise
-        raise UserError(f"--source {source} learnt from {own}, and {error} Or name other images with --data.") from error
+        raise UserError(
+            f"--source {source} learnt from {own}, and {error} Or name other images with --data."
+        ) from error
     name = found.name
     if found.spec.shape != spec.shape:
         raise UserError(
@@ -179,7 +181,12 @@ def _object(run: Run, model: nn.Module, data: str) -> Source:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"the {kind} object cannot take images {tuple(two.shape)} of {of}: {reason}") from error
-    if logits.ndim != 2 or len(logits) != len(two) or logits.shape[1] < 2 or found is not None and logits.shape[1] != len(found.spec.classes):
+    if (
+        logits.ndim != 2
+        or len(logits) != len(two)
+        or logits.shape[1] < 2
+        or (found is not None and logits.shape[1] != len(found.spec.classes))
+    ):
         wanted = "classes" if found is None else len(found.spec.classes)
         raise UserError(
             f"the {kind} object returns {tuple(logits.shape)} for {len(two)} images of {of}; it must return logits "

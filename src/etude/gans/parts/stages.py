@@ -73,7 +73,10 @@ class RingStage:
     def _scores(self, samples: Tensor) -> dict[str, float]:
         """`modes` and `share`, and the Fréchet distance of the points themselves, which sees two moments only."""
         distance = frechet(*moments(), *gaussian(samples))
-        return ring_scores(samples) | {"frechet_distance": distance, "frechet_ratio": distance / (self.held.first or 1.0)}
+        return ring_scores(samples) | {
+            "frechet_distance": distance,
+            "frechet_ratio": distance / (self.held.first or 1.0),
+        }
 
 
 class ImageStage:
@@ -110,7 +113,9 @@ class ImageStage:
         train = self.data.train
         judging.teach(judge, train.x, train.y, run.device, judging.JUDGE_STEPS)
         real, accuracy = self._seen(self.data.validation)
-        run.log(validation_judge_accuracy=accuracy, validation_lenet_frechet_floor=frechet(*real, *self._seen(train)[0]))
+        run.log(
+            validation_judge_accuracy=accuracy, validation_lenet_frechet_floor=frechet(*real, *self._seen(train)[0])
+        )
         run.say(f"judge: LeNet, validation accuracy {accuracy:.4f}")
         self.held.real, self.held.untrained = list(real), list(gaussian(self._judged(drawn(generator, self.z))[0]))
         self.held.taught = True
