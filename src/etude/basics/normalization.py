@@ -157,7 +157,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
     data = room.images(config.data)
     if len(data.validation) < 2:
         raise UserError(f"--data {config.data} has 1 image for validation; the spread over images needs two or more")
-    run.describe(data.spec)
+    run.describe(data.spec, data)
     models = {name: run.place(model) for name, model in build(config, data.spec).items()}  # line 1
     optimizers = {name: Adam(model.parameters(), lr=config.learning_rate) for name, model in models.items()}
     x, y = (part[: config.examples or None] for part in (data.train.x, data.train.y))

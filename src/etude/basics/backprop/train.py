@@ -129,7 +129,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
     if config.optimizer == "newton":
         raise UserError("--optimizer newton needs second derivatives, which this engine does not have; take another")
     data = room.images(config.data)
-    run.describe(data.spec)
+    run.describe(data.spec, data)
     model = run.place(build(config, data.spec)["model"])
     assert isinstance(model, MLP)
     twin = deepcopy(model)
