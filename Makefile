@@ -7,15 +7,29 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export PYTHONUTF8 := 1
 
-.PHONY: demo test check docs format clean
+ROOM ?=
+
+.PHONY: demo test check sabotage fuzz docs format clean
 
 demo: .venv/.installed
 	@$(PY) -m etude run vision/lenet
 	@echo "      (once in each shell: . .venv/bin/activate)"
 
-# the closing line of pytest stays the last thing on the screen
+# the closing line of pytest stays the last thing on the screen; ROOM=gans runs that room's share
 test: check
+ifeq ($(ROOM),)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS)
+else
+	@OMP_NUM_THREADS=1 ETUDE_ONLY=$(ROOM)/ $(PY) -m pytest -n $(WORKERS) $(wildcard tests/facts/$(ROOM) tests/learns/$(ROOM)) tests/contract
+endif
+
+# puts one fault at a time into a copy and runs that method's tests: results/sabotage
+sabotage: .venv/.installed-dev
+	@$(PY) tests/sabotage/run.py $(ROOM) --workers $(WORKERS)
+
+# thousands of legal and illegal settings and damaged files: no traceback, no hang
+fuzz: .venv/.installed-dev
+	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/fuzz -n $(WORKERS)
 
 check: .venv/.installed-dev
 	@$(PY) -m ruff check .

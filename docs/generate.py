@@ -1,10 +1,12 @@
 """Write the generated part of the documentation: ``python docs/generate.py [DOCS]`` (default: this folder).
 
 Every page comes from what the catalogue reads in the sources and from the machine-written files in ``results/``;
-nobody types a score. Nothing is imported but the catalogue, so no torch is needed. What it writes is not kept in git:
+nobody types a score. Nothing is imported but the catalogue and how reports set equations, so no torch is needed. What it
+writes is not kept in git:
 
 - ``methods/index.md`` and ``methods/<room>/<name>.md``: all methods, and one page for each
 - ``methods/benchmarks.md``: every recorded race
+- ``methods/notes.md``: the systems of the lecture notes, row by row
 - ``methods/SUMMARY.md``: the navigation of that folder
 - ``generated/course.txt`` and ``generated/errata.txt``: tables that course.md and errata.md include
 """
@@ -26,6 +28,7 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from etude import catalog  # noqa: E402
 from etude.catalog import Entry  # noqa: E402
+from etude.core.report.mathematics import typeset  # noqa: E402
 
 # week, what it is about, the sections of the notes it covers
 COURSE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -48,7 +51,7 @@ COURSE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 )
 # errata in which nothing is computed otherwise, so no test can show them
 WORDS = {95: "a spelling"}
-SIGNS = {"higher": "≥", "lower": "≤"}
+SIGNS = {"higher": "≥", "lower": "≤", "near": ""}
 
 
 def pages() -> dict[str, str]:
@@ -58,6 +61,7 @@ def pages() -> dict[str, str]:
     found = {f"methods/{entry.name}.md": method_page(entry, rows) for entry in entries}
     found["methods/index.md"] = index_page(entries)
     found["methods/benchmarks.md"] = benchmarks_page(rows)
+    found["methods/notes.md"] = notes_page()
     found["methods/SUMMARY.md"] = summary(entries)
     found["generated/course.txt"] = course_table(entries)
     found["generated/errata.txt"] = errata_table(entries)
@@ -87,7 +91,7 @@ def method_page(entry: Entry, rows: list[dict[str, Any]]) -> str:
     parts = [f"# {entry.name}", f"**{prose(entry.title)}**"]
     facts = [f"Evidence: **{entry.badge}**", f"Notes: {entry.section}", f"File: `{source}`"]
     if entry.needs:
-        facts.append("Needs: " + ", ".join(f"`pip install 'etude[{extra}]'`" for extra in entry.needs))
+        facts.append(f"Needs: `pip install -e '.[{','.join(entry.needs)}]'` in the checkout")
     parts.append(" · ".join(facts))
     rest = contract["claim"].partition("\n")[2].strip()
     if rest:
@@ -113,16 +117,13 @@ def evidence(entry: Entry) -> str:
     """The card of a method as a table, or the command that writes one."""
     card = entry.card
     if card is None:
-        planned = [
-            (prose(e["name"]), code(e["metric"]), f"{SIGNS[e['better']]} {e['bar']:g}", prose(e["published"]))
-            for e in entry.experiments
-        ]
+        planned = [(prose(e["name"]), code(e["metric"]), bar_of(e), prose(e["published"])) for e in entry.experiments]
         told = f"No card has been written yet. `etude verify {entry.name}` runs the experiments and writes one."
         return told + ("\n\n" + table(("experiment", "metric", "bar", "published"), planned) if planned else "")
     rows = []
     for row in card["experiments"]:
         measured = "failed" if row["mean"] is None else f"{row['mean']:.4g} ± {row['spread']:.2g}"
-        bar = f"{SIGNS[row['better']]} {row['bar']:g}"
+        bar = bar_of(row)
         seconds = f"{max(row['seconds']):.0f}" if row["seconds"] else ""
         memory = f"{max(row['peak_memory_mb']):.0f}" if row["peak_memory_mb"] else ""
         passed = "yes" if row["passed"] else "**no**"
@@ -138,20 +139,84 @@ def evidence(entry: Entry) -> str:
             memory,
         )
         rows.append(cells)
+        for control in row.get("controls", ()):
+            values = [value for value in control["values"] if value is not None]
+            measured = f"{sum(values) / len(values):.4g}" if values else "failed"
+            fate = "fails it" if control["held"] else "**clears it**"
+            rows.append(
+                (f"control: {prose(control['name'])}", code(control["metric"]), measured, *("",) * 2, fate, *("",) * 3)
+            )
     heads = ("experiment", "metric", "mean ± sd", "seeds", "bar", "cleared", "published", "seconds", "MB")
     hardware, oracle = card["hardware"], card["oracle"]
     machine = f"{prose(str(hardware.get('cpu', '?')))}, {hardware.get('cores', '?')} cores"
     machine += f", {prose(hardware['gpu'])}" if "gpu" in hardware else ""
     told = (
-        f"Badge **{card['badge']}**, written {card['written']} at commit `{card['commit']}` "
+        f"Badge **{entry.badge}**, written {card['written']} at commit `{card['commit']}` "
         f"on {machine}, torch {prose(card['versions'].get('torch', '?'))}. "
         f"Oracle: {oracle['tests']} tests of `{oracle['file']}` {'passed' if oracle['passed'] else '**failed**'}."
     )
+    told += settings_told(card) + sabotage_told(entry)
     notes = "".join(
         f"\n- {prose(row['name'])}: {prose(row['notes'])}" for row in card["experiments"] if row.get("notes")
     )
     commands = "\n".join(row["command"] for row in card["experiments"])
     return told + "\n\n" + table(heads, rows) + ("\n" + notes + "\n" if notes else "") + f"\n\n```text\n{commands}\n```"
+
+
+def bar_of(row: dict[str, Any]) -> str:
+    """≥ 0.97, ≤ 0.1, or 3 ± 0.5."""
+    return f"{SIGNS[row['better']]} {row['bar']:g}".strip() + (
+        f" ± {row['tolerance']:g}" if row["better"] == "near" else ""
+    )
+
+
+def settings_told(card: dict[str, Any]) -> str:
+    """How many settings were changed once, and how many of the changes were seen."""
+    rows = card.get("settings") or {}
+    if not rows:
+        return ""
+    states = [row["state"] for row in rows.values()]
+    idle = "; ".join(
+        f"{code(n)} {prose(row['why'])}" for n, row in rows.items() if row["state"] == "idle" and "--" not in n
+    )
+    return f" Every setting changed once: {states.count('matters')} of {len(rows)} change the run" + (
+        f" ({idle})." if idle else "."
+    )
+
+
+def sabotage_told(entry: Entry) -> str:
+    """The faults put into this method's room that its tests caught."""
+    path = catalog.results_folder() / "sabotage" / f"{entry.room}.json"
+    if not path.is_file():
+        return ""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    survivors = [s.partition(": ")[2] for s in found["survivors"] if s.startswith(f"{entry.name}: ")]
+    told = "; ".join(f"{found[kind]['killed']} of {found[kind]['total']} in {kind}" for kind in ("functions", "loops"))
+    return f" Faults put into `{entry.room}` and caught: {told}." + (
+        f" Not caught here: {prose('; '.join(survivors))}." if survivors else ""
+    )
+
+
+def notes_page() -> str:
+    """The 197 systems of the notes: where each lives, the test that proves it, its evidence, or that it is not there yet."""
+    rows = catalog.systems()
+    done = sum(row["where"] != "" and not row["missing"] for row in rows)
+    part = sum(row["missing"] != "" for row in rows)
+    parts = [
+        "# The notes, row by row",
+        f"The library follows a set of lecture notes on deep learning. Of the {len(rows)} systems that they describe, {done} "
+        f"are shown by a method, {part} in part, and {len(rows) - done - part} are not there yet. `etude list --notes` prints "
+        "this table.",
+    ]
+    for chapter in dict.fromkeys(row["chapter"] for row in rows):
+        cells = []
+        for row in (row for row in rows if row["chapter"] == chapter):
+            method = row["where"] in catalog.entries()
+            where = f"[{row['where']}]({row['where']}.md)" if method else code(row["where"])
+            lacks = f" ({prose(row['missing'])})" if row["missing"] else ""
+            cells.append((row["section"], prose(row["system"]) + lacks, where, code(row["test"]), row["badge"]))
+        parts += [f"## {chapter}", table(("section", "system", "where", "test", "evidence"), cells)]
+    return "\n\n".join(parts) + "\n"
 
 
 def index_page(entries: list[Entry]) -> str:
@@ -185,7 +250,7 @@ def summary(entries: list[Entry]) -> str:
     for room in sorted({entry.room for entry in entries}):
         lines.append(f"* {room}")
         lines += [f"    * [{e.name.partition('/')[2]}]({e.name}.md)" for e in entries if e.room == room]
-    return "\n".join([*lines, "* [Benchmarks](benchmarks.md)"]) + "\n"
+    return "\n".join([*lines, "* [The notes, row by row](notes.md)", "* [Benchmarks](benchmarks.md)"]) + "\n"
 
 
 def course_table(entries: list[Entry]) -> str:
@@ -339,7 +404,9 @@ def within(section: str, whole: str) -> bool:
 
 
 def _section(heading: str, text: str) -> str:
-    if heading in ("Equation", "Algorithm"):
+    if heading == "Equation":
+        return typeset(text)
+    if heading == "Algorithm":
         return f"```text\n{_hanging(text)}\n```"
     text = _hanging(text)
     if re.search(r"^\s*- ", text, flags=re.MULTILINE):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import random
+import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +20,12 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("etude", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("etude")
 
+# what tests run is not remembered as trusted in the home of whoever runs them
+os.environ["ETUDE_CACHE"] = tempfile.mkdtemp(prefix="etude-tests-")
+atexit.register(shutil.rmtree, os.environ["ETUDE_CACHE"], ignore_errors=True)
+
+BUDGET = 10.0  # CPU seconds a method may cost: 110 methods and what they share then fit into 12 minutes on two cores
+METHODS = 110
 NO_SKIP = "ETUDE_NO_SKIP"  # set to 1 where every dataset and extra is present: a skipped test is a failed one there
 
 
@@ -32,9 +42,71 @@ def _seeded() -> None:
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Note the CPU seconds of a test, its fixtures and its child processes with it."""
+    before = sum(os.times()[:4])
+    item.user_properties.append(("before", before))
+    result: Any = yield
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     report: Any = yield
+    if call.when == "teardown":
+        spent = sum(os.times()[:4]) - dict(item.user_properties)["before"]
+        report.user_properties.append(("cpu", spent))
     return _refuse(report)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The ten dearest tests, the methods above their budget, and what the suite would cost with all methods in it."""
+    costs: dict[str, float] = {}
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        if getattr(report, "when", "") == "teardown":
+            costs[report.nodeid] = dict(report.user_properties).get("cpu", 0.0)
+    if len(costs) < 20:
+        return
+    terminalreporter.section("CPU seconds")
+    for nodeid, spent in sorted(costs.items(), key=lambda item: -item[1])[:10]:
+        terminalreporter.write_line(f"{spent:6.1f}  {nodeid}")
+    methods: dict[str, float] = {}
+    for nodeid, spent in costs.items():
+        methods[_method(nodeid)] = methods.get(_method(nodeid), 0.0) + spent
+    shared = methods.pop("", 0.0)
+    for name, spent in sorted(methods.items(), key=lambda item: -item[1]):
+        if spent > BUDGET:
+            terminalreporter.write_line(f"{spent:6.1f}  {name} (its budget is {BUDGET:g})")
+    if methods and shared:
+        each = sum(methods.values()) / len(methods)
+        whole = (shared + METHODS * each) / 120
+        terminalreporter.write_line(
+            f"{len(methods)} methods cost {each:.1f} each, the rest {shared:.0f}: {METHODS} methods would take {whole:.1f} "
+            "minutes on two cores"
+        )
+
+
+def _method(nodeid: str) -> str:
+    """The method a test belongs to, as room/name; "" for what all share."""
+    file, _, test = nodeid.partition("::")
+    if file.endswith("contract/test_methods.py") and "[" in test:
+        return test[test.index("[") + 1 : -1]
+    parts = file.split("/")
+    if len(parts) < 2 or ("facts" not in parts and "learns" not in parts):
+        return ""
+    names = [name for name in _names() if name.startswith(parts[-2] + "/")]
+    stem = parts[-1].removesuffix(".py").removeprefix("test_")
+    fitting = [
+        name for name in names if stem == name.rpartition("/")[2] or stem.startswith(name.rpartition("/")[2] + "_")
+    ]
+    return max(fitting, key=len, default="")
+
+
+@functools.cache
+def _names() -> list[str]:
+    from etude import catalog
+
+    return list(catalog.entries())
 
 
 @pytest.hookimpl(wrapper=True)

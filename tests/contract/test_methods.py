@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import time
+import typing
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -31,9 +32,12 @@ import torch
 from torch import nn
 
 import etude
-from etude import catalog, cli
+from etude import catalog, cli, data
 from etude.core import checkpoint, launch
 from etude.core.config import check
+from etude.core.evidence.cards import test_files as evidence_files
+from etude.core.evidence.settings import another
+from etude.core.evidence.stage import swapped
 from etude.core.randomness import fold
 from etude.core.run import Run
 from etude.core.spec import Spec
@@ -117,7 +121,13 @@ class Case:
             return self.module.build(self.module.PRESETS["tiny"], spec)
 
 
-@pytest.fixture(scope="module", params=catalog.entries())
+ONLY = os.environ.get("ETUDE_ONLY", "")  # a method, or a room with its slash: the suite for these alone
+
+
+@pytest.fixture(
+    scope="module",
+    params=[n for n in catalog.entries() if n == ONLY or (ONLY[-1:] in ("", "/") and n.startswith(ONLY))],
+)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     entry = catalog.find(request.param)
     if entry.missing:
@@ -198,6 +208,71 @@ def test_presets_and_experiments_are_whole(case: Case) -> None:
         launch.configure(case.module, case.entry, experiment.preset, experiment.flags)
 
 
+def test_experiments_have_controls(case: Case) -> None:
+    """Every bar names a fault or a null that must fail it, written with settings, metrics and functions that exist."""
+    experiments = getattr(case.module, "EXPERIMENTS", ())
+    assert experiments, "a method without an experiment proves nothing"
+    assert [catalog.Experiment.of(values) for values in case.entry.experiments] == list(experiments)
+    for experiment in experiments:
+        assert experiment.controls, f"experiment '{experiment.name}' has no control"
+        assert (experiment.better == "near") == (experiment.tolerance > 0), experiment.name
+        for control in experiment.controls:
+            assert control.flags or control.preset or control.metric or control.swap, (
+                f"'{control.name}' changes nothing"
+            )
+            flags = experiment.flags | control.flags
+            launch.configure(case.module, case.entry, control.preset or experiment.preset, flags)
+            with swapped(case.entry, control.swap):
+                pass
+
+
+def test_bars_stand_near_what_was_measured(case: Case) -> None:
+    """A bar lies within 20 % of the worst seed (of its distance from 1 for a share near 1), or at rounding error."""
+    for row in (case.entry.card or {}).get("experiments", []) if case.entry.badge != "stale" else []:
+        values = [value for value in row["values"] if value is not None]
+        if not values or not row["passed"] or row["better"] == "near":
+            continue
+        worst, bar = (min if row["better"] == "higher" else max)(values), row["bar"]
+        exact = abs(bar) <= 1e-4 or worst == bar or float(worst).is_integer()
+        share = 0.5 < bar <= worst <= 1
+        scale = min(abs(worst), 1 - worst) if share and worst < 1 else abs(worst)
+        assert exact or abs(worst - bar) <= 0.2 * scale + 1e-9, (
+            f"'{row['name']}' measured {worst:.4g}, its bar is {bar}"
+        )
+
+
+def test_settings_say_how_they_change(case: Case) -> None:
+    """SETTINGS names fields only; for a field whose type does not tell what to change it to there is a line."""
+    given = getattr(case.module, "SETTINGS", {})
+    hints = typing.get_type_hints(case.module.Config, include_extras=True)
+    fields = {field.name for field in dataclasses.fields(case.module.Config)}
+    assert given.keys() <= fields
+    for name, choice in given.items():
+        if isinstance(choice, catalog.Idle):
+            assert choice.why
+        elif isinstance(choice, dict):
+            assert name in choice, f"SETTINGS['{name}'] does not say to what {name} is changed"
+            assert choice.keys() <= fields
+    for name in fields - given.keys():
+        another(getattr(case.module.PRESETS["tiny"], name), hints[name])
+
+
+def test_its_run_is_proved(case: Case) -> None:
+    """Tests hold the loop against a plain one and compute every reported number again: `test_loop_*`, `test_reported_*`."""
+    root = catalog.checkout_folder()
+    assert root is not None
+    files = evidence_files(case.entry, root)
+    names = [
+        node.name
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+    ]
+    for beginning in ("test_loop_", "test_reported_"):
+        found = any(name.startswith(beginning) for name in names)
+        assert found, f"no {beginning}* in {', '.join(path.name for path in files) or 'tests/facts'}"
+
+
 # ---------------------------------------------------------------------------------------------------------- its runs
 
 
@@ -259,6 +334,32 @@ def test_every_parameter_gets_a_gradient(case: Case) -> None:
 def test_same_seed_same_numbers(case: Case) -> None:
     """Two runs with one seed agree to the last bit: metrics, result and every tensor of the final checkpoint."""
     agree(case.first, case.again)
+
+
+def test_no_choice_looks_at_the_test_split(case: Case) -> None:
+    """With the test part of its data permuted, nothing changes that was logged or learned before test is scored.
+
+    Numbers of the test split are called test_…; a method that examines a network may log what it finds after the last
+    step in which the network learned.
+    """
+    if "data" not in {field.name for field in dataclasses.fields(case.module.Config)}:
+        return
+    with permuted_tests() as calls:
+        other = case.run("permuted")
+    if case.module.PRESETS["tiny"].data in data.names():
+        assert calls, "the method reads its data by names of its own; take etude.data.images, .text or .characters"
+    rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (case.first, other)]
+    examines = "source" in {field.name for field in dataclasses.fields(case.module.Config)}
+    kept = [[{k: v for k, v in row.items() if not k.startswith("test_")} for row in part] for part in rows]
+    if examines:
+        kept = [[row for row in part if row.keys() & {"loss", "train_loss"}] for part in kept]
+    assert kept[0] == kept[1]
+    results = [json.loads((folder / "result.json").read_text()) for folder in (case.first, other)]
+    learned = [{k: v for k, v in r.items() if k.startswith(("train_", "validation_"))} for r in results]
+    assert learned[0] == learned[1]
+    for name, module in case.watch.tracked.items():
+        if isinstance(module, (nn.Module, torch.optim.Optimizer)):
+            assert same(newest(case.first)[name], newest(other)[name], name) == ""
 
 
 def test_other_seed_other_numbers(case: Case) -> None:
@@ -382,6 +483,39 @@ def offline(home: Path) -> Iterator[None]:
         )
         patch.setattr(socket, "getaddrinfo", lambda *words, **_: refuse(None, words[0]))  # type: ignore[arg-type]
         yield
+
+
+@contextlib.contextmanager
+def permuted_tests() -> Iterator[list[str]]:
+    """Data whose test part has lost its order: labels of images, characters of a text, drawings of few-shot classes.
+
+    Yields the list of the readers called.
+    """
+    read = {"images": data.images, "text": data.text, "characters": data.characters}
+    calls: list[str] = []
+
+    def images(*words: Any, **named: Any) -> Any:
+        calls.append("images")
+        found = read["images"](*words, **named)
+        y = found.test.y[torch.randperm(len(found.test.y), generator=torch.Generator().manual_seed(1))]
+        return dataclasses.replace(found, test=data.Split(found.test.x, y))
+
+    def text(*words: Any, **named: Any) -> Any:
+        calls.append("text")
+        found = read["text"](*words, **named)
+        cut = len(found.text) - len(found.text) // 40  # half of the test part
+        return dataclasses.replace(found, text=found.text[:cut] + found.text[cut:][::-1])
+
+    def characters(*words: Any, **named: Any) -> Any:
+        calls.append("characters")
+        found = read["characters"](*words, **named)
+        shuffled = dataclasses.replace(found.evaluation, x=found.evaluation.x.flip(0))
+        return dataclasses.replace(found, evaluation=shuffled)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, reader in (("images", images), ("text", text), ("characters", characters)):
+            patch.setattr(data, name, reader)
+        yield calls
 
 
 @contextlib.contextmanager

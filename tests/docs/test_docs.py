@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from etude import catalog
+from etude.core.digest import digest
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -124,7 +125,9 @@ def test_scores_come_from_the_card_and_a_miss_is_shown(
     entry = catalog.find("basics/mlp")
     assert "etude verify basics/mlp" in generate.evidence(entry)
     (tmp_path / "basics").mkdir()
-    (tmp_path / "basics" / "mlp.json").write_text(json.dumps(CARD), encoding="utf-8")
+    (tmp_path / "basics" / "mlp.json").write_text(
+        json.dumps(CARD | {"digest": digest(entry.path)._asdict()}), encoding="utf-8"
+    )
     shown = generate.method_page(entry, [])
     row = next(line for line in shown.splitlines() if line.startswith("| mnist | `test_accuracy`"))
     assert [cell.strip() for cell in row.strip("|").split("|")][2:] == [

@@ -90,7 +90,7 @@ def test_wrong_magic_extra_bytes_lying_header_checksum_and_absence(tmp_path, wri
         idx.read(path, "0" * 64)
     with pytest.raises(UserError, match=r"b is not there: run X\."):
         idx.read(tmp_path / "b", remedy="run X")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is a folder, not a file"):
         idx.read(tmp_path)
 
 

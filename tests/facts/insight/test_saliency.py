@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import etude
-from etude.blocks.attribution import heat, rank_correlation
+from etude.blocks.looking.attribution import heat, rank_correlation
 from etude.insight.saliency import explain, saliency
 from etude.vision.lenet import LeNet
 

@@ -84,7 +84,8 @@ def another(value: Any, hint: Any) -> Any:
         kind = next(part for part in arguments if part is not type(None))
         return another(_first(kind) if value is None else value, kind)
     if origin is typing.Literal:
-        return arguments[(arguments.index(value) + 1) % len(arguments)]
+        choices = list(arguments)
+        return choices[(choices.index(value) + 1) % len(choices)]
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
@@ -92,15 +93,17 @@ def another(value: Any, hint: Any) -> Any:
     if isinstance(value, float):
         return value / 2 if value else 0.25
     if isinstance(value, tuple) and value:
-        return value[:-1] if len(value) > 1 else (another(value[0], arguments[0]),)
+        items = list(value)
+        return tuple(items[:-1]) if len(items) > 1 else (another(items[0], next(iter(arguments))),)
     raise ValueError(f"SETTINGS must say to what {value!r} is changed")
 
 
 def _first(kind: Any) -> Any:
     """A value to start from where there is none."""
-    bare = typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
-    if typing.get_origin(bare) is typing.Literal:
-        return typing.get_args(bare)[0]
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return arguments[0]
+    bare = arguments[0] if typing.get_origin(kind) is typing.Annotated else kind
     return {int: 0, float: 1.0, bool: False}.get(bare)
 
 

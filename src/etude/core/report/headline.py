@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
-from etude.core.report.charts import Axis
-from etude.core.report.reading import HUGE, Contract, Record, as_dict, as_list, is_number, same
-from etude.core.report.words import duration, escape, inline, number, spaced, tick
+from etude.core.report.charts import Axis, unit_of
+from etude.core.report.reading import HUGE, Contract, Record, as_dict, as_float, as_list, is_number, same
+from etude.core.report.words import duration, escape, html_table, inline, number, spaced, tick
 
 
 def headline(record: Record, contract: Contract) -> str:
@@ -15,15 +16,31 @@ def headline(record: Record, contract: Contract) -> str:
     if not result:
         latest = [(s.name, s.finite) for s in record.series]
         result = {name: float(one.values[-1]) for name, one in latest if len(one.values)}
-        when = f"latest, up to step {number(record.last_step)}"
+        when = f"latest, up to {unit_of(record.clock)} {number(record.last_step)}"
     if not result:
         yet = record.status in ("running", "unfinished")
         return f'<p class="empty">{"Nothing has been logged yet." if yet else "The run left no metric."}</p>'
     shown: list[str] = []
     out: list[str] = []
-    for bar in _bars(record, contract, result):
+    bars = sorted(
+        _bars(record, contract, result), key=lambda bar: not bar["applies"]
+    )  # one headline, the first that applies
+    for bar in bars[:1]:
         shown.append(bar["metric"])
         out.append(_against(record, contract, bar, float(result[bar["metric"]]), when))
+    rows = [
+        (
+            spaced(bar["metric"]),
+            number(float(result[bar["metric"]])),
+            limit_of(bar),
+            _mark(bar, float(result[bar["metric"]])),
+        )
+        for bar in bars[1:]
+        if bar["applies"]
+    ]
+    if rows:
+        shown += [bar["metric"] for bar in bars[1:] if bar["applies"]]
+        out.append(html_table(["also held against a bar", "", "bar", ""], rows))
     rest = [name for name in result if name not in shown]
     if not out:
         big, rest = rest[:3], rest[3:]
@@ -33,6 +50,11 @@ def headline(record: Record, contract: Contract) -> str:
         cells = "".join(f"<div><dt>{escape(spaced(n))}</dt><dd>{number(result[n])}</dd></div>" for n in rest)
         out.append(f'<dl class="small">{cells}</dl>')
     return "".join(out)
+
+
+def _mark(bar: dict[str, Any], value: float) -> str:
+    low, high = _allowed(bar)
+    return "✓ clears" if low <= value <= high else "✕ misses"
 
 
 def _bars(record: Record, contract: Contract, result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -66,14 +88,25 @@ def _against(record: Record, contract: Contract, bar: dict[str, Any], value: flo
     big = f'<div class="big"><div><b>{number(value)}</b><span>{escape(spaced(bar["metric"]))}</span></div></div>'
     note = f'<p class="note">{when}</p>' if when else ""
     if not bar["applies"]:
-        elsewhere = f"The recorded bar, {_limit(bar)}, is for the preset <code>{escape(bar.get('preset'))}</code>"
+        elsewhere = f"The recorded bar, {limit_of(bar)}, is for the preset <code>{escape(bar.get('preset'))}</code>"
         return f'{big}<p class="note">{elsewhere}; this run used other settings and is not held against it.</p>{note}'
     line = gauge(bar, value, _card_values(contract.card, bar))
     return f'<div class="headline">{big}<div class="gauge">{line}{_verdict(record, bar, value)}{note}</div></div>'
 
 
-def _limit(bar: dict[str, Any]) -> str:
+def limit_of(bar: dict[str, Any]) -> str:
+    """A bar in words: ≥ 0.97, ≤ 0.1, or −0.0556 ± 0.001."""
+    if bar.get("better") == "near":
+        return f"{float(bar['bar']):.6g} ± {as_float(bar.get('tolerance')):.2g}"
     return f"{'≤' if bar.get('better') == 'lower' else '≥'} {float(bar['bar']):.6g}"
+
+
+def _allowed(bar: dict[str, Any]) -> tuple[float, float]:
+    """The interval of values that clear a bar."""
+    limit, tolerance = float(bar["bar"]), as_float(bar.get("tolerance"))
+    if bar.get("better") == "near":
+        return limit - tolerance, limit + tolerance
+    return (-math.inf, limit) if bar.get("better") == "lower" else (limit, math.inf)
 
 
 def gauge(bar: dict[str, Any], value: float, seeds: list[float]) -> str:
@@ -83,7 +116,9 @@ def gauge(bar: dict[str, Any], value: float, seeds: list[float]) -> str:
     here = [value] if abs(value) < HUGE else []
     seeds = [seed for seed in seeds if abs(seed) < HUGE]
     elsewhere = [published] if published is not None else []
-    axis = _around([limit, *here, *elsewhere, *seeds])
+    low, high = _allowed(bar)
+    ends = [end for end in (low, high) if math.isfinite(end)]
+    axis = _around([*ends, *here, *elsewhere, *seeds])
 
     def left(at: float) -> str:
         return f"left:{100 * float(axis.place(at)):.2f}%"
@@ -91,11 +126,13 @@ def gauge(bar: dict[str, Any], value: float, seeds: list[float]) -> str:
     def marks(kind: str, places: list[float]) -> str:
         return "".join(f'<i class="{kind}" style="{left(place)}"></i>' for place in places)
 
-    lower = bar.get("better") == "lower"
-    zone = f"left:0;width:{100 * axis.place(limit):.2f}%" if lower else f"{left(limit)};right:0"
-    drawn = f'<i class="zone" style="{zone}"></i>' + marks("bar", [limit])
+    start, end = (axis.place(low) if low in ends else 0.0), (axis.place(high) if high in ends else 1.0)
+    zone = f"left:{100 * start:.2f}%;width:{100 * (end - start):.2f}%"
+    drawn = f'<i class="zone" style="{zone}"></i>' + marks("bar", ends)
     drawn += marks("seed", seeds) + marks("published", elsewhere) + marks("here", here)
-    keys = f'<span><i class="here"></i>this run {number(value)}</span><span><i class="bar"></i>bar {_limit(bar)}</span>'
+    keys = (
+        f'<span><i class="here"></i>this run {number(value)}</span><span><i class="bar"></i>bar {limit_of(bar)}</span>'
+    )
     if seeds:
         keys += f'<span><i class="seed"></i>evidence card, {len(seeds)} seed{"s" if len(seeds) > 1 else ""}</span>'
     if bar.get("published"):
@@ -123,8 +160,8 @@ def _verdict(record: Record, bar: dict[str, Any], value: float) -> str:
         return ""
     if record.status != "done":
         return '<p class="note">The run has not ended: no verdict yet.</p>'
-    limit = float(bar["bar"])
-    passes = value <= limit if bar.get("better") == "lower" else value >= limit
+    low, high = _allowed(bar)
+    passes = low <= value <= high
     words = "clears the bar" if passes else "misses the bar"
     allowed, took = bar.get("within_seconds"), record.seconds("loop_seconds") or record.seconds()
     if allowed and took:

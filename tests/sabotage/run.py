@@ -1,0 +1,210 @@
+"""Sabotage: put one fault at a time into a copy of the sources and see whether the method's own tests notice.
+
+``make sabotage`` runs all rows of ``tests/sabotage/*.toml`` (``make sabotage ROOM=gans`` those of a room, ``METHOD=gans/gan``
+those of a method) and writes ``results/sabotage/<room>.json``: how many faults were killed, and the survivors by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from etude import catalog
+from etude.core import record
+from etude.core.evidence.cards import test_files
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+BARS = {"function": 0.97, "loop": 0.90}
+TIMEOUT = 600
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One row: what is broken, in which method, where, and how."""
+
+    method: str
+    kind: str
+    """"loop" (loop, flags, reported numbers) or "function" (pure functions, networks)."""
+    file: str
+    """Below src/etude."""
+    breaks: str
+    text: str
+    """Occurs once in the file."""
+    replacement: str
+
+    @property
+    def path(self) -> str:
+        return f"src/etude/{self.file}"
+
+    def put(self, source: str) -> str:
+        """The source with the fault in it. Raises ValueError unless the text occurs exactly once."""
+        if source.count(self.text) != 1:
+            raise ValueError(f"the text of '{self.breaks}' occurs {source.count(self.text)} times in {self.path}")
+        return source.replace(self.text, self.replacement)
+
+
+def rows() -> list[Fault]:
+    """All faults, file by file."""
+    found = []
+    for path in sorted(HERE.glob("*.toml")):
+        found += [Fault(**row) for row in tomllib.loads(path.read_text(encoding="utf-8")).get("fault", [])]
+    return found
+
+
+def tests_of(method: str, root: Path) -> list[str]:
+    """The method's own tests: facts first, then its part of the contract, then what it learns."""
+    entry = catalog.find(method)
+    room, _, name = method.partition("/")
+    facts = [str(path) for path in test_files(entry, root)]
+    learns = [str(path) for path in sorted((root / "tests" / "learns" / room).glob(f"test_{name}*.py"))]
+    return [*facts, str(root / "tests" / "contract" / "test_methods.py"), *learns]
+
+
+def attempt(method: str, root: Path) -> tuple[bool, str]:
+    """Run the tests of a method in a copy of the checkout: whether they pass, and the first failure."""
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        *tests_of(method, root),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(root / "src"), "ETUDE_ONLY": method, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONDONTWRITEBYTECODE"] = (
+        "1"  # a source changed twice in a second would be taken for its cached form
+    )
+    try:
+        done = subprocess.run(
+            words, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=TIMEOUT
+        )
+    except subprocess.TimeoutExpired:
+        return False, f"no end within {TIMEOUT} s"
+    if done.returncode not in (0, 1, 2):
+        raise RuntimeError(f"pytest could not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return done.returncode == 0, (failed or [""])[0].partition(" - ")[0].removeprefix("FAILED ")
+
+
+def copy(target: Path) -> Path:
+    """What the tests need of the checkout, without its history and its environment."""
+    for name in ("src", "tests", "docs", "benchmarks", "results"):
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("*.toml"),
+        *ROOT.glob("*.yml"),
+        ROOT / "Makefile",
+        ROOT / "constraints.txt",
+    ]:
+        shutil.copy2(path, target)
+    return target
+
+
+def work(
+    jobs: queue.SimpleQueue[tuple[int, Fault | str]], done: dict[int, tuple[bool, str]], lock: threading.Lock
+) -> None:
+    """One worker with a copy of its own: takes faults until there are none; a name alone is the unbroken method."""
+    with tempfile.TemporaryDirectory() as scratch:
+        root = copy(Path(scratch))
+        while True:
+            try:
+                number, job = jobs.get_nowait()
+            except queue.Empty:
+                return
+            began = time.perf_counter()
+            if isinstance(job, str):
+                passed, where = attempt(job, root)
+                said = f"{job}: unbroken, its tests {'pass' if passed else f'FAIL: {where}'}"
+            else:
+                path = root / job.path
+                source = path.read_text(encoding="utf-8")
+                path.write_text(job.put(source), encoding="utf-8")
+                try:
+                    passed, where = attempt(job.method, root)
+                finally:
+                    path.write_text(source, encoding="utf-8")
+                said = f"{job.method} ({job.kind}) {job.breaks}: {'SURVIVED' if passed else 'caught'}"
+            with lock:
+                done[number] = (passed, where)
+                print(f"{said}  ({time.perf_counter() - began:.0f} s)", flush=True)
+
+
+def score(faults: list[Fault], survived: list[bool]) -> dict[str, Any]:
+    """The shape of results/sabotage/<room>.json."""
+    made: dict[str, Any] = {}
+    for kind in ("function", "loop"):
+        fates = [alive for fault, alive in zip(faults, survived) if fault.kind == kind]
+        made[f"{kind}s"] = {"killed": fates.count(False), "total": len(fates)}
+    made["survivors"] = [f"{f.method}: {f.breaks}" for f, alive in zip(faults, survived) if alive]
+    return made | {"written": record._now(), "commit": record.commit()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("room", nargs="?", default="", help="a room or a method; default: all")
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    chosen = [fault for fault in rows() if fault.method.startswith(options.room)]
+    if options.room and "/" in options.room:
+        chosen = [fault for fault in chosen if fault.method == options.room]
+    if not chosen:
+        print(f"there is no fault for '{options.room}'")
+        return 2
+    methods = sorted({fault.method for fault in chosen})
+    jobs: queue.SimpleQueue[tuple[int, Fault | str]] = queue.SimpleQueue()
+    for number, job in enumerate([*methods, *chosen]):
+        jobs.put((number, job))
+    done: dict[int, tuple[bool, str]] = {}
+    lock = threading.Lock()
+    workers = [threading.Thread(target=work, args=(jobs, done, lock)) for _ in range(options.workers)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if len(done) < len(methods) + len(chosen):
+        print("a worker ended early; its message stands above")
+        return 1
+    broken = [name for number, name in enumerate(methods) if not done[number][0]]
+    if broken:  # what fails unbroken proves nothing about faults
+        print(f"the tests of {', '.join(broken)} fail without a fault, so nothing is written")
+        return 1
+    survived = [done[len(methods) + number][0] for number in range(len(chosen))]
+    for room in sorted({fault.method.partition("/")[0] for fault in chosen}):
+        part = [(f, alive) for f, alive in zip(chosen, survived) if f.method.startswith(f"{room}/")]
+        made = score([fault for fault, _ in part], [alive for _, alive in part])
+        if "/" not in options.room:
+            path = catalog.results_folder() / "sabotage" / f"{room}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+        print(f"{room}: functions {made['functions']}, loops {made['loops']}")
+    missed = []
+    for kind, bar in BARS.items():
+        fates = [alive for fault, alive in zip(chosen, survived) if fault.kind == kind]
+        if fates and fates.count(False) / len(fates) < bar:
+            missed.append(kind)
+    print(
+        f"{survived.count(False)} of {len(survived)} faults were caught" + (f"; bar missed: {missed}" if missed else "")
+    )
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
