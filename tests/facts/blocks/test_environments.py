@@ -137,15 +137,16 @@ def test_a_run_in_an_object_cannot_be_resumed_and_says_so(here):
 
 @pytest.mark.parametrize("env", ["walk.py:Walk", "registers:MyWalk-v0"])
 def test_a_resumed_run_does_not_execute_a_file_that_its_folder_names(env, here):
-    registers = "import gymnasium\nfrom walk import Walk\ngymnasium.register('MyWalk-v0', entry_point=Walk)\n"
+    registers = SOURCE + "\ngymnasium.register('MyWalk-v0', entry_point=Walk)\n"  # what it imports from here wants trust
     (here / "registers.py").write_text(registers)
     run = etude.run("rl/q_learning", env=env, out=here / "run", **TABLE)
     _unfinish(run.folder)
     name = env.partition(":")[0].removesuffix(".py") + ".py"
     for file in ("walk.py", "registers.py"):
         (here / file).write_text("raise SystemExit('it was run')")
-    forget()
-    with pytest.raises(UserError, match=rf"{name} of --env {env} \(1 lines, SHA-256 .* would be run, and .* --trust"):
+    for module in ("walk", "registers", "etude_user_walk"):
+        sys.modules.pop(module, None)
+    with pytest.raises(UserError, match=rf"the environment file {here / name} \(.*would be run"):
         etude.resume(run.folder)
     (here / "walk.py").write_text(SOURCE)  # the very code that has been run here before
     (here / "registers.py").write_text(registers)

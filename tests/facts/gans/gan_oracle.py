@@ -5,6 +5,7 @@ import json
 import math
 
 import numpy as np
+import pytest
 import torch
 from scipy.linalg import sqrtm
 from scipy.optimize import linear_sum_assignment
@@ -32,6 +33,10 @@ def small(monkeypatch):
         yield
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def run(name, folder, settings):
+    return etude.run(name, out=folder / "run", seed=SEED, quiet=True, threads=1, **settings)
 
 
 def start(module, config):
@@ -193,6 +198,18 @@ def reported(module, result):
                     scores["judge_accuracy"] = right.mean()
             found |= {f"{kind}_{name}": float(value) for name, value in scores.items()}
     return found
+
+
+def check_reported(module, result, critic=""):
+    """All that the run returned, and logged at its last step, is `reported` and, on the ring, `distances`."""
+    found, last = reported(module, result), rows(result.folder)[-1]
+    curves = {name: value for name, value in last.items() if name.startswith("validation_")}
+    returned = {name: value for name, value in found.items() if name.startswith("test_")}
+    if critic and etude.load(result.folder).config.data == "ring":
+        returned |= distances(result, critic)
+    assert result.metrics == pytest.approx(returned, rel=1e-5)
+    assert len(curves) >= 3
+    assert curves == pytest.approx({name: value for name, value in found.items() if name in curves}, rel=1e-5)
 
 
 def distances(result, critic):

@@ -20,7 +20,8 @@ from etude.language.gpt.train import Sample, sample
 def learn(tmp_path, text: str, **settings):
     file = tmp_path / "text.txt"
     file.write_text(text, encoding="utf-8")
-    small = {"layers": 2, "heads": 2, "width": 32, "context": 32, "batch": 16, "learning_rate": 5e-3, "warmup_steps": 20}
+    small = {"layers": 2, "heads": 2, "width": 32, "context": 32, "batch": 16}
+    small |= {"learning_rate": 5e-3, "warmup_steps": 20}
     return etude.run(
         "language/gpt", preset="default", out=tmp_path / "run", seed=0, threads=1, quiet=True, data=str(file),
         evaluate_every=10_000, **{**small, **settings},
