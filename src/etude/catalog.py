@@ -426,7 +426,9 @@ def _literal(node: ast.AST, assigned: dict[str, ast.expr]) -> Any:
         values = [(_literal(item, assigned), many) for item, many in parts]
         return tuple(item for value, many in values for item in (value if many else (value,)))
     if isinstance(node, ast.Dict):
-        pairs = [(key and _literal(key, assigned), _literal(value, assigned)) for key, value in zip(node.keys, node.values)]
+        pairs = [
+            (key and _literal(key, assigned), _literal(value, assigned)) for key, value in zip(node.keys, node.values)
+        ]
         return {k: v for key, value in pairs for k, v in (value.items() if key is None else [(key, value)])}
     return ast.literal_eval(node)  # type: ignore[arg-type]
 

@@ -234,14 +234,14 @@ def train(config: Config, run: Run) -> dict[str, float]:
             escaped=escaped(held.path[step + 1])[OTHERS, 0].sum(),
             distance_noisy=away[NAMES.index("noisy")],
         )
+    if config.frames:
+        frames = movie(held.path, config)
+        run.artifact("descent", frames, "The first steps of all optimizers at once; early steps are shown slower.")
     gaps = value(torch.from_numpy(held.path)).numpy()[..., :2] - [0.0, -1.0]
     run.artifact(
         "paths", paths_figure(held.path, config), "Paths on level lines; a dot is the start, crosses are ends."
     )
     run.artifact("losses", losses_figure(gaps, config), "Loss above its minimum, step by step.")
-    if config.frames:
-        frames = movie(held.path, config)
-        run.artifact("descent", frames, "The first steps of all optimizers at once; early steps are shown slower.")
     return measures(held.path, config)
 
 

@@ -9,6 +9,7 @@ import errno
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -384,8 +385,12 @@ def _command(entry: Entry, module: ModuleType, config: Any, common: Common, pres
     }
 
 
+BEYOND = r"(?i)can't allocate memory|unable to allocate|size calculation overflowed|overflow when unpacking"
+"""What torch and numpy say when a tensor cannot be as large as the settings ask for."""
+
+
 def _plain(error: Exception, folder: Path) -> Exception:
-    """A sentence for what a full or closed disk or a lost rank does, or the error itself when it is another one."""
+    """A sentence for what a full or closed disk, too little memory or a lost rank does, or the error itself."""
     resume = f"etude resume {shlex.quote(str(folder))}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         found = checkpoint.list_checkpoints(folder / "checkpoints")
@@ -396,6 +401,10 @@ def _plain(error: Exception, folder: Path) -> Exception:
     if isinstance(error, OSError) and error.filename and Path(error.filename).is_relative_to(folder):
         what = f"{error.filename} cannot be written any more ({error.strerror})"
         return RunError(f"{what}; put that right and run: {resume}")
+    if isinstance(error, (MemoryError, OverflowError, torch.OutOfMemoryError)) or re.search(BEYOND, str(error)):
+        asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
+        size = f"{int(asked[1].split()[0]):,} bytes" if asked and asked[1].endswith(" bytes") else asked and asked[1]
+        return RunError(f"the settings ask for more memory than there is ({size or 'a size beyond counting'} at once)")
     if type(error).__name__ == "DistBackendError" or (type(error) is RuntimeError and "gloo" in str(error)):
         return RunError(f"another rank has stopped or cannot be reached, so this one stops too; run on with: {resume}")
     return error

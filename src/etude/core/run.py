@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -34,6 +34,14 @@ from etude.core.spec import Spec
 Module = TypeVar("Module", bound=nn.Module)
 Function = TypeVar("Function", bound=Callable[..., Any])
 SAVE_SECONDS = 60.0
+
+
+class Describes(Protocol):
+    """Data that can say what they are."""
+
+    def about(self) -> dict[str, Any]:
+        """Name, source and counts, JSON values only."""
+        ...
 
 
 class Interrupted(KeyboardInterrupt):
@@ -79,13 +87,13 @@ class Run:
         self.source: nn.Module | None = None  # given as `source` in Python: it has no place in config.json
         self.data: Any = None  # images given as `data`, likewise
         self.env: Any = None  # an environment given as `env`, likewise
-        self.trusted = not resume  # whether files that config.json names may be run; a user who starts a run named them
         self.complaints: list[str] = []
         self.progress = Progress(name, enabled=not common.quiet and self.rank == 0)
         self.record = record.Record(folder, writes=self.rank == 0)
         self._tracked: dict[str, Any] = {}
         self._saved: dict[str, Any] = {}
         self._parameters: dict[tuple[nn.Module, ...], list[nn.Parameter]] = {}  # of the modules given to `average`
+        self._about: dict[str, Any] = {}  # what the report says of the data
         self._row: dict[str, Any] = {}
         self._last_row: dict[str, Any] = {}  # of the step in which the loop was left
         self._rows: list[tuple[int, dict[str, Any]]] = []
@@ -129,10 +137,22 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------------ state
 
-    def describe(self, spec: Spec) -> None:
-        """Write what `build` needs to know of the data to ``spec.json``."""
+    def describe(self, spec: Spec, data: Describes | None = None) -> None:
+        """Write what `build` needs to know of the data to ``spec.json``; `data.about()` is kept for the report."""
         if self.rank == 0:
             checkpoint.write_text(self.folder / "spec.json", json.dumps(dataclasses.asdict(spec), indent=1) + "\n")
+        self._about = {} if data is None else {"data": data.about()}
+
+    def _introduce(self) -> None:
+        """Write ``about.json``: what is learned from, and how many parameters each tracked module has."""
+        sizes = {
+            name: sum(p.numel() for p in thing.parameters())
+            for name, thing in self._tracked.items()
+            if isinstance(thing, nn.Module)
+        }
+        if self.rank == 0:
+            about = self._about | {"parameters": sizes}
+            checkpoint.write_text(self.folder / "about.json", json.dumps(about, indent=1) + "\n")
 
     def place(self, module: Module) -> Module:
         """Move a module to the run's device: channels_last for convolutions, or sharded by FSDP2 under ``--shard``.
@@ -200,6 +220,7 @@ class Run:
         if row and self.step != self._resumed:  # logged before the loop; a resumed run has it on record
             self._rows.append((self.step, row))
         self._total = total
+        self._introduce()
         every, save_due = self.common.save_every, time.perf_counter() + SAVE_SECONDS
         self.progress.start(self.step, total)
         self._busy, progress = True, self.progress

@@ -62,8 +62,14 @@ def here(tmp_path, monkeypatch):
     """A working folder with walk.py in it."""
     (tmp_path / "walk.py").write_text(SOURCE)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ETUDE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", str(tmp_path))])
     yield tmp_path
+    forget()
+
+
+def forget():
+    """As a new process would know none of it."""
     for name in ("walk", "etude_user_walk", "registers"):
         sys.modules.pop(name, None)
     gymnasium.registry.pop("MyWalk-v0", None)
@@ -131,18 +137,27 @@ def test_a_run_in_an_object_cannot_be_resumed_and_says_so(here):
 
 @pytest.mark.parametrize("env", ["walk.py:Walk", "registers:MyWalk-v0"])
 def test_a_resumed_run_does_not_execute_a_file_that_its_folder_names(env, here):
-    (here / "registers.py").write_text(
-        "import gymnasium\nfrom walk import Walk\ngymnasium.register('MyWalk-v0', entry_point=Walk)\n"
-    )
+    registers = "import gymnasium\nfrom walk import Walk\ngymnasium.register('MyWalk-v0', entry_point=Walk)\n"
+    (here / "registers.py").write_text(registers)
     run = etude.run("rl/q_learning", env=env, out=here / "run", **TABLE)
     _unfinish(run.folder)
     name = env.partition(":")[0].removesuffix(".py") + ".py"
     for file in ("walk.py", "registers.py"):
         (here / file).write_text("raise SystemExit('it was run')")
-    for module in ("walk", "registers", "etude_user_walk"):
-        sys.modules.pop(module, None)
-    with pytest.raises(UserError, match=rf"to go on would run the code in {here / name}, so say --trust"):
+    forget()
+    with pytest.raises(UserError, match=rf"{name} of --env {env} \(1 lines, SHA-256 .* would be run, and .* --trust"):
         etude.resume(run.folder)
+    (here / "walk.py").write_text(SOURCE)  # the very code that has been run here before
+    (here / "registers.py").write_text(registers)
+    forget()
+    assert etude.resume(run.folder).metrics == run.metrics
+    changed = (here / name).read_text() + "\n"
+    (here / name).write_text(changed)
+    _unfinish(run.folder)
+    forget()
+    with pytest.raises(UserError, match="--trust"):
+        etude.resume(run.folder)
+    assert etude.resume(run.folder, trust=True).metrics == run.metrics
 
 
 BROKEN = {

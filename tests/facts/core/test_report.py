@@ -23,7 +23,7 @@ from etude.core.report.headline import published_number
 from etude.core.report.reading import Series as S
 from etude.core.report.reading import read_metrics
 
-SECTIONS = ["headline", "curves", "pictures", "run", "config", "contract", "next"]
+SECTIONS = ["headline", "pictures", "curves", "run", "config", "contract", "next"]
 
 
 def write(folder: Path, name: str, value: object) -> None:
@@ -545,3 +545,18 @@ def test_damaged_files_never_stop_the_report(run: Path) -> None:
     for name in names:
         write(run, name, "{ half")
     assert all(f"Could not be read: {name}." in page(run).text for name in names)
+
+
+def test_what_was_trained_on_is_said(tmp_path: Path) -> None:
+    """Counts by split and class, parameters and source: from about.json, which a run writes before its first step."""
+    import etude
+
+    folder = etude.run("vision/lenet", preset="tiny", steps=2, out=tmp_path / "run", quiet=True, threads=1).folder
+    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    assert about["parameters"] == {"model": 61_706}
+    splits = about["data"]["splits"]
+    assert {name: part["images"] for name, part in splits.items()} == {"train": 1293, "validation": 144, "test": 360}
+    assert all(sum(part["by class"].values()) == part["images"] for part in splits.values())
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "1,293 train, 144 validation, 360 test" in page
+    assert "61,706" in page

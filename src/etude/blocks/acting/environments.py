@@ -16,13 +16,13 @@ import copy
 import dataclasses
 import importlib
 import importlib.machinery
-import importlib.util
 import inspect
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,8 @@ from numpy.typing import NDArray
 from etude.blocks.acting.memory import afford
 from etude.core import launch
 from etude.core.errors import UserError, nearest
+from etude.core.folder import read_bytes
+from etude.core.trust import permit
 
 LONGEST = 1000
 """Steps after which an episode that is looked at is left, where nothing else says when."""
@@ -94,13 +96,13 @@ def refusal(name: str, error: Exception) -> UserError:
     )
 
 
-def environment(env: str | Environment, given: Any = None, trusted: bool = True) -> Environment:
+def environment(env: str | Environment, given: Any = None) -> Environment:
     """What `env` names, or the object `given` in Python under that name.
 
-    The one place where an environment's code is imported or run. Where the run is not `trusted` (a folder that may come
-    from anywhere names the file), code that lies in a file of its own or in the working folder is refused instead.
-    Raises UserError: an unknown name (with the nearest), no such file, module or name in it, a missing package, or a
-    first episode that goes wrong.
+    The one place where an environment's code is imported or run; code that lies in a file of its own or in the working
+    folder is handed to `core.trust.permit` first, for a run folder from anywhere may name it. Raises UserError: an
+    unknown name (with the nearest), no such file, module or name in it, a missing package, or a first episode that goes
+    wrong.
     """
     if isinstance(env, Environment):
         return env
@@ -112,11 +114,11 @@ def environment(env: str | Environment, given: Any = None, trusted: bool = True)
     if place.endswith(".py") or env.endswith(".py"):
         if not place.endswith(".py"):
             raise UserError(f"--env {env} names a file; name the environment class in it too, as in {env}:MyEnv")
-        return _tried(Environment(env, _entry(_from_file(env, Path(place), name, trusted), env), own=True))
+        return _tried(Environment(env, _entry(_from_file(env, Path(place), name), env), own=True))
     import gymnasium
 
     if place:
-        _import(env, place, trusted)
+        _import(env, place)
     if name not in gymnasium.registry:
         raise UserError(f"--env {env} is not a registered Gymnasium environment{nearest(name, gymnasium.registry)}")
     maker = gymnasium.registry[name].entry_point
@@ -157,20 +159,18 @@ def _copied(env: Any, name: str, render_mode: str | None) -> Any:
         ) from error
 
 
-def _from_file(env: str, path: Path, name: str, trusted: bool) -> Any:
+def _from_file(env: str, path: Path, name: str) -> Any:
     """`name` from the Python file at `path`, which is run."""
     if not path.is_file():
         raise UserError(f"--env {env}: there is no file {path}")
-    if not trusted:
-        raise UserError(_untrusted(env, path.resolve()))
+    source = read_bytes(path)
+    permit({path.name: source}, f"the file {path} of --env {env}")
     module_name = f"etude_user_{path.stem}"
-    found = importlib.util.spec_from_file_location(module_name, path.resolve())
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
+    module = ModuleType(module_name)
+    module.__file__ = str(path.resolve())
     sys.modules[module_name] = module  # dataclasses and pickle look a module up
     try:
-        found.loader.exec_module(module)
+        exec(compile(source, path.resolve(), "exec"), module.__dict__)
     except Exception as error:
         del sys.modules[module_name]
         raise UserError(f"--env {env}: the file cannot be used: {spot(error)}") from error
@@ -180,14 +180,16 @@ def _from_file(env: str, path: Path, name: str, trusted: bool) -> Any:
     return getattr(module, name)
 
 
-def _import(env: str, module: str, trusted: bool) -> None:
+def _import(env: str, module: str) -> None:
     """Import a module that registers environments; it may lie in the working folder."""
     here = importlib.machinery.PathFinder.find_spec(module.partition(".")[0], [str(Path.cwd())])
-    if not trusted and here is not None and here.origin:
-        raise UserError(_untrusted(env, Path(here.origin)))
+    if here is not None and here.origin:
+        origin = Path(here.origin)
+        files = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
+        sources = {str(file.relative_to(origin.parent)): read_bytes(file) for file in files}
+        permit(sources, f"the module {origin} of --env {env}")
     before = list(sys.path)
-    if trusted:
-        sys.path.append(str(Path.cwd()))  # at the end: nothing here may stand before an installed package
+    sys.path.append(str(Path.cwd()))  # at the end: nothing here may stand before an installed package
     try:
         importlib.import_module(module)
     except Exception as error:
@@ -195,10 +197,6 @@ def _import(env: str, module: str, trusted: bool) -> None:
         raise UserError(f"--env {env}: the module '{module}' cannot be imported ({what})") from error
     finally:
         sys.path[:] = before
-
-
-def _untrusted(env: str, path: Path) -> str:
-    return f"this run acts in --env {env}; to go on would run the code in {path}, so say --trust if you trust it"
 
 
 # ---------------------------------------------------------------------------------------------------- mistakes

@@ -42,8 +42,8 @@ def compose(record: Record, contract: Contract) -> str:
     drawn = any(a.get("kind", "image") in ("image", "animation") for a in record.artifacts)
     sections = [
         ("headline", "Result", headline(record, contract)),
-        ("curves", "Curves", _curves(record, contract)),
         ("pictures", "Pictures" if drawn or not record.artifacts else "Samples", pictures(record)),
+        ("curves", "Curves", _curves(record, contract)),
         ("run", "What was run", _what_was_run(record)),
         ("config", "Settings", _settings(record, contract)),
         ("contract", "The method", _contract(record, contract)),
@@ -139,7 +139,7 @@ def _curves(record: Record, contract: Contract) -> str:
 def _what_was_run(record: Record) -> str:
     command, sessions = record.described.get("command"), record.sessions
     out = f'<pre class="command">{escape(command)}</pre>' if command else ""
-    out += facts_list([*_time_and_memory(record), *_machine(record), *_flags_and_data(record)])
+    out += facts_list([*_flags_and_data(record), *_time_and_memory(record), *_machine(record)]) + _counts(record)
     if len(sessions) > 1:
         head = ["session", "from step", "to step", "time", "device"]
         table = [
@@ -188,13 +188,32 @@ def _machine(record: Record) -> Facts:
 
 def _flags_and_data(record: Record) -> Facts:
     common = {k: v for k, v in as_dict(record.described.get("common")).items() if v and k != "seed"}
-    data = [" × ".join(map(str, as_list(record.spec.get("shape"))))]
+    told = as_dict(record.about.get("data"))
+    data = [str(told.get("name") or ""), " × ".join(map(str, as_list(record.spec.get("shape"))))]
     if classes := as_list(record.spec.get("classes")):
         data.append(f"{len(classes)} classes: {', '.join(map(str, classes[:12]))}{' …' if len(classes) > 12 else ''}")
+    if is_number(told.get("characters")):
+        data.append(f"{number(told['characters'])} characters")
+    sizes = {str(k): v for k, v in as_dict(record.about.get("parameters")).items() if is_number(v) and v}
+    names = [f"{number(v)}" if len(sizes) == 1 else f"{spaced(k)} {number(v)}" for k, v in sizes.items()]
     return [
         ("flags", escape(" · ".join(f"{spaced(str(k))} {written(v)}" for k, v in common.items()))),
         ("data", escape(" · ".join(filter(None, data)))),
+        ("read from", escape(str(told.get("source") or ""))),
+        ("parameters", escape(" · ".join(names))),
     ]
+
+
+def _counts(record: Record) -> str:
+    """How many images of each class were learned from, chosen by and tested on."""
+    splits = {str(k): as_dict(v) for k, v in as_dict(as_dict(record.about.get("data")).get("splits")).items()}
+    if not splits:
+        return ""
+    classes = [str(name) for name in as_dict(next(iter(splits.values())).get("by class"))]
+    rows = [["all", *(part.get("images") for part in splits.values())]]
+    rows += [[name, *(as_dict(part.get("by class")).get(name) for part in splits.values())] for name in classes[:200]]
+    sums = ", ".join(f"{number(as_float(part.get('images')))} {name}" for name, part in splits.items())
+    return f"<details><summary>Images: {escape(sums)}</summary>{html_table(['class', *splits], rows)}</details>"
 
 
 def _settings(record: Record, contract: Contract) -> str:

@@ -78,6 +78,7 @@ class Record:
         self.sessions = [s for s in as_list(self.environment.get("sessions")) if isinstance(s, dict)]
         self.result = {str(k): v for k, v in self._json("result.json", {}).items() if is_number(v)}
         self.spec = self._json("spec.json", {})
+        self.about = as_dict(self._json("about.json", {}))
         self.artifacts = [a for a in self._json("artifacts/index.json", []) if isinstance(a, dict) and "file" in a]
         self.series, damaged = read_metrics(folder / "metrics.jsonl")
         if damaged:

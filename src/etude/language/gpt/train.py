@@ -185,7 +185,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
             f"{content.name} is too short: its first 90 % are {len(learned)} tokens, and a context of {context} takes "
             f"{context + 1} at least (and a text 11 characters)"
         )
-    run.describe(Spec(shape=(context,), extra={"architecture": asdict(of), "tokenizer": tokens.state()}))
+    run.describe(Spec(shape=(context,), extra={"architecture": asdict(of), "tokenizer": tokens.state()}), content)
 
     model = build(config, Spec(extra={"architecture": asdict(of)}))["model"]
     if published is not None:
