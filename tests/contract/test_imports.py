@@ -21,10 +21,15 @@ from etude import catalog
 
 CORE, SHARED, METHODS, TOP = range(4)
 TIER = {"core": CORE, "catalog": CORE, "blocks": SHARED, "data": SHARED, "optim": SHARED, "cli": TOP}
-LAZY = {"run": "etude.core.launch", "resume": "etude.core.launch", "load": "etude.core.launch"}  # names of etude itself
+LAZY = dict.fromkeys(("run", "resume", "load", "sample", "methods"), "etude.core.launch")  # names of etude itself
 
 # file, what it imports, and why; only inside a function, so that importing the file stays clean
-INSIDE_A_FUNCTION: dict[tuple[str, str], str] = {}
+INSIDE_A_FUNCTION: dict[tuple[str, str], str] = {
+    (
+        "core/predict.py",
+        "etude.data.folders",
+    ): "a trained network decodes the user's pictures as training folders are decoded",
+}
 
 FILES = sorted(path.relative_to(catalog.PACKAGE).as_posix() for path in catalog.PACKAGE.rglob("*.py"))
 

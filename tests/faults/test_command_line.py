@@ -14,7 +14,10 @@ from pathlib import Path
 
 import pytest
 
-VERBS = ["list", "info", "run", "resume", "show", "sample", "verify", "bench", "data", "copy", "doctor", "completion"]
+VERBS = [
+    "list", "info", "run", "resume", "show", "runs", "compare", "predict", "sample", "export", "verify", "bench", "data",
+    "copy", "doctor", "completion",
+]  # fmt: skip
 WARM = ("--quiet", "--steps", "4")
 
 
@@ -71,7 +74,7 @@ def test_list_json(etude) -> None:
     for row in rows:
         assert list(row) == ["name", "title", "room", "section", "paper", "badge", "needs"]
         assert row["room"] == row["name"].partition("/")[0]
-        assert row["badge"] in {"verified", "runs", "broken", "unproved"}
+        assert row["badge"] in {"verified", "stale", "runs", "broken", "unproved"}
         assert isinstance(row["needs"], list)
         assert all(isinstance(value, str) for name, value in row.items() if name != "needs")
     assert {row["name"] for row in json.loads(etude("list", "vision", "--json").out)} == {
@@ -359,17 +362,21 @@ def test_verify_writes_a_card_and_fails_on_a_miss(etude, tmp_path) -> None:
     before = """
 import os, types
 from etude import catalog, cli
-from etude.core import evidence
+from etude.core.evidence import cards, stage, traces
 def forked(words, **settings):
     pid = os.fork()
     if pid == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os._exit(cli.main(words[3:]))
     return types.SimpleNamespace(returncode=os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), stderr="", stdout="")
-evidence.subprocess = types.SimpleNamespace(run=forked)
-row = {{"name": "a", "preset": "tiny", "metric": "{metric}", "bar": 1.5, "seeds": (5,), "flags": {{"steps": 2, "shift": 0}}}}
+stage.subprocess = types.SimpleNamespace(run=forked)
+row = {{"name": "a", "preset": "tiny", "metric": "{metric}", "bar": 1.5, "seeds": (5,), "flags": {{"steps": 2, "shift": 0}},
+       "controls": ()}}
 catalog.Entry.experiments = property(lambda entry: [row])
-evidence._oracle = lambda entry: {{"file": "x", "tests": 3, "passed": True}}
+cards._oracle = lambda entry: {{"file": "x", "tests": 3, "passed": True}}
+cards._may_write = lambda: None
+cards.check_settings = lambda entry: {{}}
+traces.record = lambda entry, chosen, stage: ([""], {{}})
 """
     results = {"ETUDE_RESULTS": str(tmp_path / "results")}
     done = etude("verify", "vision/lenet", "--json", before=before.format(metric="test_accuracy"), **results)

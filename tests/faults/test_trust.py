@@ -46,7 +46,7 @@ def stranger(etude, tmp_path) -> Path:
 
 def test_a_kept_source_is_run_only_when_it_is_trusted(etude, tmp_path, cache, stranger) -> None:
     digest = hashlib.sha256((stranger / "source.py").read_bytes()).hexdigest()
-    for words in (("resume", stranger), ("sample", stranger)):
+    for words in (("resume", stranger), ("predict", stranger, "x.png")):
         said = etude.refused(*words, ETUDE_CACHE=str(cache))
         assert said.startswith(f"the method file {stranger / 'source.py'} (")
         assert digest[:16] in said
@@ -84,8 +84,8 @@ def test_config_json_that_names_a_file(etude, tmp_path, cache, stranger, place) 
     described = json.loads((stranger / "config.json").read_text()) | {"source": {}}
     described["method"] = str(tmp_path / place)
     (stranger / "config.json").write_text(json.dumps(described))
-    for verb in ("resume", "sample"):
-        said = etude.refused(verb, stranger, ETUDE_CACHE=str(cache))
+    for words in (("resume", stranger), ("predict", stranger, "x.png")):
+        said = etude.refused(*words, ETUDE_CACHE=str(cache))
         assert f"{tmp_path / place} (" in said
         assert "would be run" in said
     assert not (tmp_path / "mark").exists()
@@ -110,11 +110,7 @@ def test_a_compiled_file_beside_the_source_is_not_run(etude, tmp_path, stranger)
 def test_a_setting_that_names_code(etude, tmp_path, cache) -> None:
     """A game in a file, too, is run by `etude run` and not by whoever opens the run afterwards."""
     game = tmp_path / "game.py"
-    game.write_text(
-        "from etude.games.parts.games import Kuhn as Mine\n"
-        if PARTS
-        else "from etude.blocks.games import Kuhn as Mine\n"
-    )
+    game.write_text("from etude.games.parts.rules import Kuhn as Mine\n")
     words = ("run", "games/cfr", "--preset", "tiny", "--quiet", "--game", f"{game}:Mine", "--out", tmp_path / "run")
     assert etude(*words, ETUDE_CACHE=str(tmp_path / "elsewhere")).code == 0
     (tmp_path / "run" / "done").unlink()
@@ -122,9 +118,6 @@ def test_a_setting_that_names_code(etude, tmp_path, cache) -> None:
     assert "game.py" in etude.refused("sample", tmp_path / "run", ETUDE_CACHE=str(cache))
     assert etude("resume", tmp_path / "run", ETUDE_CACHE=str(tmp_path / "elsewhere")).code == 0
     assert etude("sample", tmp_path / "run", "--trust", ETUDE_CACHE=str(cache)).code == 0
-
-
-PARTS = (Path(package.__file__).parent / "games" / "parts" / "games.py").is_file()
 
 
 # --------------------------------------------------------------------------------------------------------------- files

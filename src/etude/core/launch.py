@@ -26,17 +26,30 @@ import torch
 
 from etude import catalog
 from etude.catalog import Entry
-from etude.core import checkpoint, own, ranks
+from etude.core import checkpoint, longer, own, ranks
 from etude.core import trust as permission
 from etude.core.config import check, flag, replace
 from etude.core.digest import sources
 from etude.core.errors import RunError, UserError, nearest
 from etude.core.folder import find_run, read_result, runs_folder
-from etude.core.loaded import Loaded, load
+from etude.core.loaded import Loaded, load, sample
 from etude.core.own import opened
 from etude.core.run import Common, Interrupted, Run
 
-__all__ = ["OBJECT", "Finished", "configure", "find_run", "load", "method", "resume", "run", "start", "write_report"]
+__all__ = [
+    "OBJECT",
+    "Finished",
+    "configure",
+    "find_run",
+    "load",
+    "method",
+    "opened",
+    "resume",
+    "run",
+    "sample",
+    "start",
+    "write_report",
+]
 
 try:
     import fcntl
@@ -82,8 +95,7 @@ def run(name: str, *, preset: str = "default", out: str | os.PathLike[str] | Non
     ``precision``, ``threads``, ``save_every``, ``quiet``). A method with a ``source`` takes an `nn.Module` or a finished run
     there too, and images, a pair (images, labels) or a `torch.utils.data` dataset as ``data``; one with an ``env`` takes an
     environment, its class or a function that makes one. A run on an object cannot be resumed, for its folder holds only
-    the object's kind. Raises UserError for wrong input, RunError if
-    the run fails.
+    the object's kind. Raises UserError for wrong input, RunError if the run fails.
     """
     entry, module = method(name)
     shared = {field.name for field in dataclasses.fields(Common)}
@@ -152,22 +164,26 @@ def resume(
     *,
     trust: bool = False,
     source: str | os.PathLike[str] | None = None,
+    **length: int,
 ) -> Finished:
     """Continue a run exactly where its newest whole checkpoint stands (without one, from the start).
 
-    A finished run is returned as it is. A run of an own file goes on with the source that it keeps, or with `source`, a
-    repaired file, which is kept in its place. `trust` lets it run code that this machine has not run before. Raises
-    UserError when there is no such run, another process is writing it or all its checkpoints are damaged, RunError if
-    the run fails.
+    A finished run is returned as it is, unless `length` (``steps=2000``; iterations, episodes or rounds, as the method calls
+    it) is more than it was made for: then it trains on. A run of an own file goes on with the source that it keeps, or
+    with `source`, a repaired file, which is kept in its place. `trust` lets it run code that this machine has not run
+    before. Raises UserError when there is no such run, another process is writing it or all its checkpoints are
+    damaged, RunError if the run fails.
     """
     path, described, entry = opened(folder, trust=trust or source is not None)
     repaired = _repaired(path, described, os.fspath(source)) if source is not None else None
-    if (path / "done").is_file():
+    if (path / "done").is_file() and not length:
         return Finished(path, read_result(path))
     with permission.granted(trust or repaired is not None):
         module = catalog.load_method(repaired or entry)
         config = replace(module.Config(), described["config"], f"{path}/config.json")
         common = replace(Common(), described["common"], f"{path}/config.json")
+        if length:
+            config = longer.lengthen(path, described, repaired or entry, config, length)
         with ranks.joined(common.shard, common.device), contextlib.ExitStack() as held:
             ranks.shared(lambda: _claim(path, held))
             if repaired is not None and ranks.first():
@@ -176,6 +192,9 @@ def resume(
                     **own.keep(repaired, path),
                     "before": [*before.get("before", []), before["sha256"]],
                 }
+            if (repaired is not None or length) and ranks.first():
+                for name in ("done", "result.json") if length else ():
+                    (path / name).unlink(missing_ok=True)
                 checkpoint.write_text(path / "config.json", json.dumps(described, indent=1) + "\n")
             return _execute(repaired or entry, module, config, common, path, resume=True)
 

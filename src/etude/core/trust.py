@@ -47,6 +47,11 @@ def granted(yes: bool) -> Iterator[None]:
         _granted.reset(token)
 
 
+def is_granted() -> bool:
+    """Whether the user's word covers code that is not remembered."""
+    return _granted.get()
+
+
 def permit(files: Mapping[str, bytes], what: str) -> None:
     """Raise UserError, saying what would be run, unless the user has granted it or this machine has run it before."""
     found = digest(files)

@@ -106,6 +106,26 @@ def read(folder: Path, size: int | None = None, seed: int = 0, share: float = 0.
     return Folder(train, validation, test, classes, source)
 
 
+def picture(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """One image file as a network that takes `shape`, (C, H, W), was shown its training images: uint8 (C, H, W).
+
+    Upright, grey or RGB as the shape says; a square is cut from the middle and resized. Raises `UserError` naming the file.
+    """
+    channels, height, width = shape
+    if not path.is_file():
+        what = "is no file" if path.exists() else "does not exist"
+        raise UserError(f"The image {path} {what}: name a picture ({', '.join(sorted(ENDINGS)[:5])}, …).")
+    image = _plain(_opened(path), channels == 1)
+    if image.size != (width, height):
+        if height != width:
+            raise UserError(
+                f"The image {path} is {image.width}×{image.height} pixels, and the network takes {width}×{height}: "
+                "give one of that size."
+            )
+        image = _square(image, height)
+    return np.asarray(image).reshape(height, width, -1).transpose(2, 0, 1)
+
+
 def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
 

@@ -137,15 +137,16 @@ def test_a_run_in_an_object_cannot_be_resumed_and_says_so(here):
 
 @pytest.mark.parametrize("env", ["walk.py:Walk", "registers:MyWalk-v0"])
 def test_a_resumed_run_does_not_execute_a_file_that_its_folder_names(env, here):
-    registers = "import gymnasium\nfrom walk import Walk\ngymnasium.register('MyWalk-v0', entry_point=Walk)\n"
+    registers = SOURCE + "\ngymnasium.register('MyWalk-v0', entry_point=Walk)\n"  # what it imports from here wants trust
     (here / "registers.py").write_text(registers)
     run = etude.run("rl/q_learning", env=env, out=here / "run", **TABLE)
     _unfinish(run.folder)
     name = env.partition(":")[0].removesuffix(".py") + ".py"
     for file in ("walk.py", "registers.py"):
         (here / file).write_text("raise SystemExit('it was run')")
-    forget()
-    with pytest.raises(UserError, match=rf"{name} of --env {env} \(1 lines, SHA-256 .* would be run, and .* --trust"):
+    for module in ("walk", "registers", "etude_user_walk"):
+        sys.modules.pop(module, None)
+    with pytest.raises(UserError, match=rf"the environment file {here / name} \(.*would be run"):
         etude.resume(run.folder)
     (here / "walk.py").write_text(SOURCE)  # the very code that has been run here before
     (here / "registers.py").write_text(registers)
@@ -164,7 +165,7 @@ BROKEN = {
     "observation": ("return self.place, float(over)", "return [self.place, 0], float(over)", "observes the shape"),
     "outside": ("min(max(self.place, 0), 4)", "7", "step observes 7, which is not in its space Discrete"),
     "four": ("over, False, {}", "over, {}", r"step must return \(observation, reward.*a tuple of 4"),
-    "reset": ("return self.place, {}", "return self.place", r"reset must return \(observation, info\), it returns a int"),
+    "reset": ("return self.place, {}", "return self.place", r"reset must return \(observation, info\), it returns one int"),
     "reward": ("float(over), over", "float('nan'), over", "step gives the reward nan"),
     "words": ("float(over), over", "'much', over", "step gives the reward 'much'"),
     "seed": ("def reset(self, *, seed=None, options=None):\n        super().reset(seed=seed)", "def reset(self):\n        pass", "its reset takes no seed and no options"),
@@ -203,7 +204,7 @@ def test_mistakes_in_it_are_answered_in_one_sentence_before_a_folder_is_left(wha
         ("walk.py", r"name the environment class in it too, as in walk.py:MyEnv"),
         ("walk.py:Wolk", r"walk.py has no 'Wolk'; did you mean 'Walk'"),
         ("wilk.py:Walk", r"there is no file wilk.py"),
-        ("walk.py:NUMBER", r"is a int; it must be an environment class, a function"),
+        ("walk.py:NUMBER", r"has the type int; it must be an environment class, a function"),
         ("nothing:MyWalk-v0", "the module 'nothing' cannot be imported"),
         ("walk:MyWalk-v0", "is not a registered Gymnasium environment"),
     ],

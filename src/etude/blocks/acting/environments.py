@@ -32,7 +32,7 @@ from etude.blocks.acting.memory import afford
 from etude.core import launch
 from etude.core.errors import UserError, nearest
 from etude.core.folder import read_bytes
-from etude.core.trust import permit
+from etude.core.trust import is_granted, permit
 
 LONGEST = 1000
 """Steps after which an episode that is looked at is left, where nothing else says when."""
@@ -99,10 +99,10 @@ def refusal(name: str, error: Exception) -> UserError:
 def environment(env: str | Environment, given: Any = None) -> Environment:
     """What `env` names, or the object `given` in Python under that name.
 
-    The one place where an environment's code is imported or run; code that lies in a file of its own or in the working
-    folder is handed to `core.trust.permit` first, for a run folder from anywhere may name it. Raises UserError: an
-    unknown name (with the nearest), no such file, module or name in it, a missing package, or a first episode that goes
-    wrong.
+    The one place where an environment's code is imported or run. Code that lies in a file of its own or in the working
+    folder is run only with `etude.core.trust.permit`, for a run folder that may come from anywhere names it too. Raises
+    UserError: an unknown name (with the nearest), no such file, module or name in it, a missing package, or a
+    first episode that goes wrong.
     """
     if isinstance(env, Environment):
         return env
@@ -142,7 +142,7 @@ def _entry(thing: Any, name: str) -> Callable[..., Any]:
         return lambda render_mode=None: _copied(thing, name, render_mode)
     if not callable(thing):
         raise UserError(
-            f"--env {name} is a {type(thing).__name__}; it must be an environment class, a function that makes one, or "
+            f"--env {name} has the type {type(thing).__name__}; it must be an environment class, a function that makes one, or "
             "a gymnasium.Env"
         )
     return thing
@@ -163,35 +163,47 @@ def _from_file(env: str, path: Path, name: str) -> Any:
     """`name` from the Python file at `path`, which is run."""
     if not path.is_file():
         raise UserError(f"--env {env}: there is no file {path}")
-    source = read_bytes(path)
-    permit({path.name: source}, f"the file {path} of --env {env}")
-    module_name = f"etude_user_{path.stem}"
-    module = ModuleType(module_name)
-    module.__file__ = str(path.resolve())
-    sys.modules[module_name] = module  # dataclasses and pickle look a module up
-    try:
-        exec(compile(source, path.resolve(), "exec"), module.__dict__)
-    except Exception as error:
-        del sys.modules[module_name]
-        raise UserError(f"--env {env}: the file cannot be used: {spot(error)}") from error
+    module = _run(env, path, f"etude_user_{path.stem}")
     if not hasattr(module, name):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise UserError(f"--env {env}: {path} has no '{name}'{nearest(name, known)}")
     return getattr(module, name)
 
 
+def _run(env: str, path: Path, module_name: str) -> ModuleType:
+    """The module made by running a file, from the very bytes that were permitted (no compiled file beside it)."""
+    source = read_bytes(path)
+    permit({path.name: source}, f"the environment file {path.resolve()}")
+    module = ModuleType(module_name)
+    module.__file__ = str(path.resolve())
+    sys.modules[module_name] = module  # dataclasses and pickle look a module up
+    try:
+        exec(compile(source, str(path.resolve()), "exec"), module.__dict__)
+    except Exception as error:
+        del sys.modules[module_name]
+        raise UserError(f"--env {env}: the file cannot be used: {spot(error)}") from error
+    return module
+
+
 def _import(env: str, module: str) -> None:
     """Import a module that registers environments; it may lie in the working folder."""
     here = importlib.machinery.PathFinder.find_spec(module.partition(".")[0], [str(Path.cwd())])
-    if here is not None and here.origin:
-        origin = Path(here.origin)
-        files = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
-        sources = {str(file.relative_to(origin.parent)): read_bytes(file) for file in files}
-        permit(sources, f"the module {origin} of --env {env}")
+    origin = here.origin if here is not None and here.origin and module not in sys.modules else None
+    package = here is not None and here.submodule_search_locations is not None
+    if origin and package and not is_granted():  # it has many files, so it is imported only at the user's word
+        raise UserError(
+            f"this run acts in --env {env}; to go on would run the package {Path(origin).parent}, so add --trust if you "
+            "trust it"
+        )
     before = list(sys.path)
-    sys.path.append(str(Path.cwd()))  # at the end: nothing here may stand before an installed package
+    if is_granted():
+        sys.path.append(str(Path.cwd()))  # at the end: nothing here may stand before an installed package
     try:
+        if origin and not package:
+            _run(env, Path(origin), module)
         importlib.import_module(module)
+    except UserError:
+        raise
     except Exception as error:
         what = str(error) if isinstance(error, ImportError) else spot(error)
         raise UserError(f"--env {env}: the module '{module}' cannot be imported ({what})") from error

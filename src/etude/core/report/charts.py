@@ -103,17 +103,18 @@ def groups(series: Iterable[Series]) -> list[list[Series]]:
     return [sorted(group, key=lambda one: bool(_HELD_OUT.search(one.name))) for group in found.values()]
 
 
-def chart(group: Sequence[Series], span: tuple[float, float] | None = None) -> str:
+def chart(group: Sequence[Series], span: tuple[float, float] | None = None, name: str = "") -> str:
     """One chart as HTML: an SVG whose plane is stretched to the page (lines keep their width) with labels set as text,
-    so that type stays the same size on a telephone and on a wall. ``span`` is the first and last step to show."""
+    so that type stays the same size on a telephone and on a wall. ``span`` is the first and last step to show, ``name`` what is
+    drawn, where the series are called by something else."""
     shown = [one.finite for one in group if len(one.finite.steps)]
     if not shown:
         label = " and ".join(spaced(one.name) for one in group)
         return f'<figure class="chart"><figcaption><b>{escape(label)}</b> <i>no finite value</i></figcaption></figure>'
     first, last = span or (min(float(one.steps[0]) for one in group), max(float(one.steps[-1]) for one in group))
     across = Axis(first, last) if last > first else Axis(first - 1, first + 1)
-    up = value_axis(group[0].name, np.concatenate([one.values for one in shown]))
-    curves = [_curve(one, f"s{i % 4}", across, up) for i, one in enumerate(group)]
+    up = value_axis(name or group[0].name, np.concatenate([one.values for one in shown]))
+    curves = [_curve(one, f"s{i % 8}", across, up) for i, one in enumerate(group)]
     drawn = [curve.behind for curve in reversed(curves)] + [curve.before for curve in curves]
     said = "; ".join(_said(one) for one in shown)
     heights = [(value, 1000 * (1 - float(up.place(value)))) for value in up.ticks(4)]

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib.resources
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,6 @@ from etude.core.report.words import (
 
 def compose(record: Record, contract: Contract) -> str:
     """The whole page; a file that could not be read is named at its foot."""
-    style, script = _asset("report.css"), _asset("report.js")
-    policy = (
-        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
-        f"script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-    )
     drawn = any(a.get("kind", "image") in ("image", "animation") for a in record.artifacts)
     sections = [
         ("headline", "Result", headline(record, contract)),
@@ -49,21 +45,32 @@ def compose(record: Record, contract: Contract) -> str:
         ("contract", "The method", _contract(record, contract)),
         ("next", "How to go on", _next(record, contract)),
     ]
-    body = "".join(
-        f'<section id="{name}"><h2>{title}</h2><div class="body">{content}</div></section>'
-        for name, title, content in sections
-    )
     notes = "".join(f"<p>Could not be read: {escape(name)}.</p>" for name in record.unreadable)
+    foot = (
+        f"{notes}<p>Written by etude from the run folder <code>{escape(record.folder.name)}</code>. "
+        "This page is one file and needs no network.</p>"
+    )
+    return frame(f"{record.method} · {record.status} · etude", _header(record, contract), sections, foot)
+
+
+def frame(title: str, header: str, sections: Sequence[tuple[str, str, str]], footer: str) -> str:
+    """A whole page: style and script inside it, a policy that lets the browser load nothing else, (id, title, HTML) sections."""
+    style, script = _asset("report.css"), _asset("report.js")
+    policy = (
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+    )
+    body = "".join(
+        f'<section id="{name}"><h2>{heading}</h2><div class="body">{content}</div></section>'
+        for name, heading, content in sections
+    )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark"><meta name="generator" content="etude">'
-        f"<title>{escape(record.method)} · {escape(record.status)} · etude</title>"
-        f"<style>{style}</style></head>\n<body><main>{_header(record, contract)}{body}"
-        f"<footer>{notes}<p>Written by etude from the run folder <code>{escape(record.folder.name)}</code>. "
-        "This page is one file and needs no network.</p></footer></main>"
-        f"<script>{script}</script></body></html>\n"
+        f"<title>{escape(title)}</title><style>{style}</style></head>\n<body><main>{header}{body}"
+        f"<footer>{footer}</footer></main><script>{script}</script></body></html>\n"
     )
 
 
@@ -291,9 +298,10 @@ def _next(record: Record, contract: Contract) -> str:
         rows.append((f"etude sample {run}", "draw from the trained model"))
     if record.status == "done" and contract.bars:
         rows.append((f"etude verify {record.method}", "run the recorded experiments and hold them against their bars"))
-    rows.append(
-        (f"etude copy {record.method} my_{record.method.rpartition('/')[2]}.py", "take the file and make it yours")
-    )
+    if not record.method.startswith("mine/"):
+        rows.append(
+            (f"etude copy {record.method} my_{record.method.rpartition('/')[2]}.py", "take the file and make it yours")
+        )
     body = "".join(f"<dt><code>{escape(command)}</code></dt><dd>{what}</dd>" for command, what in rows)
     return f'<dl class="commands">{body}</dl>'
 
