@@ -1,7 +1,8 @@
 """Write the generated part of the documentation: ``python docs/generate.py [DOCS]`` (default: this folder).
 
 Every page comes from what the catalogue reads in the sources and from the machine-written files in ``results/``;
-nobody types a score. Nothing is imported but the catalogue, so no torch is needed. What it writes is not kept in git:
+nobody types a score. Nothing is imported but the catalogue and how reports set equations, so no torch is needed. What it
+writes is not kept in git:
 
 - ``methods/index.md`` and ``methods/<room>/<name>.md``: all methods, and one page for each
 - ``methods/benchmarks.md``: every recorded race
@@ -27,6 +28,7 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from etude import catalog  # noqa: E402
 from etude.catalog import Entry  # noqa: E402
+from etude.core.report.mathematics import typeset  # noqa: E402
 
 # week, what it is about, the sections of the notes it covers
 COURSE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -89,7 +91,7 @@ def method_page(entry: Entry, rows: list[dict[str, Any]]) -> str:
     parts = [f"# {entry.name}", f"**{prose(entry.title)}**"]
     facts = [f"Evidence: **{entry.badge}**", f"Notes: {entry.section}", f"File: `{source}`"]
     if entry.needs:
-        facts.append("Needs: " + ", ".join(f"`pip install 'etude[{extra}]'`" for extra in entry.needs))
+        facts.append(f"Needs: `pip install -e '.[{','.join(entry.needs)}]'` in the checkout")
     parts.append(" · ".join(facts))
     rest = contract["claim"].partition("\n")[2].strip()
     if rest:
@@ -402,7 +404,9 @@ def within(section: str, whole: str) -> bool:
 
 
 def _section(heading: str, text: str) -> str:
-    if heading in ("Equation", "Algorithm"):
+    if heading == "Equation":
+        return typeset(text)
+    if heading == "Algorithm":
         return f"```text\n{_hanging(text)}\n```"
     text = _hanging(text)
     if re.search(r"^\s*- ", text, flags=re.MULTILINE):

@@ -40,6 +40,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
@@ -49,8 +50,9 @@ from torch import Tensor, nn
 
 from etude import catalog
 from etude import data as room
-from etude.blocks.classify import Recipe, learn, subset, training_images
-from etude.blocks.ensembles import (
+from etude.blocks.classifying.batches import batches, subset, training_images
+from etude.blocks.classifying.ensembles import (
+    Spread,
     assemble,
     average_parameters,
     disagreement,
@@ -60,14 +62,18 @@ from etude.blocks.ensembles import (
     spread,
     vote_log_share,
 )
+from etude.blocks.classifying.recipe import Recipe
+from etude.blocks.classifying.scores import evaluate
+from etude.blocks.classifying.updates import clip, clipped_together, losses, take_snapshot
 from etude.blocks.metrics import accuracy, nll
 from etude.blocks.panels import panels
 from etude.blocks.plots import INK, PALETTE, WIDTH, bars
-from etude.catalog import Experiment, method
+from etude.catalog import Control, Experiment, method
 from etude.core.config import Count, replace
 from etude.core.errors import UserError, nearest
 from etude.core.run import Run
 from etude.core.spec import Spec
+from etude.optim import set_lr
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,7 +86,7 @@ class Config:
     of_preset: str = "default"
     """Preset of that method."""
     settings: tuple[str, ...] = ()
-    """Settings of that method that differ from its preset, each as name=value (widths=[256] steps=320 init=glorot)."""
+    """Settings of that method that differ from its preset, each as name=value (widths=[256] steps=320 initializer=glorot)."""
     data: str = ""
     """Dataset or a folder of class-named image folders; empty takes what the preset of that method says."""
     examples: Count | None = None
@@ -112,30 +118,93 @@ PRESETS = {
 }
 
 EXPERIMENTS = (
-    Experiment("5 initialisations: NLL below one member's mean", preset="mnist", metric="nll_gain", bar=0.01),
+    Experiment(
+        "5 initialisations: NLL below one member's mean",
+        preset="mnist",
+        metric="nll_gain",
+        bar=0.022,
+        controls=(
+            Control(
+                "five equal members, on the same batches",
+                swap={
+                    "assemble": "etude.basics.parts.classifier_nulls.equal_members",
+                    "batches": "etude.basics.parts.classifier_nulls.equal_batches",
+                },
+            ),
+        ),
+    ),
     Experiment(
         "Jensen, for every test image",
         preset="mnist",
         metric="jensen_slack",
         bar=-1e-12,
         notes="the smallest over 10,000 test images of mean member NLL minus NLL of the mean, in float64",
+        controls=(Control("the vote in place of the mean probability", metric="vote_slack"),),
     ),
-    Experiment("5 bootstrap samples: NLL below one member's mean", preset="bagging", metric="nll_gain", bar=0.02),
-    Experiment("5 heads on one trunk: NLL below one head's mean", preset="trunk", metric="nll_gain", bar=0.01),
+    Experiment(
+        "5 bootstrap samples: NLL below one member's mean",
+        preset="bagging",
+        metric="nll_gain",
+        bar=0.053,
+        controls=(Control("the same members without bootstrap", flags={"ensemble": "seeds"}),),
+    ),
+    Experiment(
+        "5 heads on one trunk: NLL below one head's mean",
+        preset="trunk",
+        metric="nll_gain",
+        bar=0.03,
+        controls=(
+            Control("heads that begin alike", swap={"assemble": "etude.basics.parts.classifier_nulls.equal_members"}),
+        ),
+    ),
+    Experiment(
+        "5 heads on one trunk answer better than one network",
+        preset="trunk",
+        metric="test_nll",
+        better="lower",
+        bar=0.29,
+        controls=(Control("one network", flags={"members": 1}),),
+    ),
+    Experiment(
+        "5 networks answer better than 5 heads on one trunk",
+        preset="deep",
+        metric="test_nll",
+        better="lower",
+        bar=0.26,
+        controls=(
+            Control("5 heads on one trunk", preset="trunk"),
+            Control("one network", flags={"members": 1}),
+        ),
+    ),
     Experiment(
         "averaged weights of the last 10 epochs against the mean snapshot",
         preset="snapshots",
         metric="averaged_gain",
-        bar=-0.002,
+        bar=0.0,
+        controls=(Control("the weights of 10 networks that began differently", flags={"ensemble": "seeds"}),),
     ),
     Experiment(
         "5 cycles: NLL below the mean snapshot",
         preset="cyclic",
         metric="nll_gain",
-        bar=0.01,
+        bar=0.019,
         published="3.4 % error on CIFAR-10, of snapshots of a DenseNet (Huang 2017); accuracy, so not comparable",
+        controls=(
+            Control(
+                "snapshots of a constant rate",
+                flags={"settings": ("widths=[256,128]", "steps=320", "evaluate_every=0", "learning_rate=3e-3")},
+            ),
+        ),
     ),
 )
+
+SETTINGS = {
+    "of": "vision/lenet",
+    "of_preset": {"settings": ("steps=5",), "of_preset": "default"},
+    "settings": ("steps=10",),
+    "data": "mnist",
+    "split": {"ensemble": "heads", "settings": ("widths=[16,8]",), "split": "layers.3"},
+}
 
 
 def setting(text: str, preset: Any, known: list[str]) -> tuple[str, Any]:
@@ -208,10 +277,40 @@ def worth(logits: Tensor, targets: Tensor) -> dict[str, list[float]]:
     }
 
 
-def jensen_slack(logits: Tensor, targets: Tensor) -> Tensor:
-    """(1/M) Σ_j −log p_j(y | x) − (−log p(y | x)) of every example, (N,) ≥ 0 up to rounding."""
+def jensen_slack(logits: Tensor, targets: Tensor, combine: Callable[[Tensor], Tensor] = mean_log_probability) -> Tensor:
+    """(1/M) Σ_j −log p_j(y | x) − (−log p(y | x)) of every example, (N,).
+
+    Never negative, up to rounding, for the mean probability; of anything else that `combine` may make of the logits
+    (M, N, C) → (N, C), such as a vote, no inequality says so.
+    """
     single = torch.stack([nll(one, targets, "none") for one in logits])
-    return single.mean(0) - nll(mean_log_probability(logits), targets, "none")
+    return single.mean(0) - nll(combine(logits), targets, "none")
+
+
+def summary(logits: Tensor, averaged: Tensor, targets: Tensor) -> dict[str, float]:
+    """The numbers reported of M members' logits (M, N, C), those of their averaged weights (N, C), and labels (N,)."""
+    found, share = worth(logits, targets), spread(logits, targets)
+    slack = jensen_slack(logits, targets)
+    mean = {name: sum(found[f"single_{name}"]) / len(logits) for name in ("accuracy", "nll")}
+    right, lost = float(accuracy(averaged, targets)), float(nll(averaged, targets))
+    return {
+        "test_probability_accuracy": found["accuracy"][-1],
+        "test_vote_accuracy": found["vote_accuracy"][-1],
+        "test_member_accuracy": mean["accuracy"],
+        "test_averaged_accuracy": right,
+        "test_nll": found["nll"][-1],
+        "test_member_nll": mean["nll"],
+        "test_averaged_nll": lost,
+        "nll_gain": mean["nll"] - found["nll"][-1],
+        "averaged_gain": right - mean["accuracy"],
+        "averaged_nll_gain": mean["nll"] - lost,
+        "jensen_slack": float(slack.min()),
+        "vote_slack": float(jensen_slack(logits, targets, vote_log_share).min()),
+        "correlation": share.correlation,
+        "variance": share.variance,
+        "variance_of_mean": share.measured,
+        "disagreement": disagreement(logits),
+    }
 
 
 @method("basics/ensembles", paper="arXiv:1612.01474", section="4.6", threads=1)
@@ -221,58 +320,68 @@ def train(config: Config, run: Run) -> dict[str, float]:
     if config.split is not None and config.ensemble != "heads":
         raise UserError(f"--split {config.split} says where heads begin; it needs --ensemble heads")
     data = subset(room.images(of.data, getattr(of, "size", None)), recipe.examples, run.seed)
-    run.describe(data.spec)
+    run.describe(data.spec, data)
     model = run.place(build(config, data.spec)["model"])  # line 1
+    optimizer = recipe.make_optimizer(model, run)
     augment = module.augment(of) if hasattr(module, "augment") else None
-    scores = learn(run, recipe, model, data, augment)  # line 2
+    batch, together = batches(run, recipe, model, data, augment), clipped_together(model)
+    run.track(model=model, optimizer=optimizer)
+    model.train()
+    for step in run.steps(recipe.steps):  # line 2
+        set_lr(optimizer, recipe.rate(step))
+        x, y = batch(step)
+        with run.autocast():
+            total, loss = losses(model, x, y)  # the sum over the members, and their mean
+        optimizer.zero_grad()
+        total.backward()
+        run.average(model, loss=loss)
+        clip(together, recipe.clip_norm, recipe.clip_value)
+        optimizer.step()
+        if step in recipe.moments:
+            take_snapshot(run, model, data)
+        run.log(loss=loss)
+        if run.every(recipe.evaluate_every):
+            run.log(**evaluate(run, model, data, "validation"))
 
-    networks = member_networks(model)  # line 3
+    networks = member_networks(model)  # line 3, on the test split
     if config.ensemble == "snapshots":
         networks = networks[::-1]  # the latest first
-    logits, y = answers(networks, data.test.x, run.device), data.test.y
     average = average_parameters(networks)
     reestimate(average, lambda: training_images(run, data))
-    averaged = answers([average], data.test.x, run.device)[0]
-
-    found = worth(logits, y)
-    share, members = spread(logits, y), len(networks)
-    mean_accuracy, mean_nll = (sum(found[name]) / members for name in ("single_accuracy", "single_nll"))
-    result = {
-        "accuracy": found["accuracy"][-1],
-        "nll": found["nll"][-1],
-        "vote_accuracy": found["vote_accuracy"][-1],
-        "mean_accuracy": mean_accuracy,
-        "mean_nll": mean_nll,
-        "nll_gain": mean_nll - found["nll"][-1],
-        "jensen_slack": float(jensen_slack(logits, y).min()),
-        "correlation": share.correlation,
-        "variance": share.variance,
-        "variance_of_mean": share.measured,
-        "disagreement": disagreement(logits),
-        "averaged_accuracy": float(accuracy(averaged, y)),
-        "averaged_nll": float(nll(averaged, y)),
-    }
-    result["averaged_gain"] = result["averaged_accuracy"] - mean_accuracy
-    what = f"{members} {config.ensemble} of {config.of} on {len(data.train):,} images of {data.name}"
-    caption = f"{what}: the first m members together (lines), member m alone (dots), mean of the members (dashed)"
-    caption += "; snapshots count from the latest." if config.ensemble == "snapshots" else "."
+    *logits, averaged = answers([*networks, average], data.test.x, run.device)
+    found, y = torch.stack(logits), data.test.y
+    what = f"{len(networks)} {config.ensemble} of {config.of} on {len(data.train):,} images of {data.name}"
     # members whose weights can be averaged: one network's, or linear heads (whose average has the mean logits)
-    together = config.ensemble == "snapshots" or (config.ensemble == "heads" and config.split is None)
-    line = {"accuracy": result["averaged_accuracy"], "nll": result["averaged_nll"]} if together else {}
+    averages = config.ensemble == "snapshots" or (config.ensemble == "heads" and config.split is None)
+    result = summary(found, averaged, y)
+    pictures(run, result, worth(found, y), spread(found, y), averages, what)
+    return result | evaluate(run, model, data, "test")
+
+
+def pictures(
+    run: Run, result: dict[str, float], found: dict[str, list[float]], share: Spread, averages: bool, what: str
+) -> None:
+    """Scores by number of members, the ways to put answers together, and both in numbers.
+
+    `averages`: whether the members are such that the average of their weights means something.
+    """
+    caption = f"{what}: the first m members together (lines), member m alone (dots), mean of the members (dashed)"
+    caption += "; snapshots count from the latest." if "snapshots" in what else "."
+    line = {"accuracy": result["test_averaged_accuracy"], "nll": result["test_averaged_nll"]} if averages else {}
     run.artifact("members", _picture(found, line), caption)
     names = {
-        "one member (mean)": mean_accuracy,
-        "vote": result["vote_accuracy"],
-        "mean probability": result["accuracy"],
+        "one member (mean)": result["test_member_accuracy"],
+        "vote": result["test_vote_accuracy"],
+        "mean probability": result["test_probability_accuracy"],
     }
-    if together:
-        names["averaged weights"] = result["averaged_accuracy"]
+    if averages:
+        names["averaged weights"] = result["test_averaged_accuracy"]
     errors = [100 * (1 - value) for value in names.values()]
     run.artifact("errors", bars(list(names), errors, x="test error, %"), f"{what}: how the answers are put together.")
     variance = {"one member σ²": share.variance, "formula": share.formula, "mean of the members": share.measured}
-    table = {"members": list(range(1, members + 1)), **found, "variance": variance, "correlation": share.correlation}
+    members = list(range(1, len(found["nll"]) + 1))
+    table = {"members": members, **found, "variance": variance, "correlation": share.correlation}
     run.artifact("table", table, "The same in numbers, and the variance of the error 1 − p(y | x) over test images.")
-    return result | scores
 
 
 def _picture(found: dict[str, list[float]], averaged: dict[str, float]) -> Figure:

@@ -206,7 +206,7 @@ def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
 @method("gans/gan", paper="arXiv:1406.2661", section="8.6.1-8.6.4.1, 8.6.5.1", threads=1)
 def train(config: Config, run: Run) -> dict[str, float]:
     data = stage(run, config.data, config.size)
-    run.describe(data.spec)
+    run.describe(data.spec, data)
     modules = {name: run.place(module) for name, module in build(config, data.spec).items()}
     G, D = modules["generator"], modules["discriminator"]
     settings = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}

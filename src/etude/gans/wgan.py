@@ -137,7 +137,7 @@ def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
 @method("gans/wgan", paper="arXiv:1701.07875", section="8.6.5.2", threads=1)
 def train(config: Config, run: Run) -> dict[str, float]:
     data = stage(run, config.data, config.size)
-    run.describe(data.spec)
+    run.describe(data.spec, data)
     modules = {name: run.place(module) for name, module in build(config, data.spec).items()}
     G, f = modules["generator"], modules["critic"]
     theta, w = optim.flatten(G), optim.flatten(f)

@@ -164,7 +164,7 @@ def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
 @method("gans/wgan_gp", paper="arXiv:1704.00028", section="8.6.5.3", threads=1)
 def train(config: Config, run: Run) -> dict[str, float]:
     data = stage(run, config.data, config.size)
-    run.describe(data.spec)
+    run.describe(data.spec, data)
     modules = {name: run.place(module) for name, module in build(config, data.spec).items()}
     G, f = modules["generator"], modules["critic"]
     settings = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}

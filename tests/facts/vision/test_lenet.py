@@ -168,7 +168,7 @@ def test_the_initialiser_follows_the_style_unless_one_is_named(style, scale):
     spec = Spec(shape=(1, 28, 28), classes=tuple("0123456789"), mean=(0.1,), std=(0.3,))
     for init, variance in ((None, scale / 120), ("small", 1e-4), ("glorot", 2 / 204)):
         torch.manual_seed(0)
-        model = build(Config(style=style, init=init, bias_init=0.2), spec)["model"]
+        model = build(Config(style=style, initializer=init, initial_bias=0.2), spec)["model"]
         assert model.classifier[1].weight.var().item() == pytest.approx(variance, rel=0.05)
         assert bool((model.classifier[1].bias == 0.2).all())
 

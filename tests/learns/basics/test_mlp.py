@@ -25,7 +25,13 @@ def test_learns_digits(tmp_path, optimizer, rate):
 
 @pytest.mark.parametrize("normalizer", ["none", "batch"])
 def test_a_deep_sigmoid_network_needs_batch_normalisation(tmp_path, normalizer):
-    flags = {"widths": (64,) * 12, "activation": "sigmoid", "init": "glorot", "steps": 200, "learning_rate": 3e-3}
+    flags = {
+        "widths": (64,) * 12,
+        "activation": "sigmoid",
+        "initializer": "glorot",
+        "steps": 200,
+        "learning_rate": 3e-3,
+    }
     result = etude.run("basics/mlp", out=tmp_path / "run", quiet=True, seed=0, normalizer=normalizer, **flags)
     if normalizer == "batch":
         assert result.metrics["test_accuracy"] >= 0.9  # measured 0.950
@@ -36,7 +42,7 @@ def test_a_deep_sigmoid_network_needs_batch_normalisation(tmp_path, normalizer):
 @pytest.mark.parametrize(
     "flags",
     [  # measured 0.964, 0.964, 0.958, 0.969, 0.950
-        {"init": "orthogonal", "bias_init": 0.1, "clip_norm": 1.0},
+        {"initializer": "orthogonal", "initial_bias": 0.1, "clip_norm": 1.0},
         {"clip_value": 0.01, "schedule": "cyclic"},
         {"dropout": 0.3, "dropout_style": "classic", "normalizer": "layer"},
         {"ensemble": "heads", "combine": "vote", "members": 3},

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+from etude.core.report.mathematics import typeset
 from etude.core.report.reading import is_number
 
 Facts = list[tuple[str, str]]
@@ -133,18 +134,10 @@ def prose(text: str) -> str:
             body = "".join(f"<li>{inline(_ITEM.sub('', ' '.join(x.strip() for x in item)))}</li>" for item in items)
             out.append(f"<{tag}>{body}</{tag}>")
         elif all(line.startswith("    ") for line in lines if line.strip()):
-            out.append(formula(block))
+            out.append(typeset(block))
         elif block.strip():
             out.append(f"<p>{inline(' '.join(line.strip() for line in lines))}</p>")
     return "".join(out)
-
-
-def formula(text: str) -> str:
-    lines = text.strip("\n").split("\n")
-    margins = [len(line) - len(line.lstrip()) for line in lines[1:] if line.strip()]
-    margin = min(margins, default=0)
-    body = [lines[0].strip()] + [line[margin:] for line in lines[1:]]
-    return f'<pre class="formula">{escape(chr(10).join(body))}</pre>'
 
 
 def html_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -1,0 +1,1 @@
+"""What the loops of image classifiers share: settings, batches, losses of ensembles, snapshots, scores, pictures."""
