@@ -25,19 +25,20 @@ RACES = (
 def rows() -> list[dict]:
     import pyspiel
 
-    from etude.blocks import tree as trees
-    from etude.blocks.games import load_game
     from etude.games import cfr
+    from etude.games.parts import strategies
+    from etude.games.parts.rules import load_game
+    from etude.games.parts.tree import flatten
 
     version = _version("open_spiel")
     start = time.perf_counter()
-    trees.WARM_UP = 0  # compile at the first call
-    _solver(cfr, trees.flatten(load_game("kuhn")), "cfr")(1)
+    strategies.WARM_UP = 0  # compile at the first call
+    _solver(cfr, flatten(load_game("kuhn")), "cfr")(1)
     _note(f"importing and compiling (or loading compiled kernels): {time.perf_counter() - start:.2f} s")
     found = []
     for name, peer_name, variant, compared, (ours_count, peer_count), bar in RACES:
         start = time.perf_counter()
-        tree = trees.flatten(load_game(name))
+        tree = flatten(load_game(name))
         held = cfr.tables(tree)
         memory = tree.nbytes + sum(array.nbytes for array in held.state_dict().values())
         _note(
@@ -49,7 +50,7 @@ def rows() -> list[dict]:
         cfr.iterate(tree, held, 0, compared, variant)
         for _ in range(compared):
             solver.evaluate_and_update_policy()
-        ours = trees.exploitability(tree, trees.normalised(tree, held.average))
+        ours = strategies.exploitability(tree, strategies.normalised(tree, held.average))
         theirs = pyspiel.exploitability(game, solver.average_policy())
         if abs(ours - theirs) > 5e-11:
             raise AssertionError(f"{name} {variant}: exploitability {ours!r} against OpenSpiel's {theirs!r}")

@@ -37,7 +37,7 @@ def _decoding() -> list[dict[str, Any]]:
     import torch
     import transformers
 
-    from etude.blocks.decoding import generate
+    from etude.blocks.tokens.decoding import generate
     from etude.language.gpt import GPT, Architecture
 
     torch.manual_seed(0)

@@ -119,7 +119,7 @@ def learn(preset: str, settings: dict[str, Any], steps: int, every: int) -> dict
     import torch
 
     import etude
-    from etude.blocks.envs import play
+    from etude.blocks.acting.episodes import play
     from etude.core.randomness import fold
 
     found: dict[str, Any] = {"env": "CartPole-v1", "steps": steps, "peer_version": version("stable-baselines3")}

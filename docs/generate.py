@@ -91,7 +91,7 @@ def method_page(entry: Entry, rows: list[dict[str, Any]]) -> str:
     parts = [f"# {entry.name}", f"**{prose(entry.title)}**"]
     facts = [f"Evidence: **{entry.badge}**", f"Notes: {entry.section}", f"File: `{source}`"]
     if entry.needs:
-        facts.append("Needs: " + ", ".join(f"`pip install 'etude[{extra}]'`" for extra in entry.needs))
+        facts.append(f"Needs: `pip install -e '.[{','.join(entry.needs)}]'` in the checkout")
     parts.append(" · ".join(facts))
     rest = contract["claim"].partition("\n")[2].strip()
     if rest:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import random
+import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +19,10 @@ from hypothesis import HealthCheck, settings
 # the same examples every time, however slow the machine is
 settings.register_profile("etude", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("etude")
+
+# what tests run is not remembered as trusted in the home of whoever runs them
+os.environ["ETUDE_CACHE"] = tempfile.mkdtemp(prefix="etude-tests-")
+atexit.register(shutil.rmtree, os.environ["ETUDE_CACHE"], ignore_errors=True)
 
 BUDGET = 10.0  # CPU seconds a method may cost: 110 methods and what they share then fit into 12 minutes on two cores
 METHODS = 110

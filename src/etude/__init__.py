@@ -12,10 +12,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from etude.core.launch import load, resume, run
+    from etude.core.launch import load, resume, run, sample
 
 __version__ = "0.1.0"
-__all__ = ["load", "resume", "run"]
+__all__ = ["load", "resume", "run", "sample"]
 
 
 def __getattr__(name: str) -> Any:

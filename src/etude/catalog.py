@@ -14,7 +14,6 @@ import importlib
 import importlib.util
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
@@ -26,7 +25,12 @@ from etude.core.errors import UserError, nearest
 
 PACKAGE = Path(__file__).resolve().parent
 NOT_ROOMS = {"core", "blocks", "data", "optim", "_results", "cli", "__pycache__"}
-EXTRAS = {"rl": ("gymnasium",), "text": ("tokenizers",), "track": ("tensorboard",)}
+EXTRAS = {
+    "rl": ("gymnasium",),
+    "text": ("tokenizers",),
+    "track": ("tensorboard",),
+    "export": ("onnx", "onnxscript", "onnxruntime"),
+}
 SECTIONS = ("Paper", "Equation", "Algorithm", "Differences", "Expect", "Command")
 
 
@@ -261,19 +265,10 @@ def entries() -> dict[str, Entry]:
 
 def find(name: str) -> Entry:
     """Return the entry of this name, or of a file path ending in .py; the nearest name is offered otherwise."""
-    if name.endswith(".py"):
-        path = Path(name)
-        if not path.is_file():
-            raise UserError(f"there is no file {name}; 'etude copy METHOD {name}' would make one to start from")
-        try:
-            entry = _read(path.resolve())
-        except (OSError, ValueError, SyntaxError) as error:  # UnicodeDecodeError is a ValueError
-            raise UserError(f"{name} is no method file that can be read ({error})") from error
-        if entry is None:
-            raise UserError(
-                f"{name} holds no function decorated with @method(…); 'etude copy METHOD FILE' shows the form"
-            )
-        return entry
+    from etude.core import own
+
+    if own.is_own(name):
+        return own.find(name)
     known = entries()
     if name in known:
         return known[name]
@@ -284,25 +279,15 @@ def find(name: str) -> Entry:
 
 
 def load_method(entry: Entry) -> ModuleType:
-    """Import the one file of this method; raise UserError with the install command if an extra is missing."""
+    """Import this method's file; raise UserError with the install command if an extra is missing."""
+    from etude.core import extras, own
+
     if entry.missing:
-        extras = ",".join(entry.missing)
-        raise UserError(f"{entry.name} needs an extra that is not installed; run: pip install 'etude[{extras}]'")
-    if entry.path.is_relative_to(PACKAGE):
-        parts = entry.path.relative_to(PACKAGE).with_suffix("").parts
-        return importlib.import_module(".".join(("etude", *parts)))
-    module_name = f"etude_user_{entry.path.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, entry.path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # dataclasses look their module up
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[module_name]
-        raise UserError(f"{entry.path} cannot be imported: {type(error).__name__}: {error}") from error
-    return module
+        raise UserError(f"{entry.name} needs a package that is not installed; run: {extras.how(*entry.missing)}")
+    if isinstance(entry, own.Own):
+        return own.load(entry)
+    parts = entry.path.relative_to(PACKAGE).with_suffix("").parts
+    return importlib.import_module(".".join(("etude", *parts)))
 
 
 def loop_of(module: ModuleType) -> Callable[..., dict[str, float]]:
@@ -437,9 +422,14 @@ def _literal(node: ast.AST, assigned: dict[str, ast.expr]) -> Any:
     if isinstance(node, ast.Name):
         return _literal(assigned[node.id], assigned)
     if isinstance(node, ast.Tuple):
-        return tuple(_literal(item, assigned) for item in node.elts)
+        parts = [(item.value, True) if isinstance(item, ast.Starred) else (item, False) for item in node.elts]
+        values = [(_literal(item, assigned), many) for item, many in parts]
+        return tuple(item for value, many in values for item in (value if many else (value,)))
     if isinstance(node, ast.Dict):
-        return {_literal(key, assigned): _literal(value, assigned) for key, value in zip(node.keys, node.values) if key}
+        pairs = [
+            (key and _literal(key, assigned), _literal(value, assigned)) for key, value in zip(node.keys, node.values)
+        ]
+        return {k: v for key, value in pairs for k, v in (value.items() if key is None else [(key, value)])}
     return ast.literal_eval(node)  # type: ignore[arg-type]
 
 

@@ -8,7 +8,7 @@ import shutil
 import sys
 
 from etude import catalog, data
-from etude.core import record
+from etude.core import extras, record
 from etude.core.launch import runs_folder
 
 
@@ -34,11 +34,7 @@ def examine() -> list[dict[str, str]]:
     for extra, packages in catalog.EXTRAS.items():
         there = catalog.extra_installed(extra)
         users = sum(extra in entry.needs for entry in catalog.entries().values())
-        detail = (
-            ", ".join(packages)
-            if there
-            else f"not installed ({users} methods use it); run: pip install 'etude[{extra}]'"
-        )
+        detail = ", ".join(packages) if there else f"not installed ({users} methods use it); run: {extras.how(extra)}"
         rows.append(_row(f"extra {extra}", "ok" if there else "note", detail))
     import torch
 

@@ -1,4 +1,5 @@
-"""Imports run one way: core ← blocks, data, optim ← methods ← cli; and a method never imports another's loop.
+"""Imports run one way: core ← blocks, data, optim ← methods ← cli; a method never imports another's loop, and what a room
+keeps in its `parts` is for that room alone.
 
 The sources are read, not imported. `etude.catalog` belongs to the core (it knows sources, not methods); the command
 line, and any other file that lies directly in the package (doctor, __main__), stands at the top.
@@ -20,10 +21,15 @@ from etude import catalog
 
 CORE, SHARED, METHODS, TOP = range(4)
 TIER = {"core": CORE, "catalog": CORE, "blocks": SHARED, "data": SHARED, "optim": SHARED, "cli": TOP}
-LAZY = {"run": "etude.core.launch", "resume": "etude.core.launch", "load": "etude.core.launch"}  # names of etude itself
+LAZY = dict.fromkeys(("run", "resume", "load", "sample", "methods"), "etude.core.launch")  # names of etude itself
 
 # file, what it imports, and why; only inside a function, so that importing the file stays clean
-INSIDE_A_FUNCTION: dict[tuple[str, str], str] = {}
+INSIDE_A_FUNCTION: dict[tuple[str, str], str] = {
+    (
+        "core/predict.py",
+        "etude.data.folders",
+    ): "a trained network decodes the user's pictures as training folders are decoded",
+}
 
 FILES = sorted(path.relative_to(catalog.PACKAGE).as_posix() for path in catalog.PACKAGE.rglob("*.py"))
 
@@ -42,6 +48,12 @@ def module_of(file: str) -> str:
     """vision/lenet.py → etude.vision.lenet."""
     parts = ("etude", *Path(file).with_suffix("").parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def parts_of(module: str) -> str:
+    """The room whose `parts` this module belongs to, or ""."""
+    _, room, *inside = [*module.split("."), ""]
+    return room if inside[:1] == ["parts"] else ""
 
 
 def is_module(name: str) -> bool:
@@ -77,13 +89,15 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
 
 def mistakes(tree: ast.Module, file: str) -> list[str]:
-    """Every import of this file that runs the wrong way, and every loop of another method that it takes."""
+    """Every import of this file that runs the wrong way, and every loop or part of another's that it takes."""
     own = tier(module_of(file)) if file != "__init__.py" else TOP
     found = []
     aliases: dict[str, str] = {}
     for module, name, outside, line in imports(tree, file):
         if tier(module) > own and (outside or (file, module) not in INSIDE_A_FUNCTION):
             found.append(f"{file}:{line} imports {module}, which stands above it")
+        if (room := parts_of(module)) and room != file.partition("/")[0]:
+            found.append(f"{file}:{line} imports {module}, which only {room} may use: move it to blocks")
         if own == METHODS and name and name in loops(module) and module != module_of(file):
             found.append(f"{file}:{line} takes the loop '{name}' of {module}")
         if not name:
@@ -141,6 +155,11 @@ def test_imports_run_one_way() -> None:
         ("vision/lenet.py", "from etude.basics.mlp import train"),
         ("vision/lenet.py", "from etude.basics import mlp\nmlp.train(None, None)"),
         ("vision/lenet.py", "from etude.basics import mlp as other\nother.train(None, None)"),
+        ("vision/lenet.py", "from etude.games.parts.tree import Tree"),
+        ("vision/lenet.py", "from etude.games.parts import tree"),
+        ("gans/parts/rings.py", "def f():\n    import etude.games.parts.rules"),
+        ("blocks/metrics.py", "from etude.games.parts.tree import Tree"),
+        ("cli/runs.py", "from etude.games.parts.showing import deal"),
     ],
 )
 def test_wrong_way_is_noticed(file: str, source: str) -> None:
@@ -151,6 +170,9 @@ def test_wrong_way_is_noticed(file: str, source: str) -> None:
     ("file", "source"),
     [
         ("vision/lenet.py", "from etude.basics.mlp import MLP\nfrom etude import data, optim\nfrom etude import load"),
+        ("games/cfr.py", "from etude.games.parts.tree import Tree\nfrom etude.games.parts import rules"),
+        ("games/alphazero/train.py", "from etude.games.parts.tree import Tree\nfrom etude.blocks.nn import norm"),
+        ("games/parts/showing.py", "from etude.games.parts.tree import Tree\nfrom ..parts import rules"),
         ("blocks/plots.py", "from etude.data import images"),
         ("core/launch.py", "from etude import catalog\nimport etude"),
         ("__init__.py", "from etude.core.launch import run"),

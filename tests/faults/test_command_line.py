@@ -14,7 +14,10 @@ from pathlib import Path
 
 import pytest
 
-VERBS = ["list", "info", "run", "resume", "show", "sample", "verify", "bench", "data", "copy", "doctor", "completion"]
+VERBS = [
+    "list", "info", "run", "resume", "show", "runs", "compare", "predict", "sample", "export", "verify", "bench", "data",
+    "copy", "doctor", "completion",
+]  # fmt: skip
 WARM = ("--quiet", "--steps", "4")
 
 
@@ -71,7 +74,7 @@ def test_list_json(etude) -> None:
     for row in rows:
         assert list(row) == ["name", "title", "room", "section", "paper", "badge", "needs"]
         assert row["room"] == row["name"].partition("/")[0]
-        assert row["badge"] in {"verified", "runs", "broken", "unproved"}
+        assert row["badge"] in {"verified", "stale", "runs", "broken", "unproved"}
         assert isinstance(row["needs"], list)
         assert all(isinstance(value, str) for name, value in row.items() if name != "needs")
     assert {row["name"] for row in json.loads(etude("list", "vision", "--json").out)} == {
@@ -227,22 +230,27 @@ def test_copy_run_resume_show(etude, tmp_path) -> None:
     assert etude.refused("copy", "vision/lenet", "mine/copy.py") == "mine/copy.py exists already; name another file"
     done = etude("run", "./mine/copy.py", "--preset", "tiny", "--quiet")
     assert (done.code, done.err) == (0, "")
-    (folder,) = (tmp_path / "runs" / "vision" / "lenet").iterdir()
+    (folder,) = (tmp_path / "runs" / "mine" / "copy").iterdir()
     assert f"run:  {folder}\nnext: etude show {folder}\n" in done.out
-    # the copy is what resumes, wherever the command is given
+    # what the run keeps is what resumes, wherever the command is given and whatever became of the file
+    assert (folder / "source.py").read_bytes() == (tmp_path / "mine" / "copy.py").read_bytes()
+    (tmp_path / "mine" / "copy.py").unlink()
     (folder / "done").unlink()
     result = (folder / "result.json").read_text()
     (folder / "result.json").unlink()
-    assert json.loads((folder / "config.json").read_text())["method"] == str(tmp_path / "mine" / "copy.py")
+    described = json.loads((folder / "config.json").read_text())
+    assert described["method"] == "mine/copy"
+    assert described["source"]["path"] == str(tmp_path / "mine" / "copy.py")
+    assert described["command"] == f"etude run {tmp_path / 'mine' / 'copy.py'} --preset tiny --quiet"
     done = etude("resume", "latest", before="import os; os.chdir('/')")
     assert (done.code, done.err) == (0, "")
     assert (folder / "result.json").read_text() == result
     done = etude("resume", folder)
     assert (done.code, done.err) == (0, f"{folder} has already finished; nothing to continue\n")
-    for words in (("latest",), (), ("vision/lenet",), ("lenet",), (folder,)):
+    for words in (("latest",), (), ("mine/copy",), (folder,)):
         done = etude("show", *words)
         assert (done.code, done.err) == (0, "")
-        assert done.out.splitlines()[0] == f"{tmp_path / 'mine' / 'copy.py'}  done"
+        assert done.out.splitlines()[0] == "mine/copy  done"
         assert done.out.splitlines()[-1] == str(folder / "report.html")
     shown = json.loads(etude("show", "--json").out)
     assert shown["state"] == "done"
@@ -354,17 +362,21 @@ def test_verify_writes_a_card_and_fails_on_a_miss(etude, tmp_path) -> None:
     before = """
 import os, types
 from etude import catalog, cli
-from etude.core import evidence
+from etude.core.evidence import cards, stage, traces
 def forked(words, **settings):
     pid = os.fork()
     if pid == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os._exit(cli.main(words[3:]))
     return types.SimpleNamespace(returncode=os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), stderr="", stdout="")
-evidence.subprocess = types.SimpleNamespace(run=forked)
-row = {{"name": "a", "preset": "tiny", "metric": "{metric}", "bar": 1.5, "seeds": (5,), "flags": {{"steps": 2, "shift": 0}}}}
+stage.subprocess = types.SimpleNamespace(run=forked)
+row = {{"name": "a", "preset": "tiny", "metric": "{metric}", "bar": 1.5, "seeds": (5,), "flags": {{"steps": 2, "shift": 0}},
+       "controls": ()}}
 catalog.Entry.experiments = property(lambda entry: [row])
-evidence._oracle = lambda entry: {{"file": "x", "tests": 3, "passed": True}}
+cards._oracle = lambda entry: {{"file": "x", "tests": 3, "passed": True}}
+cards._may_write = lambda: None
+cards.check_settings = lambda entry: {{}}
+traces.record = lambda entry, chosen, stage: ([""], {{}})
 """
     results = {"ETUDE_RESULTS": str(tmp_path / "results")}
     done = etude("verify", "vision/lenet", "--json", before=before.format(metric="test_accuracy"), **results)
@@ -425,5 +437,5 @@ def test_progress_on_a_terminal(etude) -> None:
     os.close(ours)
     assert code == 0
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode())
-    assert re.search(r"tests/piece \S+ \d+/60 20/s \ds left .*loss \d", shown), shown
+    assert re.search(r"mine/piece \S+ \d+/60 20/s \ds left .*loss \d", shown), shown
     assert seen.decode().rstrip("\n\r").endswith("\x1b[2K"), "the line was left behind"

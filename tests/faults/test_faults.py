@@ -84,8 +84,10 @@ def test_an_error_of_the_method_writes_no_checkpoint_and_a_repaired_file_goes_on
     assert (folder / "failed").read_text().startswith("AssertionError: \nTraceback")
     assert "AssertionError" in (folder / "report.html").read_text(encoding="utf-8")
     mine.write_text(text, encoding="utf-8")
-    done = etude("resume", folder)
+    assert etude("resume", folder).code == 1  # the run keeps the source it was made with
+    done = etude("resume", folder, "--source", mine)
     assert (done.code, done.err) == (0, "")
+    assert (folder / "source.py").read_text(encoding="utf-8") == text
     assert not (folder / "failed").exists()
     assert (folder / "done").exists()
     assert ending(folder) == ending(whole)
@@ -146,7 +148,7 @@ def test_the_system_refuses_more_bytes(etude, tmp_path) -> None:
     )
     assert not list(folder.rglob(".part-*"))
     done = etude(
-        "run", etude.piece, "--out", tmp_path / "small", *FLAGS, before=limit.format(3_000)
+        "run", etude.piece, "--out", tmp_path / "small", *FLAGS, before=ONCE_OPEN + "    " + limit.format(3_000)
     )  # metrics.jsonl does not
     assert done.code == 1
     assert "is full (File too large); " in done.err
@@ -154,6 +156,17 @@ def test_the_system_refuses_more_bytes(etude, tmp_path) -> None:
     assert etude("resume", tmp_path / "small").code == 0
     assert etude("run", etude.piece, "--out", tmp_path / "calm", *FLAGS).code == 0
     assert ending(tmp_path / "small") == ending(tmp_path / "calm")
+
+
+ONCE_OPEN = """
+from etude.core.record import Record
+begin = Record.open
+def limited(record, *arguments):
+    begin(record, *arguments)
+    limit()
+Record.open = limited
+def limit():
+"""
 
 
 def test_full_disk_before_the_run_begins(etude, tmp_path) -> None:
@@ -327,13 +340,13 @@ def test_a_changed_method_file_does_not_fit(etude, tmp_path) -> None:
     ]:
         assert old in text
         mine.write_text(text.replace(old, new).replace("config.widths", "(8,)"), encoding="utf-8")
-        done = etude("resume", folder)
+        done = etude("resume", folder, "--source", mine)
         assert done.code in (1, 2)
         assert done.err.count("\n") == 1
         assert part in done.err
     assert steps(folder) == [30, 40]
     mine.unlink()
-    assert etude.refused("resume", folder).startswith(f"there is no file {mine}")
+    assert etude.refused("resume", folder, "--source", mine).startswith(f"there is no file {mine}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- data

@@ -40,13 +40,13 @@ def test_run_and_load(tmp_path, capfd) -> None:
     )
     done = run(steps=12, seed=3)
     (done.folder / "artifacts" / "config.json").write_text("{}")  # an artifact of that name makes no run
-    assert done.folder.parent == tmp_path / "runs" / "tests" / "piece"
+    assert done.folder.parent == tmp_path / "runs" / "mine" / "piece"
     assert done.metrics == json.loads((done.folder / "result.json").read_text())
     assert torch.get_num_threads() == threads
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
-    for text in (done.folder, str(done.folder), "latest", "tests/piece"):
+    for text in (done.folder, str(done.folder), "latest", "mine/piece"):
         loaded = etude.load(text)
-        assert (loaded.name, loaded.step, loaded.folder) == ("tests/piece", 12, done.folder)
+        assert (loaded.name, loaded.step, loaded.folder) == ("mine/piece", 12, done.folder)
         assert loaded.config.steps == 12
         assert loaded.spec == Spec(shape=(4,), extra={"pid": 0})
         saved = load_file(done.folder / "checkpoints" / "step-000000012" / "tensors.safetensors")
@@ -108,10 +108,10 @@ def test_resume_goes_on_and_a_finished_run_is_returned() -> None:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"preset": "tinny"}, "tests/piece has no preset 'tinny'; did you mean 'tiny'?"),
-        ({"stesp": 3}, "tests/piece has no setting 'stesp'; did you mean 'steps'?"),
-        ({"sed": 3}, "tests/piece has no setting 'sed'; did you mean 'seed'?"),
-        ({"presett": "tiny"}, "tests/piece has no setting 'presett'; did you mean 'preset'?"),
+        ({"preset": "tinny"}, "mine/piece has no preset 'tinny'; did you mean 'tiny'?"),
+        ({"stesp": 3}, "mine/piece has no setting 'stesp'; did you mean 'steps'?"),
+        ({"sed": 3}, "mine/piece has no setting 'sed'; did you mean 'seed'?"),
+        ({"presett": "tiny"}, "mine/piece has no setting 'presett'; did you mean 'preset'?"),
         ({"steps": 0}, "--steps is 0; it must be a whole number at least 1"),
         ({"steps": "3"}, "--steps is '3'; it must be a whole number at least 1"),
         ({"dropout": float("nan")}, "--dropout is nan; it must be a number between 0 and 1"),
@@ -152,7 +152,7 @@ def test_a_run_in_a_thread_takes_no_signals() -> None:
 
 def make(folder: Path, resume: bool = False, **settings) -> Run:
     folder.mkdir(exist_ok=True)
-    made = Run("tests/none", None, Common(quiet=True, **settings), folder, resume=resume)
+    made = Run("mine/none", None, Common(quiet=True, **settings), folder, resume=resume)
     made.record.open(made.step, "cpu")
     return made
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 FILES = {
     "config.json",
+    "source.py",
     "environment.json",
     "metrics.jsonl",
     "result.json",

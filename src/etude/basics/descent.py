@@ -39,7 +39,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -47,10 +47,10 @@ from torch import Tensor, nn
 
 from etude.blocks.panels import film, label, panels
 from etude.blocks.plots import INK, PALETTE, SOFT
-from etude.catalog import Experiment, method
+from etude.catalog import Control, Experiment, method
 from etude.core.checkpoint import Box
-from etude.core.config import Count, NonNegative, Positive, Whole
-from etude.core.errors import UserError
+from etude.core.config import Count, NonNegative, Positive, Range, Whole
+from etude.core.errors import RunError, UserError
 from etude.core.run import Run
 from etude.core.spec import Spec
 from etude.optim import adagrad, adam, momentum, newton, rmsprop, sgd
@@ -59,28 +59,28 @@ from etude.optim.chain import Rule, Signal, State
 
 @dataclass(frozen=True)
 class Config:
-    kappa: Positive = 100.0
+    kappa: Annotated[float, Range(1)] = 100.0
     """Condition number of the valley: its curvature across, over 1 along."""
-    angle: float = 30.0
+    angle: Annotated[float, Range(-360, 360)] = 30.0
     """Turn of the valley against the axes, in degrees."""
     steps: Count = 1000
     """Steps that every optimizer takes."""
     tolerance: Positive = 1e-6
     """Distance to the minimum of the valley at which an optimizer has arrived."""
-    rmsprop_rate: Positive = 0.03
+    rmsprop_learning_rate: Positive = 0.03
     """RMSProp's α (the other rates of the valley follow from κ)."""
-    adagrad_rate: Positive = 0.5
+    adagrad_learning_rate: Positive = 0.5
     """AdaGrad's α."""
-    adam_rate: Positive = 0.1
+    adam_learning_rate: Positive = 0.1
     """Adam's α."""
-    saddle_rate: Positive = 0.05
+    saddle_learning_rate: Positive = 0.05
     """α of gradient descent, momentum and Nesterov at the saddle."""
     noise: NonNegative = 0.3
     """σ of the noise in the noisy optimizer's gradient."""
     damping: Positive = 3.0
     """λ of the damped Newton method."""
     frames: Whole = 150
-    """Frames of the animation, 25 a second (0: none)."""
+    """Frames of the animation (0: none)."""
 
 
 PRESETS = {
@@ -89,22 +89,43 @@ PRESETS = {
     "upright": Config(angle=0.0),  # 7 s → AdaGrad arrives as early as momentum
 }
 
+QUICK = {"frames": 0}  # a control draws no animation
 EXPERIMENTS = (
-    Experiment("momentum", preset="default", metric="momentum_speedup", bar=5.0, published="√κ = 10 as κ → ∞"),
-    Experiment("newton", preset="default", metric="steps_newton", bar=1.0, better="lower"),
-    Experiment("newton_at_the_saddle", preset="default", metric="saddle_distance_newton", bar=1e-8, better="lower"),
-    Experiment("escapes", preset="default", metric="escaped", bar=8.0, notes="of the 8 others"),
-    Experiment("noise_leaves_the_ridge", preset="default", metric="ridge_escaped_noisy", bar=1.0),
-    Experiment("noiseless_stay", preset="default", metric="ridge_escaped_others", bar=0.0, better="lower"),
-)
+    Experiment(
+        "momentum", preset="default", metric="momentum_speedup", bar=8.157, better="near", tolerance=0.5, seeds=(0,),
+        published="√κ = 10 as κ → ∞", notes="no noise reaches it, so one seed",
+        controls=(Control("momentum switched off", QUICK, swap={"settings": "etude.basics.parts.training_nulls.no_momentum"}),),
+    ),
+    Experiment(
+        "newton", preset="default", metric="steps_newton", bar=1.0, better="lower", seeds=(0,),
+        controls=(Control("damped", metric="steps_damped"),),
+    ),
+    Experiment(
+        "newton_at_the_saddle", preset="default", metric="saddle_distance_newton", bar=1e-8, better="lower", seeds=(0,),
+        controls=(Control("|H| in place of H", QUICK, swap={"curvatures": "etude.basics.parts.training_nulls.without_signs"}),),
+    ),
+    Experiment(
+        "escapes", preset="default", metric="escaped", bar=8.0, notes="of the 8 others",
+        controls=(Control("hardly any damping", {"damping": 1e-6, "frames": 0}),),
+    ),
+    Experiment(
+        "noise_leaves_the_ridge", preset="default", metric="ridge_escaped_noisy", bar=1.0,
+        controls=(Control("no noise", {"noise": 0.0, "frames": 0}),),
+    ),
+    Experiment(
+        "noiseless_stay", preset="default", metric="ridge_escaped_others", bar=0.0, better="lower", seeds=(0,),
+        controls=(Control("beside the ridge", QUICK, swap={"starts": "etude.basics.parts.training_nulls.beside_the_ridge"}),),
+    ),
+)  # fmt: skip
 
 NAMES = ("sgd", "noisy", "momentum", "nesterov", "rmsprop", "adagrad", "adam", "newton", "damped")
 LABELS = (
     "gradient descent", "with noise", "momentum", "Nesterov", "RMSProp", "AdaGrad", "Adam", "Newton", "damped Newton",
 )  # fmt: skip
-INKS = (PALETTE[0], "#8db4de", PALETTE[1], PALETTE[1], *PALETTE[2:5], INK, INK)
+INKS = (PALETTE[0], PALETTE[5], PALETTE[1], PALETTE[1], *PALETTE[2:5], INK, INK)
 STROKES = ("-", "-", "-", "--", "-", "-", "-", "-", "--")
 PROBLEMS = ("valley", "saddle", "ridge")
+OTHERS = [i for i, name in enumerate(NAMES) if name != "newton"]
 
 
 def turn(degrees: float) -> Tensor:
@@ -149,7 +170,7 @@ def settings(config: Config) -> tuple[list[Rule | None], Tensor]:
     """Each optimizer's rule (None for the Newton methods, whose rule needs H) and rates α (9, 3) by problem."""
     kappa, root, nesterov = config.kappa, math.sqrt(config.kappa), math.sqrt(3 * config.kappa + 1)
     plain, heavy, ahead = 2 / (1 + kappa), (2 / (1 + root)) ** 2, 4 / (3 * kappa + 1)
-    at = config.saddle_rate
+    at = config.saddle_learning_rate
     rules: list[Rule | None] = [
         sgd.rule(),
         sgd.rule(),
@@ -161,8 +182,8 @@ def settings(config: Config) -> tuple[list[Rule | None], Tensor]:
         None,
         None,
     ]
-    own = [[rate] * 3 for rate in (config.rmsprop_rate, config.adagrad_rate, config.adam_rate, 1.0, 1.0)]
-    rates = [[plain, at, at], [plain, at, at], [heavy, at, at], [ahead, at, at], *own]
+    own = (config.rmsprop_learning_rate, config.adagrad_learning_rate, config.adam_learning_rate, 1.0, 1.0)
+    rates = [[plain, at, at], [plain, at, at], [heavy, at, at], [ahead, at, at], *([rate] * 3 for rate in own)]
     return rules, torch.tensor(rates, dtype=torch.float64)
 
 
@@ -198,44 +219,60 @@ def train(config: Config, run: Run) -> dict[str, float]:
             if rule is None:
                 damping = config.damping if NAMES[i] == "damped" else 0.0
                 bends = curvatures(theta[i], config.kappa, config.angle)
-                u = torch.stack([newton.solve(bend, slant, damping) for bend, slant in zip(bends, g[i])])
+                try:
+                    u = torch.stack([newton.solve(bend, slant, damping) for bend, slant in zip(bends, g[i])])
+                except RuntimeError as error:
+                    raise RunError(f"step {step} of {LABELS[i]} was not made: {error}") from error
             else:
                 signal = Signal(g[i], g[i], theta[i], step + 1, g[i].norm)
                 (u, *_), held.memories[i] = rule(signal, held.memories[i])
             theta[i] -= rates[i, :, None] * u
         held.path[step + 1] = theta
-        decades = value(theta)[:, 0].clamp(min=1e-30).log10().tolist()  # Newton's loss is 0
-        run.log(**{f"log10_loss_{name}": number for name, number in zip(NAMES, decades)})
+        away = np.hypot(*held.path[step + 1, :, 0].T)
+        run.log(
+            arrived=(away <= config.tolerance).sum(),
+            escaped=escaped(held.path[step + 1])[OTHERS, 0].sum(),
+            distance_noisy=away[NAMES.index("noisy")],
+        )
+    if config.frames:
+        frames = movie(held.path, config)
+        run.artifact("descent", frames, "The first steps of all optimizers at once; early steps are shown slower.")
     gaps = value(torch.from_numpy(held.path)).numpy()[..., :2] - [0.0, -1.0]
     run.artifact(
         "paths", paths_figure(held.path, config), "Paths on level lines; a dot is the start, crosses are ends."
     )
     run.artifact("losses", losses_figure(gaps, config), "Loss above its minimum, step by step.")
-    if config.frames:
-        frames = movie(held.path, config)
-        run.artifact("descent", frames, "The first steps of all optimizers at once; early steps are shown slower.")
     return measures(held.path, config)
+
+
+def escaped(points: np.ndarray) -> np.ndarray:
+    """Who of (9, 3, 2) points is nearer to a minimum than to the saddle: (9, 2) bool, at the saddle and on the ridge."""
+    x, y = points[:, 1:, 0], points[:, 1:, 1]
+    return np.hypot(x, np.abs(y) - math.sqrt(2)) < np.hypot(x, y)
 
 
 def measures(path: np.ndarray, config: Config) -> dict[str, float]:
     """Steps to the bottom of the valley (of those that arrive), and who left the saddle; `path` (steps + 1, 9, 3, 2)."""
-    distance = np.linalg.norm(path[:, :, 0], axis=-1)
-    found = {f"distance_{name}": float(distance[-1, i]) for i, name in enumerate(NAMES)}
+    distance = np.hypot(path[:, :, 0, 0], path[:, :, 0, 1])
+    steps: dict[str, float] = {}
     for i, name in enumerate(NAMES):
         if distance[-1, i] <= config.tolerance:  # and never left it again
-            found[f"steps_{name}"] = float(np.flatnonzero(distance[:, i] > config.tolerance)[-1] + 1)
-    if {"steps_sgd", "steps_momentum"} <= set(found):
-        found["momentum_speedup"] = found["steps_sgd"] / found["steps_momentum"]
-    ends = path[-1, :, 1:]  # at the saddle and on the ridge
-    down = np.hypot(ends[..., 0], np.abs(ends[..., 1]) - math.sqrt(2)) < np.hypot(ends[..., 0], ends[..., 1])
-    other = [i for i, name in enumerate(NAMES) if name != "newton"]
+            steps[f"steps_{name}"] = float(np.flatnonzero(distance[:, i] > config.tolerance)[-1] + 1)
+    found = {}
+    if {"steps_sgd", "steps_momentum"} <= set(steps):
+        found["momentum_speedup"] = steps["steps_sgd"] / steps["steps_momentum"]
+    down = escaped(path[-1])
     quiet = [i for i, name in enumerate(NAMES) if name != "noisy"]
-    return found | {
-        "saddle_distance_newton": float(np.linalg.norm(ends[NAMES.index("newton"), 0])),
-        "escaped": float(down[other, 0].sum()),
-        "ridge_escaped_noisy": float(down[NAMES.index("noisy"), 1]),
-        "ridge_escaped_others": float(down[quiet, 1].sum()),
-    }
+    return (
+        found
+        | steps
+        | {
+            "escaped": float(down[OTHERS, 0].sum()),
+            "saddle_distance_newton": float(np.hypot(*path[-1, NAMES.index("newton"), 1])),
+            "ridge_escaped_noisy": float(down[NAMES.index("noisy"), 1]),
+            "ridge_escaped_others": float(down[quiet, 1].sum()),
+        }
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- pictures
@@ -271,7 +308,7 @@ def _shown(path: np.ndarray, problem: int) -> np.ndarray:
 
 def paths_figure(path: np.ndarray, config: Config) -> Any:
     """Both grounds with all paths, and one legend."""
-    figure, both = panels(2, width=9.6, height=4.9)
+    figure, both = panels(2, width=9.6, height=4.5)
     for problem, axes in enumerate(both):
         _ground(axes, config, PROBLEMS[problem])
         points = _shown(path, problem)
@@ -299,7 +336,7 @@ def losses_figure(gaps: np.ndarray, config: Config) -> Any:
     for problem, axes in enumerate(both):
         last = len(gaps) if problem == 0 else min(len(gaps), 201)
         for i, name in enumerate(LABELS):
-            curve = np.maximum(gaps[:last, i, problem], 1e-17)
+            curve = np.clip(gaps[:last, i, problem], 1e-17, 1e17)  # one that flies off leaves the picture
             axes.semilogy(curve, color=INKS[i], linestyle=STROKES[i], linewidth=1.3, label=name)
         axes.set_ylim(1e-13 if problem == 0 else 1e-6, None)
         title = f"valley, κ = {config.kappa:g}" if problem == 0 else "saddle, from beside its ridge"
@@ -335,6 +372,7 @@ def movie(path: np.ndarray, config: Config) -> list[Any]:
                 head.set_data(*now[i][:, None])
         clock.set_text(f"step {whole}")
 
-    ease = np.linspace(0, 1, max(config.frames - 20, 2)) ** 2.2 * min(160, len(path) - 1)
+    still = min(20, config.frames // 5)  # the last frames stand
+    ease = np.linspace(0, 1, config.frames - still) ** 2.2 * min(160, len(path) - 1)
     moving = [artist for group in (*lines, *dots) for artist in group] + [clock]
-    return film(figure, moving, [*ease, *[ease[-1]] * 20], show)
+    return film(figure, moving, [*ease, *[ease[-1]] * still], show)

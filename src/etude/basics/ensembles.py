@@ -334,7 +334,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
     if config.split is not None and config.ensemble != "heads":
         raise UserError(f"--split {config.split} says where heads begin; it needs --ensemble heads")
     data = subset(room.images(of.data, getattr(of, "size", None)), recipe.examples, run.seed)
-    run.describe(data.spec)
+    run.describe(data.spec, data)
     model = run.place(build(config, data.spec)["model"])  # line 1
     optimizer = recipe.make_optimizer(model, run)
     augment = module.augment(of) if hasattr(module, "augment") else None

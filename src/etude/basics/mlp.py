@@ -240,7 +240,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
     if config.normalizer == "layer" and 1 in config.widths:
         raise UserError("--normalizer layer makes a layer of one unit constant; give it more --widths")
     data = subset(room.images(config.data, config.size), config.examples, run.seed)
-    run.describe(data.spec)
+    run.describe(data.spec, data)
     model = run.place(build(config, data.spec)["model"])
     optimizer = recipe.make_optimizer(model, run)
     batch = batches(run, recipe, model, data)

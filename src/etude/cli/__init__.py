@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 
 from etude import __version__
-from etude.cli import completion, machine, methods, runs
+from etude.cli import completion, machine, methods, runs, several
 from etude.cli.settings import parse_settings
 from etude.cli.shared import VERBS
 from etude.core.errors import RunError, UserError, nearest
@@ -24,7 +24,11 @@ FUNCTIONS: dict[str, Callable[[list[str]], int]] = {
     "run": runs.run,
     "resume": runs.resume,
     "show": runs.show,
+    "runs": several.runs,
+    "compare": several.compare,
+    "predict": runs.predict,
     "sample": runs.sample,
+    "export": several.export,
     "verify": methods.verify,
     "bench": methods.bench,
     "data": machine.data,

@@ -9,7 +9,20 @@ from etude import catalog
 from etude.cli.shared import VERBS, Parser
 
 # the flags that every method has; written down here because etude.core.run, which declares them, imports torch
-COMMON = ("seed", "device", "precision", "threads", "save-every", "compile", "shard", "quiet", "preset", "out")
+COMMON = (
+    "seed",
+    "device",
+    "precision",
+    "threads",
+    "save-every",
+    "compile",
+    "shard",
+    "quiet",
+    "preset",
+    "out",
+    "seeds",
+    "json",
+)
 
 
 def completion(words: list[str]) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 from etude import catalog
 from etude.cli.shared import BADGES, Parser, console, plain, print_json, table
+from etude.core import own
 from etude.core.errors import UserError, nearest
 
 
@@ -41,7 +42,7 @@ def list_(words: list[str]) -> int:
             column.no_wrap = True
         for entry in found:
             colour = BADGES[entry.badge]
-            missing = f" [yellow](needs etude\\[{','.join(entry.missing)}])[/]" if entry.missing else ""
+            missing = f" [yellow](needs {', '.join(entry.missing)})[/]" if entry.missing else ""
             grid.add_row(f"[bold]{entry.name}[/]", f"[{colour}]{entry.badge}[/]", plain(entry.title) + missing)
         screen = console()
         screen.print(grid)
@@ -118,7 +119,9 @@ def info(words: list[str]) -> int:
 def verify(words: list[str]) -> int:
     parser = Parser("verify")
     parser.add_argument("pattern", nargs="?", help="a method, a room or a wildcard; default: all with experiments")
-    parser.add_argument("--replay", action="store_true", help="only run the traces of stale cards; renew those that agree")
+    parser.add_argument(
+        "--replay", action="store_true", help="only run the traces of stale cards; renew those that agree"
+    )
     parser.add_argument("--settings", action="store_true", help="only change every setting once (no card is written)")
     parser.add_argument("--seeds", type=int, help="how many of the recorded seeds (no card is written)")
     parser.add_argument("--experiment", help="only the experiment of this name (no card is written)")
@@ -181,20 +184,30 @@ def bench(words: list[str]) -> int:
 def copy(words: list[str]) -> int:
     parser = Parser("copy")
     parser.add_argument("method")
-    parser.add_argument("file", type=Path)
+    parser.add_argument("file", type=Path, help="FILE.py; or FOLDER, where the method is a folder of several files")
     options = parser.parse_args(words)
     entry = catalog.find(options.method)
-    target = options.file / f"{entry.path.stem}.py" if options.file.is_dir() else options.file
+    several = entry.path.name == own.LOOP
+    stem = entry.path.parent.name if several else entry.path.stem
+    target = options.file
+    if target.is_dir():
+        target = target / (stem if several else f"{stem}.py")
     if target.exists():
-        raise UserError(f"{target} exists already; name another file")
-    if target.suffix != ".py":
+        raise UserError(f"{target} exists already; name another {'folder' if several else 'file'}")
+    if target.suffix != ".py" and not several:
         raise UserError(f"{target} must end in .py, so that 'etude run {target}.py' can take it")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(entry.path, target)
+        if target.suffix == ".py":
+            shutil.copyfile(entry.path, target)
+        else:
+            own.copy_folder(entry.path.parent, target)
     except OSError as error:
         raise UserError(f"{target} cannot be written ({error.strerror})") from error
     shown = target if target.is_absolute() else f"./{target}"
+    beside = ", ".join(path.name for path in sorted(entry.path.parent.glob("[!_]*.py")) if path != entry.path)
+    if several and target.suffix == ".py" and beside:
+        print(f"it goes on using {beside} of etude; to have those too: etude copy {entry.name} FOLDER", file=sys.stderr)
     print(f"{target}\nnext: etude run {shlex.quote(str(shown))} --preset tiny")
     return 0
 

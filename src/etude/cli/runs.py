@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
+import dataclasses
 import shlex
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 from etude import catalog
 from etude.cli.settings import parse, parse_settings
-from etude.cli.shared import Parser, print_json
-from etude.core.errors import UserError
+from etude.cli.shared import Parser, console, open_page, plain, print_json, table
+from etude.core import ledger
+from etude.core import trust as permission
+from etude.core.errors import RunError, UserError
+from etude.core.folder import read_bytes, read_result
+from etude.core.longer import LENGTHS
+
+TRUST = "run code that the run folder brings though this machine has not run it before: read it first"
 
 
 def run(words: list[str]) -> int:
@@ -22,43 +28,110 @@ def run(words: list[str]) -> int:
             print("'etude run METHOD --help' shows its flags; 'etude list' the methods")
             return 0
         raise UserError("name the method to run, as in: etude run vision/lenet ('etude list' shows all)")
-    entry = catalog.find(words[0])
-    module = catalog.load_method(entry)
     from etude.core import launch
 
+    entry, module = launch.method(words[0])
     settings = parse_settings(entry, module, words[1:])
-    out = Path(settings.launch.out) if settings.launch.out else None
-    finished = launch.start(entry, module, settings.config, settings.common, settings.launch.preset, out)
-    _closing(finished, entry, module)
+    wanted = settings.launch
+    out = Path(wanted.out) if wanted.out else None
+    if wanted.seeds is not None:
+        return _several(entry, module, settings, out)
+    finished = launch.start(entry, module, settings.config, settings.common, wanted.preset, out)
+    _closing(finished, entry, wanted.json)
     return 0
+
+
+def _several(entry: catalog.Entry, module: Any, settings: Any, out: Path | None) -> int:
+    """One run a seed, then mean and spread; a seed that fails is said and the others go on."""
+    from etude.core import launch, ranks
+
+    finished, failed = {}, {}
+    for seed in seeds_of(settings.launch.seeds):
+        common = dataclasses.replace(settings.common, seed=seed)
+        folder = out / f"seed-{seed}" if out is not None else None
+        try:
+            finished[seed] = launch.start(entry, module, settings.config, common, settings.launch.preset, folder)
+        except RunError as error:
+            failed[seed] = str(error)
+            print(f"seed {seed}: {error}", file=sys.stderr)
+    if not ranks.first():
+        return int(bool(failed))
+    names = list(dict.fromkeys(name for done in finished.values() for name in done.metrics))
+    values = {name: [done.metrics[name] for done in finished.values() if name in done.metrics] for name in names}
+    mean = {name: statistics.fmean(each) for name, each in values.items()}
+    spread = {name: statistics.stdev(each) if len(each) > 1 else 0.0 for name, each in values.items()}
+    if settings.launch.json:
+        rows = [{"seed": seed, "run": str(done.folder), "metrics": done.metrics} for seed, done in finished.items()]
+        print_json({"runs": rows, "failed": failed, "mean": mean, "spread": spread})
+        return int(bool(failed))
+    grid = table("", "mean", "spread", *(f"seed {seed}" for seed in finished))
+    for name, each in values.items():
+        grid.add_row(name.replace("_", " "), shown(mean[name]), f"{spread[name]:.2g}", *map(shown, each))
+    console().print(grid)
+    folders = [str(done.folder) for done in finished.values()]
+    for folder in folders:
+        print(f"run:  {folder}", end="\n")
+    if len(folders) > 1:
+        print(f"next: etude compare {shlex.join(folders)}")
+    return int(bool(failed))
+
+
+def seeds_of(text: str) -> list[int]:
+    """The seeds that ``0-4`` or ``0,3,7`` mean."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not (first.isascii() and first.isdigit() and (last.isascii() and last.isdigit() if dash else True)):
+            raise UserError(f"--seeds is '{text}'; it must be whole numbers and ranges of them, such as 0-4 or 0,3,7")
+        low, high = int(first), int(last or first)
+        if high < low or high - low >= 1000 or high >= 2**63:
+            raise UserError(
+                f"--seeds is '{text}'; a range goes up, from seeds below 2^63, and has at most 1,000 of them"
+            )
+        found += range(low, high + 1)
+    return list(dict.fromkeys(found))
+
+
+def shown(value: float) -> str:
+    """A number of a result: a whole one as a whole number, a small one with an exponent."""
+    if float(value).is_integer() and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:,.4f}" if abs(value) >= 1e-3 else f"{value:.3e}"
 
 
 def resume(words: list[str]) -> int:
     parser = Parser("resume")
     parser.add_argument("run", help="a run folder, a method's name (its latest run) or 'latest'")
+    for name in LENGTHS:
+        parser.add_argument(
+            f"--{name}", type=int, metavar="N", help=f"train longer: up to N {name}" if name == "steps" else ""
+        )
+    parser.add_argument("--source", metavar="FILE", help="a repaired own file, to be kept in place of the one that ran")
+    parser.add_argument("--trust", action="store_true", help=TRUST)
     options = parser.parse_args(words)
     from etude.core import launch
 
-    folder = launch.find_run(options.run)
-    entry = catalog.find(launch.read_config(folder)["method"])
-    if (folder / "done").is_file():
+    length = {name: getattr(options, name) for name in LENGTHS if getattr(options, name) is not None}
+    folder, _, entry = launch.opened(options.run, trust=options.trust or options.source is not None)
+    if (folder / "done").is_file() and not length:
         print(f"{folder} has already finished; nothing to continue", file=sys.stderr)
-    finished = launch.resume(folder)
-    _closing(finished, entry, catalog.load_method(entry))
+    finished = launch.resume(folder, trust=options.trust, source=options.source, **length)
+    _closing(finished, entry)
     return 0
 
 
-def _closing(finished: Any, entry: catalog.Entry, module: Any) -> None:
+def _closing(finished: Any, entry: catalog.Entry, as_json: bool = False) -> None:
     """The last lines of a run: its metrics, its folder and the next command to try (rank 0 only)."""
-    if int(os.environ.get("RANK", 0)):
+    from etude.core import ranks
+
+    if not ranks.first():
+        return
+    if as_json:
+        print_json({"run": str(finished.folder), "method": entry.name, "metrics": finished.metrics})
         return
     for name, value in finished.metrics.items():
-        print(
-            f"{name.replace('_', ' ')}: {value:.4f}"
-            if abs(value) >= 1e-3 or value == 0
-            else f"{name.replace('_', ' ')}: {value:.3e}"
-        )
-    verb = "sample" if hasattr(module, "sample") else "show"
+        print(f"{name.replace('_', ' ')}: {shown(value)}")
+    verb = "sample" if entry.samples else "show"
     print(f"\nrun:  {finished.folder}\nnext: etude {verb} {shlex.quote(str(finished.folder))}")
 
 
@@ -73,13 +146,10 @@ def show(words: list[str]) -> int:
     options = parser.parse_args(words)
     from etude.core import launch, record
 
-    folder = launch.find_run(options.run)
-    described = launch.read_config(folder)
-    entry = catalog.find(described["method"])
+    folder, described, entry = launch.opened(options.run)
     path = launch.write_report(entry, folder)
-    state = "done" if (folder / "done").is_file() else "failed" if (folder / "failed").is_file() else "unfinished"
-    result_file = folder / "result.json"
-    result = json.loads(result_file.read_text(encoding="utf-8")) if result_file.is_file() else {}
+    state = ledger.state_of(folder)
+    result = read_result(folder) if (folder / "result.json").exists() else {}
     if options.tensorboard:
         print(f"tensorboard --logdir {record.to_tensorboard(folder)}", file=sys.stderr)
     if options.json:
@@ -88,20 +158,14 @@ def show(words: list[str]) -> int:
     print(f"{described['method']}  {state}\n{described['command']}")
     last = result or ({k: v for row in record.read_metrics(folder) for k, v in row.items()})
     for name, value in last.items():
-        print(f"  {name.replace('_', ' '):<20} {value:.6g}")
+        print(f"  {name.replace('_', ' '):<20} {shown(value)}")
     if state == "failed":
-        print("  " + (folder / "failed").read_text(encoding="utf-8").splitlines()[0])
+        print("  " + read_bytes(folder / "failed").decode("utf-8", "replace").partition("\n")[0])
     if state != "done":
         print(f"continue with: etude resume {shlex.quote(str(folder))}")
     print(path)
-    if (
-        not options.no_open
-        and sys.stdout.isatty()
-        and (os.environ.get("DISPLAY") or sys.platform in ("darwin", "win32"))
-    ):
-        import webbrowser
-
-        webbrowser.open(path.resolve().as_uri())
+    if not options.no_open:
+        open_page(path)
     return 0
 
 
@@ -114,25 +178,47 @@ def sample(words: list[str]) -> int:
         raise UserError("name the run to draw from, as in: etude sample latest")
     from etude.core import launch
 
-    folder = launch.find_run(words[0])
-    entry = catalog.find(launch.read_config(folder)["method"])
-    module = catalog.load_method(entry)
-    if not hasattr(module, "sample"):
+    trust = "--trust" in words
+    words = [word for word in words if word != "--trust"]
+    folder, _, entry = launch.opened(words[0], trust=trust)
+    if not entry.samples:
         see = f"etude show {shlex.quote(str(folder))}"
         raise UserError(f"{entry.name} learns no distribution to draw from; see its results with: {see}")
+    with permission.granted(trust):
+        module = catalog.load_method(entry)
     from etude.core.config import check
 
     default = module.Sample()
     options = parse(module.Sample, default, {"options": default}, words[1:], f"etude sample {words[0]}", entry.title)
     check(options)
-    target = folder / "samples"
-    target.mkdir(exist_ok=True)
-    text = module.sample(launch.load(folder), options, target)
-    if text:
-        print(text)
-    written = sorted(target.iterdir())
-    if written:
-        print(f"\nfiles: {target}/ ({', '.join(path.name for path in written[-4:])})")
-    else:
-        target.rmdir()
+    drawn = launch.load(folder, trust=trust).draw(options)
+    if drawn.text:
+        print(drawn.text)
+    if drawn.files:
+        print(f"\nfiles: {drawn.folder}/ ({', '.join(path.name for path in drawn.files[-4:])})")
+    return 0
+
+
+def predict(words: list[str]) -> int:
+    parser = Parser("predict")
+    parser.add_argument("run", help="a run folder, a method's name (its latest run) or 'latest'")
+    parser.add_argument("files", nargs="+", metavar="file", help="pictures, or folders of pictures")
+    parser.add_argument("--json", action="store_true", help="a list of {file, class, probability, probabilities, …}")
+    parser.add_argument("--trust", action="store_true", help=TRUST)
+    options = parser.parse_args(words)
+    from etude.core import launch
+
+    found = launch.load(options.run, trust=options.trust).predict(options.files)
+    for row in found:
+        if row["note"]:
+            print(f"{row['file']}: {row['note']}", file=sys.stderr)
+    if options.json:
+        print_json(found)
+        return 0
+    grid = table("file", "class", "probability", "next")
+    for row in found:
+        second = sorted(row["probabilities"].items(), key=lambda item: -item[1])[1]
+        after = f"{plain(second[0])} {second[1]:.3f}"
+        grid.add_row(plain(str(row["file"])), f"[bold]{plain(row['class'])}[/]", f"{row['probability']:.3f}", after)
+    console().print(grid)
     return 0

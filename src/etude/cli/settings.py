@@ -21,6 +21,10 @@ class Launch:
     """Named settings to start from ('etude info METHOD' lists them)."""
     out: str | None = None
     """New folder for the run (default: runs/<method>/<date>-<seed>)."""
+    seeds: str | None = None
+    """Several runs, one a seed, and the mean and spread of what they return: 0-4, or 0,3,7."""
+    json: bool = False
+    """Print the result as JSON: {run, metrics}; with --seeds {runs, mean, spread}."""
 
 
 def parse_settings(entry: catalog.Entry, module: Any, words: list[str]) -> Any:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 from etude.core.errors import UserError, nearest
@@ -14,9 +16,13 @@ VERBS = {
     "list": "every method, one line each: name, evidence, what it does",
     "info": "the contract of a method: equation, paper, differences, settings, presets, evidence, source file",
     "run": "run a method on real data: etude run METHOD [--preset P] [--data D] [--FLAG VALUE …]",
-    "resume": "continue an interrupted run exactly where it stopped: etude resume RUN",
+    "resume": "continue a run exactly where it stopped, or train it longer: etude resume RUN [--steps N]",
     "show": "open the report of a run, and print its result",
+    "runs": "the runs that are there, with their state and result: etude runs [METHOD]",
+    "compare": "curves laid over each other and the settings that differ, on one page: etude compare RUN RUN …",
+    "predict": "the trained network on your own pictures: etude predict RUN FILE … (names and probabilities)",
     "sample": "draw from a trained run: etude sample RUN [--count N …]",
+    "export": "the trained network with its preprocessing as a torch.export program and ONNX: etude export RUN",
     "verify": "run the recorded experiments again, hold them against their bars and write the cards",
     "bench": "time us against the peer library, side by side",
     "data": "datasets: etude data list | get NAME … | check [NAME …]",
@@ -75,3 +81,11 @@ def table(*headings: str) -> Any:
 def plain(text: str) -> str:
     """Text as it is: a bracket in it is no markup."""
     return text.replace("[", "\\[")
+
+
+def open_page(path: Path) -> None:
+    """Show a page in the browser, where there is a terminal and a screen."""
+    if sys.stdout.isatty() and (os.environ.get("DISPLAY") or sys.platform in ("darwin", "win32")):
+        import webbrowser
+
+        webbrowser.open(path.resolve().as_uri())

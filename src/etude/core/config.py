@@ -105,6 +105,8 @@ def _fits(value: Any, hint: Any) -> bool:
         if len(arguments) == 2 and arguments[1] is Ellipsis:
             return all(_fits(item, arguments[0]) for item in value)
         return len(value) == len(arguments) and all(_fits(item, part) for item, part in zip(value, arguments))
+    if origin is dict:
+        return isinstance(value, dict)
     if hint is type(None):
         return value is None
     if hint is bool:

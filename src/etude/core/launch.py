@@ -9,6 +9,7 @@ import errno
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -25,12 +26,30 @@ import torch
 
 from etude import catalog
 from etude.catalog import Entry
-from etude.core import checkpoint
+from etude.core import checkpoint, longer, own, ranks
+from etude.core import trust as permission
 from etude.core.config import check, flag, replace
 from etude.core.digest import sources
 from etude.core.errors import RunError, UserError, nearest
-from etude.core.run import Common, Interrupted, Loaded, Run
-from etude.core.spec import Spec
+from etude.core.folder import find_run, read_result, runs_folder
+from etude.core.loaded import Loaded, load, sample
+from etude.core.own import opened
+from etude.core.run import Common, Interrupted, Run
+
+__all__ = [
+    "OBJECT",
+    "Finished",
+    "configure",
+    "find_run",
+    "load",
+    "method",
+    "opened",
+    "resume",
+    "run",
+    "sample",
+    "start",
+    "write_report",
+]
 
 try:
     import fcntl
@@ -39,6 +58,10 @@ except ImportError:  # a system without it (Windows) has no such locks
 
 OBJECT = "the model object"
 """How config.json names a network that was handed over in Python."""
+WORLD = "the environment object"
+"""How it names an environment that was."""
+DATA = "the data object"
+"""How it names images that were."""
 
 
 @dataclass(frozen=True)
@@ -58,28 +81,49 @@ def configure(module: ModuleType, entry: Entry, preset: str, values: dict[str, A
     return replace(module.PRESETS[preset], values, entry.name)
 
 
+def method(name: str) -> tuple[Entry, ModuleType]:
+    """The method of this name, file or folder, imported: the user names it now, so an own one is trusted from here on."""
+    entry = catalog.find(name)
+    with permission.granted(True):
+        return entry, catalog.load_method(entry)
+
+
 def run(name: str, *, preset: str = "default", out: str | os.PathLike[str] | None = None, **settings: Any) -> Finished:
     """Run a method and return its folder and metrics.
 
     `settings` are fields of the method's Config (``data="mnist"``, ``steps=2000``) and of `Common` (``seed``, ``device``,
-    ``precision``, ``threads``, ``save_every``, ``quiet``). A method with a ``source`` takes an `nn.Module` there too; such a
-    run cannot be resumed, for its folder holds only the object's name. Raises UserError for wrong input, RunError if
-    the run fails.
+    ``precision``, ``threads``, ``save_every``, ``quiet``). A method with a ``source`` takes an `nn.Module` or a finished run
+    there too, and images, a pair (images, labels) or a `torch.utils.data` dataset as ``data``; one with an ``env`` takes an
+    environment, its class or a function that makes one. A run on an object cannot be resumed, for its folder holds only
+    the object's kind. Raises UserError for wrong input, RunError if the run fails.
     """
-    entry = catalog.find(name)
-    module = catalog.load_method(entry)
+    entry, module = method(name)
     shared = {field.name for field in dataclasses.fields(Common)}
     known = [*(field.name for field in dataclasses.fields(module.Config)), *shared, "preset", "out"]
     for unknown in settings.keys() - known:
         raise UserError(f"{entry.name} has no setting '{unknown}'{nearest(unknown, known)}")
-    source = settings.get("source")
+    source, data = settings.get("source"), settings.get("data")
+    if isinstance(source, (Finished, Loaded)):
+        settings["source"] = str(source.folder)
     if isinstance(source, torch.nn.Module) and "source" in known:
         settings["source"] = f"{OBJECT} {type(source).__name__}"
     else:
         source = None
+    env = settings.get("env")
+    if "env" in known and env is not None and not isinstance(env, (str, os.PathLike)):
+        settings["env"] = f"{WORLD} {getattr(env, '__name__', type(env).__name__)}"
+    else:
+        env = None
+    if data is not None and not isinstance(data, (str, os.PathLike)) and "data" in known:
+        if "source" not in known:
+            raise UserError(f"{entry.name} takes data by name or as a folder, not a {type(data).__name__} object")
+        settings["data"] = f"{DATA} {type(data).__name__}"
+    else:
+        data = None
     common = replace(Common(), {k: v for k, v in settings.items() if k in shared}, "etude.run")
     config = configure(module, entry, preset, {k: v for k, v in settings.items() if k not in shared})
-    return start(entry, module, config, common, preset, Path(out) if out is not None else None, source)
+    given = {"source": source, "data": data, "env": env}
+    return start(entry, module, config, common, preset, Path(out) if out is not None else None, given)
 
 
 def start(
@@ -89,7 +133,7 @@ def start(
     common: Common,
     preset: str,
     out: Path | None = None,
-    source: torch.nn.Module | None = None,
+    given: dict[str, Any] | None = None,
 ) -> Finished:
     """Make the run folder and run the method in it. Wrong input leaves no folder behind."""
     check(config)
@@ -100,103 +144,71 @@ def start(
         raise UserError(f"{entry.name} has no part that torch.compile is used for; leave out --compile")
     if common.precision != "fp32" and not any(".autocast(" in path.read_text("utf-8") for path in sources(entry.path)):
         raise UserError(f"{entry.name} computes in one precision only; leave out --precision {common.precision}")
-    described = json.dumps(_command(entry, module, config, common, preset), indent=1) + "\n"
-    with _ranks(common), contextlib.ExitStack() as held:
-        folder, made = _share(lambda: _make_folder(entry, common, out, described, held))
+    described = _command(entry, module, config, common, preset)
+    with (
+        permission.granted(True),
+        ranks.joined(common.shard, common.device),
+        contextlib.ExitStack() as held,
+    ):
+        folder, made = ranks.shared(lambda: _make_folder(entry, common, out, described, held))
         try:
-            return _execute(entry, module, config, common, folder, resume=False, source=source)
+            return _execute(entry, module, config, common, folder, resume=False, given=given)
         except UserError:
-            if not (folder / "checkpoints").exists() and int(os.environ.get("RANK", 0)) == 0:
+            if not (folder / "checkpoints").exists() and ranks.first():
                 _remove(folder, made)
             raise
 
 
-def resume(folder: str | os.PathLike[str]) -> Finished:
+def resume(
+    folder: str | os.PathLike[str],
+    *,
+    trust: bool = False,
+    source: str | os.PathLike[str] | None = None,
+    **length: int,
+) -> Finished:
     """Continue a run exactly where its newest whole checkpoint stands (without one, from the start).
 
-    A finished run is returned as it is. Raises UserError when there is no such run, another process is writing it or
-    all its checkpoints are damaged, RunError if the run fails.
+    A finished run is returned as it is, unless `length` (``steps=2000``; iterations, episodes or rounds, as the method calls
+    it) is more than it was made for: then it trains on. A run of an own file goes on with the source that it keeps, or
+    with `source`, a repaired file, which is kept in its place. `trust` lets it run code that this machine has not run
+    before. Raises UserError when there is no such run, another process is writing it or all its checkpoints are
+    damaged, RunError if the run fails.
     """
-    folder = find_run(str(folder))
-    described = read_config(folder)
-    entry = catalog.find(described["method"])
-    if (folder / "done").is_file():
-        return Finished(folder, _read_json(folder / "result.json"))
-    module = catalog.load_method(entry)
-    config = replace(module.Config(), described["config"], f"{folder}/config.json")
-    common = replace(Common(), described["common"], f"{folder}/config.json")
-    with _ranks(common), contextlib.ExitStack() as held:
-        _share(lambda: _claim(folder, held))
-        return _execute(entry, module, config, common, folder, resume=True)
+    path, described, entry = opened(folder, trust=trust or source is not None)
+    repaired = _repaired(path, described, os.fspath(source)) if source is not None else None
+    if (path / "done").is_file() and not length:
+        return Finished(path, read_result(path))
+    with permission.granted(trust or repaired is not None):
+        module = catalog.load_method(repaired or entry)
+        config = replace(module.Config(), described["config"], f"{path}/config.json")
+        common = replace(Common(), described["common"], f"{path}/config.json")
+        if length:
+            config = longer.lengthen(path, described, repaired or entry, config, length)
+        with ranks.joined(common.shard, common.device), contextlib.ExitStack() as held:
+            ranks.shared(lambda: _claim(path, held))
+            if repaired is not None and ranks.first():
+                before = described["source"]
+                described["source"] = {
+                    **own.keep(repaired, path),
+                    "before": [*before.get("before", []), before["sha256"]],
+                }
+            if (repaired is not None or length) and ranks.first():
+                for name in ("done", "result.json") if length else ():
+                    (path / name).unlink(missing_ok=True)
+                checkpoint.write_text(path / "config.json", json.dumps(described, indent=1) + "\n")
+            return _execute(repaired or entry, module, config, common, path, resume=True)
 
 
-def load(folder: str | os.PathLike[str]) -> Loaded:
-    """Build the modules of a run again and fill them from its newest whole checkpoint (eval mode, on the CPU).
-
-    `folder` is a run folder, a method's name (its latest run) or ``latest``. Raises UserError when there is no such
-    run or no whole checkpoint. Loading never runs code from the folder.
-    """
-    folder = find_run(str(folder))
-    described = read_config(folder)
-    entry = catalog.find(described["method"])
-    module = catalog.load_method(entry)
-    config = replace(module.Config(), described["config"], f"{folder}/config.json")
-    spec_file = folder / "spec.json"
-    spec = Spec.from_json(_read_json(spec_file)) if spec_file.is_file() else Spec()
-    step, state, _ = checkpoint.load(folder / "checkpoints")
-    modules = module.build(config, spec) if hasattr(module, "build") else {}
-    for name, part in modules.items():
-        if name in state:
-            checkpoint.restore(part, state[name])
-            part.eval()
-    rest = {name: value for name, value in state.items() if name not in modules and name != "~run"}
-    return Loaded(entry.name, config, spec, modules, folder, step, rest)
-
-
-def runs_folder() -> Path:
-    """Where runs go without ``--out``: ETUDE_RUNS, else ``runs/`` here."""
-    return Path(os.environ.get("ETUDE_RUNS", "runs"))
-
-
-def find_run(text: str) -> Path:
-    """The run folder meant by a path, a method's name (its latest run) or ``latest``."""
-    path = Path(text)
-    if (path / "config.json").is_file():
-        return path
-    if path.is_file():
-        raise UserError(f"{text} is a file; name the run folder (it holds config.json and checkpoints/)")
-    root = runs_folder()
-    under = root if text == "latest" else root / text
-    if text != "latest" and not under.is_dir() and text in {entry.rpartition("/")[2] for entry in catalog.entries()}:
-        under = root / catalog.find(text).name
-    found = [file for file in under.glob("**/config.json") if file.parent.name != "artifacts"] if under.is_dir() else []
-    if not found:
-        if path.is_dir():
-            raise UserError(f"{text} is not a run folder (it has no config.json)")
-        known = [str(file.parent) for file in root.glob("*/*/*/config.json")]
-        raise UserError(f"there is no run '{text}'{nearest(text, known)}; 'etude run METHOD' makes one under {root}/")
-    return max(found, key=lambda file: file.stat().st_mtime_ns).parent
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The resolved config.json of a run folder."""
-    described = _read_json(folder / "config.json")
-    for name, kind in (("method", str), ("config", dict), ("common", dict)):
-        if not isinstance(described.get(name), kind):
-            raise UserError(
-                f"{folder}/config.json is damaged (it has no {name}); without it the run cannot be built again"
-            )
-    return described
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged or missing ({error}); without it the run cannot be built again") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged (it holds no settings); without it the run cannot be built again")
-    return found
+def _repaired(folder: Path, described: dict[str, Any], source: str) -> own.Own:
+    """The file (or folder) that is to be kept in place of the source a run was made with."""
+    if not described["source"].get("sha256"):
+        raise UserError(f"{folder} is a run of {described['method']}, which is no own file; leave out --source")
+    found = own.find(source)
+    if found.whole != (folder / "source").is_dir():
+        raise UserError(
+            f"the run in {folder} was made by a {'file' if found.whole else 'folder'}, and {source} is none"
+        )
+    return dataclasses.replace(found, name=described["method"])
 
 
 def _execute(
@@ -206,11 +218,12 @@ def _execute(
     common: Common,
     folder: Path,
     resume: bool,
-    source: torch.nn.Module | None = None,
+    given: dict[str, Any] | None = None,
 ) -> Finished:
     loop = catalog.loop_of(module)
     run = Run(entry.name, config, common, folder, resume=resume)
-    run.source = source
+    for name, thing in (given or {}).items():
+        setattr(run, name, thing)
     for complaint in run.complaints:
         run.say(f"{complaint}; going on from step {run.step}")
     before = torch.get_num_threads()
@@ -296,11 +309,10 @@ def _report(entry: Entry, run: Run) -> None:
 
 
 def _make_folder(
-    entry: Entry, common: Common, out: Path | None, described: str, held: contextlib.ExitStack
+    entry: Entry, common: Common, out: Path | None, described: dict[str, Any], held: contextlib.ExitStack
 ) -> tuple[Path, bool]:
     """The run's folder with its config.json, and whether it is a new one (``--out`` may name an empty folder)."""
-    name = entry.name if "/" in entry.name else f"mine/{entry.name}"
-    folder = out or runs_folder() / name / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{common.seed}"
+    folder = out or runs_folder() / entry.name / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{common.seed}"
     if out is not None and (folder / "config.json").exists():
         raise UserError(
             f"--out {folder} already holds a run; continue it with 'etude resume {folder}' or name another folder"
@@ -320,7 +332,9 @@ def _make_folder(
                     raise
                 folder, made = folder.with_name(f"{stamp}-{again}"), True
         _claim(folder, held)  # before there is a config.json by which another process could resume it
-        checkpoint.write_text(folder / "config.json", described)
+        if isinstance(entry, own.Own):
+            described["source"] = own.keep(entry, folder)
+        checkpoint.write_text(folder / "config.json", json.dumps(described, indent=1) + "\n")
     except OSError as error:
         if made:
             _remove(folder, made)
@@ -367,7 +381,7 @@ def _command(entry: Entry, module: ModuleType, config: Any, common: Common, pres
     values = dataclasses.asdict(config)
     default = dataclasses.asdict(module.PRESETS[preset])
     shared, shared_default = dataclasses.asdict(common), dataclasses.asdict(Common())
-    name = entry.name if entry.path.is_relative_to(catalog.PACKAGE) else str(entry.path)
+    name = str(entry.root.resolve()) if isinstance(entry, own.Own) else entry.name
     words = ["etude", "run", name] + ([] if preset == "default" else ["--preset", preset])
     for name_, value in [
         *((k, v) for k, v in values.items() if v != default[k]),
@@ -380,7 +394,7 @@ def _command(entry: Entry, module: ModuleType, config: Any, common: Common, pres
         else:
             words += [flag(name_), str(value)]
     return {
-        "method": name,
+        "method": entry.name,
         "preset": preset,
         "seed": common.seed,
         "command": shlex.join(words),
@@ -390,8 +404,12 @@ def _command(entry: Entry, module: ModuleType, config: Any, common: Common, pres
     }
 
 
+BEYOND = r"(?i)can't allocate memory|unable to allocate|size calculation overflowed|overflow when unpacking"
+"""What torch and numpy say when a tensor cannot be as large as the settings ask for."""
+
+
 def _plain(error: Exception, folder: Path) -> Exception:
-    """A sentence for what a full or closed disk or a lost rank does, or the error itself when it is another one."""
+    """A sentence for what a full or closed disk, too little memory or a lost rank does, or the error itself."""
     resume = f"etude resume {shlex.quote(str(folder))}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         found = checkpoint.list_checkpoints(folder / "checkpoints")
@@ -402,6 +420,10 @@ def _plain(error: Exception, folder: Path) -> Exception:
     if isinstance(error, OSError) and error.filename and Path(error.filename).is_relative_to(folder):
         what = f"{error.filename} cannot be written any more ({error.strerror})"
         return RunError(f"{what}; put that right and run: {resume}")
+    if isinstance(error, (MemoryError, OverflowError, torch.OutOfMemoryError)) or re.search(BEYOND, str(error)):
+        asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
+        size = f"{int(asked[1].split()[0]):,} bytes" if asked and asked[1].endswith(" bytes") else asked and asked[1]
+        return RunError(f"the settings ask for more memory than there is ({size or 'a size beyond counting'} at once)")
     if type(error).__name__ == "DistBackendError" or (type(error) is RuntimeError and "gloo" in str(error)):
         return RunError(f"another rank has stopped or cannot be reached, so this one stops too; run on with: {resume}")
     return error
@@ -419,41 +441,3 @@ def _signals(run: Run) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _ranks(common: Common) -> Iterator[None]:
-    """Join the process group that torchrun started, if it did; leave it afterwards."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if common.shard and world == 1 and "RANK" not in os.environ:
-        raise UserError("--shard needs several ranks; start it with: torchrun --nproc-per-node N -m etude run …")
-    if "RANK" not in os.environ or torch.distributed.is_initialized():
-        yield
-        return
-    # its functions take the group that stands at its import as their default; imported later (torch.optim does that) it
-    # would keep the group and its threads alive into the end of Python, where now and then one of them aborts
-    from torch.distributed import nn  # noqa: F401
-
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and common.device != "cpu" else "gloo"
-    torch.distributed.init_process_group(backend)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def _share(make: Any) -> Any:
-    """Rank 0's result on every rank; its error too, so that no rank waits for a folder that will not come."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return make()
-    box: list[Any] = [None, None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            box = [make(), None]
-        except UserError as error:
-            box = [None, str(error)]
-    # it travels through the process group of this run: nothing is pickled from a file
-    torch.distributed.broadcast_object_list(box)
-    if box[1] is not None:
-        raise UserError(box[1])
-    return box[0]

@@ -135,9 +135,10 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 def to_tensorboard(folder: Path) -> Path:
     """Copy metrics.jsonl into TensorBoard event files under ``tensorboard/`` of the run folder."""
     from etude.catalog import extra_installed
+    from etude.core.extras import how
 
     if not extra_installed("track"):
-        raise UserError("TensorBoard is not installed; run: pip install 'etude[track]'")
+        raise UserError(f"TensorBoard is not installed; run: {how('track')}")
     from torch.utils.tensorboard import SummaryWriter
 
     target = folder / "tensorboard"

@@ -18,14 +18,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import nn
 
 from etude.core import checkpoint, record
-from etude.core.config import Whole
+from etude.core.config import Range, Whole
 from etude.core.errors import RunError, UserError
+from etude.core.loaded import Loaded as Loaded  # what `sample` of a method's file is given
 from etude.core.progress import Progress
 from etude.core.randomness import fold, generator
 from etude.core.spec import Spec
@@ -33,6 +34,14 @@ from etude.core.spec import Spec
 Module = TypeVar("Module", bound=nn.Module)
 Function = TypeVar("Function", bound=Callable[..., Any])
 SAVE_SECONDS = 60.0
+
+
+class Describes(Protocol):
+    """Data that can say what they are."""
+
+    def about(self) -> dict[str, Any]:
+        """Name, source and counts, JSON values only."""
+        ...
 
 
 class Interrupted(KeyboardInterrupt):
@@ -53,7 +62,7 @@ class Common:
     """auto (a GPU where there is one), cpu, cuda, cuda:1, mps."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic inside autocast regions."""
-    threads: Whole = 0
+    threads: Annotated[int, Range(0, 512)] = 0
     """CPU threads; 0 takes the method's own default (1 for small networks, all for large ones)."""
     save_every: Whole = 0
     """Steps between checkpoints; 0 saves every 60 seconds. One is always saved at the end and when interrupted."""
@@ -63,26 +72,6 @@ class Common:
     """Shard parameters over the ranks of torchrun (FSDP2)."""
     quiet: bool = False
     """No progress on the terminal."""
-
-
-@dataclass
-class Loaded:
-    """A finished or interrupted run, built again: what `etude.load(run_dir)` returns."""
-
-    name: str
-    config: Any
-    spec: Spec
-    modules: dict[str, nn.Module]
-    folder: Path
-    step: int
-    state: dict[str, Any]
-
-    @property
-    def model(self) -> nn.Module:
-        """The module named ``model``, in eval mode."""
-        if "model" not in self.modules:
-            raise UserError(f"{self.name} has no single 'model'; its modules are {', '.join(self.modules) or 'none'}")
-        return self.modules["model"]
 
 
 class Run:
@@ -96,17 +85,21 @@ class Run:
         self._on_cpu = self.device.type == "cpu"
         self.step = 0
         self.source: nn.Module | None = None  # given as `source` in Python: it has no place in config.json
+        self.data: Any = None  # images given as `data`, likewise
+        self.env: Any = None  # an environment given as `env`, likewise
         self.complaints: list[str] = []
         self.progress = Progress(name, enabled=not common.quiet and self.rank == 0)
         self.record = record.Record(folder, writes=self.rank == 0)
         self._tracked: dict[str, Any] = {}
         self._saved: dict[str, Any] = {}
         self._parameters: dict[tuple[nn.Module, ...], list[nn.Parameter]] = {}  # of the modules given to `average`
+        self._about: dict[str, Any] = {}  # what the report says of the data
         self._row: dict[str, Any] = {}
         self._last_row: dict[str, Any] = {}  # of the step in which the loop was left
         self._rows: list[tuple[int, dict[str, Any]]] = []
         self._latest: dict[str, float] = {}
-        self._found, self._one = torch.zeros(1, device=self.device), torch.ones(1, device=self.device)
+        single = {"device": self.device, "dtype": torch.float32}  # whatever torch's default type is
+        self._found, self._one = torch.zeros(1, **single), torch.ones(1, **single)
         self._suspects: list[tuple[int, torch.Tensor]] = []
         self._signal = 0
         self._busy = self._stop = self._left = self._over = False
@@ -144,10 +137,22 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------------ state
 
-    def describe(self, spec: Spec) -> None:
-        """Write what `build` needs to know of the data to ``spec.json``."""
+    def describe(self, spec: Spec, data: Describes | None = None) -> None:
+        """Write what `build` needs to know of the data to ``spec.json``; `data.about()` is kept for the report."""
         if self.rank == 0:
             checkpoint.write_text(self.folder / "spec.json", json.dumps(dataclasses.asdict(spec), indent=1) + "\n")
+        self._about = {} if data is None else {"data": data.about()}
+
+    def _introduce(self) -> None:
+        """Write ``about.json``: what is learned from, and how many parameters each tracked module has."""
+        sizes = {
+            name: sum(p.numel() for p in thing.parameters())
+            for name, thing in self._tracked.items()
+            if isinstance(thing, nn.Module)
+        }
+        if self.rank == 0:
+            about = self._about | {"parameters": sizes}
+            checkpoint.write_text(self.folder / "about.json", json.dumps(about, indent=1) + "\n")
 
     def place(self, module: Module) -> Module:
         """Move a module to the run's device: channels_last for convolutions, or sharded by FSDP2 under ``--shard``.
@@ -215,6 +220,7 @@ class Run:
         if row and self.step != self._resumed:  # logged before the loop; a resumed run has it on record
             self._rows.append((self.step, row))
         self._total = total
+        self._introduce()
         every, save_due = self.common.save_every, time.perf_counter() + SAVE_SECONDS
         self.progress.start(self.step, total)
         self._busy, progress = True, self.progress

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from etude.core.config import replace
+from etude.core.folder import read_object
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,12 @@ class Spec:
     """Whatever else a method needs to build again (vocabulary, actions, …), JSON values only."""
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Spec:
-        """Build from the dictionary that ``json.load`` gives (lists become tuples)."""
-        coded: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return cls(**coded)
+    def from_json(cls, values: dict[str, Any], owner: str = "spec.json") -> Spec:
+        """Build from the dictionary that ``json.load`` gives (lists become tuples). Raises UserError for another one."""
+        return replace(cls(), values, owner)
+
+    @classmethod
+    def read(cls, folder: Path) -> Spec:
+        """From the ``spec.json`` of a run folder; an empty one where the method wrote none."""
+        path = folder / "spec.json"
+        return cls.from_json(read_object(path), str(path)) if path.exists() else cls()

@@ -4,7 +4,8 @@ Two layouts: FOLDER/<class>/*.png with splits of our own, or FOLDER/train/<class
 FOLDER/val/<class>/* for validation where there is one (without `test`, `val` or `valid` is the test split). Splits of our
 own depend on the file names alone: an image whose hashed name falls in the lowest fifth is a test image, one in the next
 8 % (a tenth of the rest) validates, so adding images never moves the others. Beside a `test` folder, a tenth of `train`
-validates in the same way.
+validates in the same way. Every class has an image in each split that is cut here: where the hash gives it none, the
+nearest one is taken, and only such an image moves when the class grows.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def read(folder: Path, size: int | None = None, seed: int = 0, share: float = 0.
 
     Images are grey (C = 1) when every file is, else RGB (C = 3); transparency is laid on white, and the orientation
     that a camera noted is applied. `seed` and `share` choose the split of our own. Raises `UserError` when the folder
-    does not exist, has fewer than two classes, no images, a broken image (named), or sizes that differ without `size`.
+    does not exist, has fewer than two classes, a class with too few images to split, a broken image (named), or sizes that
+    differ without `size`.
     """
     if not folder.is_dir():
         raise UserError(
@@ -70,32 +72,27 @@ def read(folder: Path, size: int | None = None, seed: int = 0, share: float = 0.
                         "give both the same class folders."
                     )
         if held is None:
+            _enough(folder / "train", parts["train"], ("training", "validation"))
             for name, paths in parts["train"].items():
                 parts["train"][name], parts["validation"][name] = _divided(name, paths, seed, (0.0, VALIDATION))
-        split = f"folders train, {held + ', ' if held else ''}and {other}" + ("" if held else "; a tenth of train validates")
+        split = f"folders train, {held + ', ' if held else ''}and {other}" + (
+            "" if held else "; a tenth of train validates"
+        )
     else:
         both, ignored = _listed(folder)
+        _enough(folder, both, ("training", "validation", "testing"))
         for name, paths in both.items():
-            rest, parts["test"][name] = _divided(name, paths, seed, (0.0, share))
+            rest, parts["test"][name] = _divided(name, paths, seed, (0.0, share), leave=2)
             parts["train"][name], parts["validation"][name] = _divided(
                 name, rest, seed, (share, share + (1 - share) * VALIDATION)
             )
         split = f"{share:.0%} of the file names for testing, {(1 - share) * VALIDATION:.0%} for validation"
     classes = tuple(sorted(parts["train"]))
-    for part, what in (("train", "training"), ("test", "test"), ("validation", "validation")):
-        if not any(parts[part].values()):
-            raise UserError(
-                f"{folder} has no {what} images: put at least three images "
-                f"({', '.join(sorted(ENDINGS)[:5])}, …) in every class folder."
-            )
     if len(classes) < 2:
         raise UserError(
             f"{folder} has only the class '{classes[0]}': put the images of every class into a folder of "
             "its own, at least two."
         )
-    for name in classes:
-        if not parts["train"][name]:
-            raise UserError(f"{folder} has no training images of the class '{name}': add some or remove the folder.")
     rows = {
         part: [(path, classes.index(name)) for name in classes for path in paths.get(name, ())]
         for part, paths in parts.items()
@@ -107,6 +104,26 @@ def read(folder: Path, size: int | None = None, seed: int = 0, share: float = 0.
     labels = (np.array([label for _, label in part], np.int64) for part in rows.values())
     train, validation, test = zip(images, labels)
     return Folder(train, validation, test, classes, source)
+
+
+def picture(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """One image file as a network that takes `shape`, (C, H, W), was shown its training images: uint8 (C, H, W).
+
+    Upright, grey or RGB as the shape says; a square is cut from the middle and resized. Raises `UserError` naming the file.
+    """
+    channels, height, width = shape
+    if not path.is_file():
+        what = "is no file" if path.exists() else "does not exist"
+        raise UserError(f"The image {path} {what}: name a picture ({', '.join(sorted(ENDINGS)[:5])}, …).")
+    image = _plain(_opened(path), channels == 1)
+    if image.size != (width, height):
+        if height != width:
+            raise UserError(
+                f"The image {path} is {image.width}×{image.height} pixels, and the network takes {width}×{height}: "
+                "give one of that size."
+            )
+        image = _square(image, height)
+    return np.asarray(image).reshape(height, width, -1).transpose(2, 0, 1)
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -130,10 +147,22 @@ def _listed(folder: Path) -> tuple[dict[str, list[Path]], int]:
     return {name: paths for name, paths in found.items() if paths}, ignored
 
 
-def _divided(name: str, paths: list[Path], seed: int, chances: tuple[float, float]) -> tuple[list[Path], list[Path]]:
+def _enough(folder: Path, found: dict[str, list[Path]], uses: tuple[str, ...]) -> None:
+    """Raise UserError for a class that has fewer images than there are splits to be cut from it."""
+    for name, paths in sorted(found.items()):
+        if len(paths) < len(uses):
+            raise UserError(
+                f"{folder} has {len(paths)} image{'s' * (len(paths) > 1)} of the class '{name}': every class needs at "
+                f"least {len(uses)}, one each for {', '.join(uses[:-1])} and {uses[-1]}."
+            )
+
+
+def _divided(
+    name: str, paths: list[Path], seed: int, chances: tuple[float, float], leave: int = 1
+) -> tuple[list[Path], list[Path]]:
     """Take out the files whose chance, a hash of (seed, class, file name), lies in [low, high): the rest, and those.
 
-    Both parts get an image where there are two or more.
+    At least one is taken and `leave` are left, of more than `leave` files.
     """
     low, high = chances
 
@@ -142,8 +171,7 @@ def _divided(name: str, paths: list[Path], seed: int, chances: tuple[float, floa
         return int.from_bytes(digest[:8], "big") / 2**64
 
     ranked = sorted(paths, key=lambda path: (chance(path) < low, chance(path), path.name))
-    count = sum(low <= chance(path) < high for path in ranked)
-    count = min(max(count, 1), len(ranked) - 1) if len(ranked) > 1 else 0
+    count = min(max(sum(low <= chance(path) < high for path in ranked), 1), len(ranked) - leave)
     return sorted(ranked[count:]), sorted(ranked[:count])
 
 

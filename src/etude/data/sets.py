@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from etude.core.errors import UserError
 from etude.core.spec import Spec
@@ -44,6 +44,15 @@ class Images:
     source: str
     """Where it was read from and, when it is not the official set, in what it differs."""
 
+    def about(self) -> dict[str, Any]:
+        """What a report says of it: name, source, and the images of each split, in all and by class."""
+        splits = {}
+        for name in ("train", "validation", "test"):
+            y = getattr(self, name).y
+            counts = y.bincount(minlength=len(self.spec.classes)).tolist()
+            splits[name] = {"images": len(y), "by class": dict(zip(self.spec.classes, counts))}
+        return {"name": self.name, "source": self.source, "splits": splits}
+
 
 @dataclass(frozen=True)
 class Text:
@@ -52,6 +61,10 @@ class Text:
     text: str
     name: str
     source: str = ""
+
+    def about(self) -> dict[str, Any]:
+        """What a report says of it: name, source and length."""
+        return {"name": self.name, "source": self.source, "characters": len(self.text)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,13 +110,16 @@ def assemble(
     import torch
 
     if validation is None:
+        if len(train[1]) < 2:
+            raise UserError(f"{source} has one training image: at least two are needed, one of them for validation.")
         (x, y), (kept, held) = train, held_back(train[1])
         train, validation = (x[kept], y[kept]), (x[held], y[held])
     if size is not None:
         train, validation, test = ((resized(x, size), y) for x, y in (train, validation, test))
     mean, std = moments(train[0])
     parts = (
-        Split(torch.from_numpy(x), torch.from_numpy(y.astype(np.int64, copy=False))) for x, y in (train, validation, test)
+        Split(torch.from_numpy(x), torch.from_numpy(y.astype(np.int64, copy=False)))
+        for x, y in (train, validation, test)
     )
     return Images(name, *parts, Spec(tuple(train[0].shape[1:]), classes, mean, std), source)
 

@@ -7,11 +7,13 @@ unpacked block (256 KiB). The checksum therefore costs no second pass, and memor
 from __future__ import annotations
 
 import hashlib
+import stat
 import zlib
 from pathlib import Path
 from types import TracebackType
 
 from etude.core.errors import UserError
+from etude.core.folder import kind_of
 
 _PACKED, _UNPACKED = 1 << 16, 1 << 18
 _GZIP = b"\x1f\x8b"
@@ -20,7 +22,7 @@ _GZIP = b"\x1f\x8b"
 class Reader:
     """The unpacked bytes of `path`, in order. `remedy` ends every error sentence (what the user should do).
 
-    Raises `UserError` when the file cannot be opened, is not whole, or is damaged.
+    Raises `UserError` when the file cannot be opened, is no regular file, is not whole, or is damaged.
     """
 
     def __init__(self, path: Path | str, remedy: str = "put a whole copy of the file there") -> None:
@@ -28,8 +30,11 @@ class Reader:
         self.count = 0
         self._hash = hashlib.sha256()
         try:
+            status = self.path.stat()
+            if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
+                raise UserError(f"{self.path} is {kind_of(status.st_mode)}, not a file: {remedy}.")
             self._file = self.path.open("rb")
-            self._size = self.path.stat().st_size
+            self._size = status.st_size
             head = self._file.read(len(_GZIP))
             self._file.seek(0)
         except FileNotFoundError as error:

@@ -28,7 +28,7 @@ Algorithm:
 Differences:
     - The players update in turn, the second against the first's new strategy, as CFR+ and OpenSpiel do and as Burch,
       Moravčík, Schmid (arXiv:1810.11542) prove sound; Zinkevich et al. update both at once (`--no-alternating`).
-    - The game is flattened once into its sequence form (`etude.blocks.tree`). Summing chance and the opponent out of
+    - The game is flattened once into its sequence form (`etude.games.parts.tree`). Summing chance and the opponent out of
       the ends (line 3) gives the regrets that the paper's recursion over histories gives, without the histories.
     - The *average* strategy is the answer. The last one need not converge; `last_exploitability` shows it.
     - E141 (notes 11.4.2): an equilibrium does not "ensure you will not lose"; it ensures the value of the game, which
@@ -40,41 +40,30 @@ Expect: CPU 1 s → Kuhn exploitability 0.00094 after 1,000 iterations, value �
     10,000 of CFR+ (value −0.085606); liar's dice, 294,883 histories, 1.3e-4 after 1,000 of CFR+ (8 s in all).
 
 Command: `etude run games/cfr --preset leduc_plus`, then `etude sample games/cfr`. Your own game (the seven functions of
-    `etude.blocks.games.Game`): `etude run games/cfr --game path/to/my_game.py:Name`.
+    `etude.games.parts.rules.Game`): `etude run games/cfr --game path/to/my_game.py:Name`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from torch import nn
 
-from etude.blocks.games import load_game
-from etude.blocks.tree import (
-    Tree,
-    compiled,
-    deal,
-    expected_value,
-    exploitability,
-    flatten,
-    hand_text,
-    normalised,
-    reach,
-    strategy_figure,
-    strategy_text,
-    table,
-    uniform,
-)
-from etude.catalog import Experiment, method
+from etude.catalog import Control, Experiment, Idle, method
 from etude.core.checkpoint import Box
-from etude.core.config import Count, Whole
+from etude.core.config import Count, Range, Whole
 from etude.core.errors import UserError
 from etude.core.randomness import fold
 from etude.core.run import Loaded, Run
 from etude.core.spec import Spec
+from etude.games.parts.rules import load_game
+from etude.games.parts.showing import curve_figure, deal, hand_text, strategy_figure, strategy_table, strategy_text
+from etude.games.parts.strategies import compiled, expected_value, exploitability, normalised, reach, uniform
+from etude.games.parts.tree import Tree, flatten
 
 
 @dataclass(frozen=True)
@@ -83,15 +72,15 @@ class Config:
     """kuhn, leduc, liars_dice, or a game of your own as path/to/file.py:Name (the file is run)."""
     variant: Literal["cfr", "cfr_plus"] = "cfr"
     """cfr (2007), or cfr_plus: regrets stay nonnegative and later strategies weigh more."""
-    iterations: Count = 1000
+    iterations: Annotated[int, Range(1, 10**9)] = 1000
     """Number of iterations; in each both players update."""
     alternating: bool = True
     """The players update in turn, the second against the first's new strategy; otherwise both at once."""
     delay: Whole = 0
     """Iterations at the start that are left out of the average strategy."""
-    evaluations: Count = 10
+    evaluations: Annotated[int, Range(1, 10_000)] = 10
     """Measurements of exploitability per factor of ten in iterations, even on a logarithmic axis."""
-    hands: Whole = 5000
+    hands: Annotated[int, Range(0, 1_000_000)] = 5000
     """Hands dealt at the end by the average strategy, to see its value in play (0: none)."""
     limit: Count = 10_000_000
     """Refuse a game with more histories than this."""
@@ -105,17 +94,41 @@ PRESETS = {
     "liars_dice": Config(game="liars_dice", variant="cfr_plus"),  # 8 s → 1.3e-4, value −0.0271
 }
 
+SETTINGS = {
+    "game": "leduc",
+    "limit": Idle("only refuses larger games"),
+}
+
+LAST = Control("the last strategy instead of the average", metric="last_exploitability")
+AT_ONCE = Control("both players update at once", flags={"alternating": False})
+PLAIN = Control("plain CFR", flags={"variant": "cfr"})
+TOLD = "Training draws nothing: one seed says all."
 EXPERIMENTS = (
-    Experiment("kuhn", preset="default", metric="exploitability", bar=0.001, better="lower"),
-    Experiment("kuhn_value_above", preset="default", metric="value", bar=-0.056556, published="−1/18"),
-    Experiment("kuhn_value_below", preset="default", metric="value", bar=-0.054556, better="lower", published="−1/18"),
-    Experiment("leduc_50", preset="leduc", metric="exploitability", bar=0.2, better="lower"),
-    Experiment("leduc", preset="leduc_plus", metric="exploitability", bar=1e-5, better="lower"),
-    Experiment("leduc_value_above", preset="leduc_plus", metric="value", bar=-0.085706, published="−0.085606"),
     Experiment(
-        "leduc_value_below", preset="leduc_plus", metric="value", bar=-0.085506, better="lower", published="−0.085606"
+        "kuhn", preset="default", metric="exploitability", bar=0.001, better="lower", seeds=(0,), notes=TOLD,
+        controls=(LAST, AT_ONCE),
     ),
-    Experiment("liars_dice", preset="liars_dice", metric="exploitability", bar=2e-4, better="lower"),
+    Experiment(
+        "kuhn_value", preset="default", metric="value", bar=-0.0555556, better="near", tolerance=8e-5, seeds=(0,),
+        published="−1/18 = −0.055556", notes=TOLD,
+        controls=(Control("one iteration: uniform play", flags={"iterations": 1}),),
+    ),
+    Experiment(
+        "leduc_50", preset="leduc", metric="exploitability", bar=0.189083466, better="near", tolerance=1e-9, seeds=(0,),
+        published="0.189083466 (OpenSpiel 2.0.2, 50 iterations)", notes=TOLD, controls=(AT_ONCE,),
+    ),
+    Experiment(
+        "leduc", preset="leduc_plus", metric="exploitability", bar=7.5e-6, better="lower", seeds=(0,), notes=TOLD,
+        controls=(LAST, PLAIN),
+    ),
+    Experiment(
+        "leduc_value", preset="leduc_plus", metric="value", bar=-0.085606, better="near", tolerance=1e-6, seeds=(0,),
+        published="−0.085606", notes=TOLD, controls=(PLAIN,),
+    ),
+    Experiment(
+        "liars_dice", preset="liars_dice", metric="exploitability", bar=1.5e-4, better="lower", seeds=(0,), notes=TOLD,
+        controls=(LAST, PLAIN),
+    ),
 )  # fmt: skip
 
 
@@ -173,7 +186,7 @@ def iterate(
 
 def schedule(iterations: int, per_decade: int) -> list[int]:
     """The iterations after which exploitability is measured: even on a logarithmic axis, and the last."""
-    powers = range(int(per_decade * np.log10(iterations)) + 1)
+    powers = range(int(per_decade * math.log10(iterations)) + 1)
     return sorted({min(round(10 ** (k / per_decade)), iterations) for k in powers} | {iterations})
 
 
@@ -188,7 +201,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
         raise UserError(f"--delay {config.delay} leaves no iteration of {config.iterations} for the average strategy")
     game = load_game(config.game)
     tree = flatten(game, config.limit)
-    due = schedule(config.iterations, config.evaluations)
+    due = {t: row for row, t in enumerate(schedule(config.iterations, config.evaluations))}
     held = tables(tree)  # line 1
     seen = Box(curve=np.zeros((len(due), 3)), fingerprint=tree.fingerprint, found={})
     memory = (tree.nbytes + sum(part.nbytes for part in held.state_dict().values())) / tree.histories
@@ -205,20 +218,19 @@ def train(config: Config, run: Run) -> dict[str, float]:
         if step + 1 in due:  # line 10
             average = normalised(tree, held.average)
             now, last = exploitability(tree, average), exploitability(tree, held.strategy)
-            seen.curve[due.index(step + 1)] = step + 1, now, last
-            seen.found = {"exploitability": now, "value": expected_value(tree, average)}
+            seen.curve[due[step + 1]] = step + 1, now, last
+            seen.found = {"exploitability": now, "last_exploitability": last, "value": expected_value(tree, average)}
             if config.hands and step + 1 == config.iterations:
                 rng = np.random.default_rng(fold(run.seed, step, 0, "hands"))
                 won = np.array([deal(game, tree, average, rng)[1] for _ in range(config.hands)])
                 error = float(won.std() / np.sqrt(len(won)))
                 seen.found |= {"played_value": float(won.mean()), "played_error": error}
-            run.log(**seen.found, last_exploitability=last)
+            run.log(**seen.found)
     average = normalised(tree, held.average)
-    rows = table(tree, average)
-    run.artifact("strategy", {"game": config.game, "rows": rows}, "The average strategy by information set.")
-    run.artifact("readable", strategy_text(tree, average, len(rows)), "The same as text, first decisions first.")
     run.artifact("first_moves", strategy_figure(tree, average), "What the players do, by what they know.")
-    run.artifact("curve", curve_figure(seen.curve, config.game), "Exploitability by iteration, both axes logarithmic.")
+    run.artifact("curve", curve_figure(seen.curve), "Exploitability by iteration, both axes logarithmic.")
+    caption = "Probability of each action, by what the player knows; reach: its own probability of playing up to there."
+    run.artifact("strategy", strategy_table(tree, average), caption)
     return seen.found
 
 
@@ -250,18 +262,3 @@ def sample(loaded: Loaded, options: Sample, folder: Path) -> str:
     text = "\n".join([*hands, summary, "", strategy_text(tree, strategy, options.rows)])
     (folder / "hands.txt").write_text(text, encoding="utf-8")
     return text
-
-
-def curve_figure(curve: np.ndarray, name: str) -> Any:
-    """A matplotlib Figure of `curve` (N, 3): iteration, exploitability of the average and of the last strategy."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    t, average, last = np.maximum(curve, 1e-17).T  # an equilibrium found exactly has a place on a logarithmic axis too
-    axes.loglog(t, last, color="C1", alpha=0.5, label="last strategy")
-    axes.loglog(t, average, color="C0", label="average strategy")
-    axes.loglog(t, average[0] / np.sqrt(t), "k:", label="slope of 1/√iterations")
-    axes.set(xlabel="iterations", ylabel="exploitability", title=name)
-    axes.legend(frameon=False)
-    return figure

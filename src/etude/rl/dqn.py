@@ -50,32 +50,38 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from etude.blocks.envs import Worlds, film, play
-from etude.blocks.replay import Replay
-from etude.blocks.returns import td_target
-from etude.catalog import Experiment, method
+from etude.blocks.acting.environments import environment
+from etude.blocks.acting.episodes import Copies, film, play, show
+from etude.blocks.acting.memory import afford_learning
+from etude.blocks.acting.replay import Replay
+from etude.blocks.acting.returns import td_target
+from etude.blocks.acting.worlds import Worlds
+from etude.catalog import Control, Experiment, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, NonNegative, Positive, Probability, Whole
-from etude.core.errors import UserError
+from etude.core.errors import RunError, UserError
 from etude.core.randomness import fold
 from etude.core.run import Loaded, Run
 from etude.core.spec import Spec
 from etude.optim.adam import Adam
-from etude.rl.q_learning import boltzmann, draw, epsilon_greedy, linear
+from etude.rl.parts.mlp import activations, backward
+from etude.rl.q_learning import boltzmann, draw, epsilon_greedy, linear, spread
 
 
 @dataclass(frozen=True)
 class Config:
     env: str = "CartPole-v1"
-    """A registered Gymnasium environment with discrete actions; ``module:Name-v0`` imports the module first."""
+    """An environment with discrete actions: registered with Gymnasium (``module:Name-v0`` imports the module first),
+    ``file.py:Name`` of your own (the file is run), or in Python an environment, its class or a function that makes one.
+    """
     steps: Count = 50_000
-    """Environment steps in all (on each rank)."""
-    worlds: Count = 8
+    """Environment steps in all (on each rank), rounded up to whole rounds."""
+    worlds: Copies = 8
     """Copies of the environment that act together."""
     collect: Count = 256
-    """Environment steps in a round, before the updates."""
+    """Environment steps in a round, before its updates."""
     updates: Whole = 128
-    """Updates of φ in a round (K)."""
+    """Updates of φ in a round (K); 0 leaves the network untrained."""
     batch: Count = 64
     """Transitions in a minibatch."""
     buffer: Count = 100_000
@@ -88,11 +94,11 @@ class Config:
     """Discount γ."""
     learning_rate: Positive = 2.3e-3
     """Adam's α."""
-    max_gradient_norm: Positive = 10.0
+    clip_norm: Positive = 10.0
     """The gradient is scaled down to this norm."""
-    hidden: tuple[Count, ...] = (256, 256)
+    widths: tuple[Count, ...] = (256, 256)
     """Widths of the hidden layers."""
-    heads: bool = True
+    action_outputs: bool = True
     """One output for each action; off: the action is an input and Q(s, a) the one output (7.6.6)."""
     double: bool = False
     """Choose a' by φ and value it by φ' (double DQN)."""
@@ -108,46 +114,77 @@ class Config:
     """Share of the steps over which ε falls linearly."""
     temperature: Positive = 1.0
     """τ of Boltzmann exploration."""
-    evaluate_every: Whole = 10
-    """Rounds between greedy evaluations; 0: only the last."""
-    evaluation_episodes: Count = 20
-    """Episodes of each greedy evaluation along the way."""
-    final_episodes: Count = 100
+    evaluate_every: Whole = 2560
+    """Environment steps between greedy evaluations (at the end of a round); 0: only the last."""
+    evaluation_episodes: Copies = 20
+    """Episodes of each greedy evaluation along the way, of at most 1000 steps if the environment sets no limit."""
+    final_episodes: Copies = 100
     """Fresh episodes of the last greedy evaluation, which gives greedy_return."""
     keep_best: bool = True
     """End with the network that did best in the evaluations along the way; off: with the last one."""
 
 
 PRESETS = {
-    "tiny": Config(steps=2000, hidden=(32,), updates=32, evaluate_every=4, evaluation_episodes=5, final_episodes=5),
+    "tiny": Config(
+        steps=2000, updates=32, learning_starts=300, epsilon_fraction=0.6, widths=(32,), evaluate_every=512,
+        evaluation_episodes=5, final_episodes=5,
+    ),
     "default": Config(),
+    "lake": Config(  # 4 s; values of a start state from which at most 1 can be earned: 4.0, with --double 0.1
+        env="FrozenLake-v1", steps=20_000, collect=64, updates=32, batch=32, target_every=64, learning_rate=0.1,
+        widths=(), epsilon_end=0.5, epsilon_fraction=0.3, evaluate_every=0, final_episodes=400, keep_best=False,
+    ),
     "sb3": Config(  # Stable-Baselines3's own defaults, with which nothing is solved in 50,000 steps
         collect=32, updates=8, batch=32, buffer=1_000_000, learning_starts=100, target_every=10_000, learning_rate=1e-4,
-        hidden=(64, 64), epsilon_end=0.05, epsilon_fraction=0.1, evaluate_every=100,
+        widths=(64, 64), epsilon_end=0.05, epsilon_fraction=0.1, evaluate_every=3200,
     ),
 }  # fmt: skip
 
+SETTINGS = {
+    "env": "Acrobot-v1",
+    "buffer": 1000,
+    "learning_starts": 600,
+    "target_every": 600,
+    "clip_norm": 0.1,
+    "widths": (24,),
+    "double": {"double": True, "target_every": 600},
+    "temperature": {"exploration": "boltzmann", "temperature": 0.05},
+    "evaluate_every": 1024,
+    "keep_best": {"steps": 3000, "updates": 100, "evaluate_every": 256, "keep_best": False},
+}
+
 EXPERIMENTS = (
     Experiment(
-        "cartpole", preset="default", metric="greedy_return", bar=475.0, seeds=(0, 1, 2, 3, 4),
+        "cartpole", preset="default", metric="greedy_return", bar=475.0, seeds=(0, 1, 2),
         published="solved means 475 (Gymnasium's reward_threshold of CartPole-v1)",
         notes="network chosen by 20-episode greedy evaluations every 2,560 steps, scored on 100 fresh episodes",
+        controls=(
+            Control("an untrained network", {"updates": 0, "steps": 256}),
+            Control("the notes' target, unmasked (E93)", swap={"td_target": "etude.rl.parts.nulls.unmasked_target"}),
+        ),
+    ),
+    Experiment(
+        "double", preset="lake", metric="overestimation", bar=0.15, better="lower", flags={"double": True},
+        published="less overestimation than DQN in 6 of 6 Atari games (van Hasselt 2015, fig. 3)",
+        notes="a table (one-hot states, no hidden layer) with steps so large that its values are noise for the maximum to "
+        "pick from; no value of this world is above 1",
+        controls=(Control("plain DQN", {"double": False}),),
     ),
 )  # fmt: skip
 
 
 FIELDS = ("state", "action", "reward", "next_state", "terminated")
 
-# B minibatch, S state, A actions, D input of the network (S, or S + A without heads)
+# B minibatch, S state, A actions, D input of the network (S, or S + A without action outputs)
 
 
 class QNetwork(nn.Module):
     """Q_φ(s, ·), (N, S) → (N, A): an MLP with ReLU whose parameters are one vector φ: one kernel updates them all."""
 
-    def __init__(self, state: int, actions: int, hidden: tuple[int, ...], heads: bool = True) -> None:
+    def __init__(self, state: int, actions: int, widths: tuple[int, ...], action_outputs: bool = True) -> None:
         super().__init__()
-        self.actions, self.heads = actions, heads
-        self.widths = (state, *hidden, actions) if heads else (state + actions, *hidden, 1)
+        self.actions, self.action_outputs = actions, action_outputs
+        self.widths = (state, *widths, actions) if action_outputs else (state + actions, *widths, 1)
         parts = [part for a, b in pairwise(self.widths) for part in nn.Linear(a, b).parameters()]
         self.phi = nn.Parameter(torch.cat([part.detach().flatten() for part in parts]))
 
@@ -159,7 +196,7 @@ class QNetwork(nn.Module):
 
     def inputs(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Network input (*, D) and output column (*, 1) whose value is Q(s, a), for states (*, S), actions (*,)."""
-        if self.heads:
+        if self.action_outputs:
             return state, action[..., None]
         one_hot = nn.functional.one_hot(action, self.actions).to(state)
         return torch.cat([state, one_hot], -1), torch.zeros_like(action)[..., None]
@@ -169,29 +206,11 @@ class QNetwork(nn.Module):
 
     def values(self, layers: list[tuple[Tensor, Tensor]], state: Tensor) -> Tensor:
         """Q(s, ·) (N, A) under the given layers."""
-        if self.heads:
+        if self.action_outputs:
             return activations(layers, state)[-1]
         every = torch.arange(self.actions, device=state.device).repeat(len(state))
         x, _ = self.inputs(state.repeat_interleave(self.actions, 0), every)
         return activations(layers, x)[-1].view(-1, self.actions)
-
-
-def activations(layers: list[tuple[Tensor, Tensor]], x: Tensor) -> list[Tensor]:
-    """Input, every hidden layer after ReLU, and output of the MLP: (N, width) each."""
-    kept = [x]
-    for weight, bias in layers[:-1]:
-        kept.append(torch.addmm(bias, kept[-1], weight.t()).relu_())
-    weight, bias = layers[-1]
-    return [*kept, torch.addmm(bias, kept[-1], weight.t())]
-
-
-def backward(layers: list[tuple[Tensor, Tensor]], kept: list[Tensor], delta: Tensor, out: list[tuple[Tensor, Tensor]]):
-    """Write ∂L/∂φ into `out` (same views as `layers`), given ∂L/∂output `delta` (N, outputs) and the activations."""
-    for index in reversed(range(len(layers))):
-        torch.mm(delta.t(), kept[index], out=out[index][0])
-        torch.sum(delta, 0, out=out[index][1])
-        if index:
-            delta = torch.mm(delta, layers[index][0]).mul_(kept[index].sign())  # sign of a ReLU's output is its slope
 
 
 def slope(error: Tensor, huber: bool) -> Tensor:
@@ -206,37 +225,43 @@ def loss(error: Tensor, huber: bool) -> Tensor:
 
 
 def act(q: NDArray, uniform: NDArray, config: Config, epsilon: float) -> NDArray[np.int64]:
-    """Actions (n,) for values (n, A) and uniform numbers (n,) by the configured exploration; ε = 1 is uniform."""
-    if config.exploration == "boltzmann" and epsilon < 1.0:
+    """Actions (n,) for values (n, A) and uniform numbers (n,) by the configured exploration."""
+    if config.exploration == "boltzmann":
         return draw(boltzmann(q, config.temperature), uniform)
-    notes = config.exploration == "notes_epsilon_greedy" and epsilon < 1.0
-    return draw(epsilon_greedy(q, epsilon, notes), uniform)
+    return draw(epsilon_greedy(q, epsilon, config.exploration == "notes_epsilon_greedy"), uniform)
 
 
 def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
     """`spec.extra` holds "size" (S) and "actions" (A)."""
-    return {"model": QNetwork(spec.extra["size"], spec.extra["actions"], config.hidden, config.heads)}
+    return {"model": QNetwork(spec.extra["size"], spec.extra["actions"], config.widths, config.action_outputs)}
 
 
 @method("rl/dqn", paper="arXiv:1312.5602", section="7.6.3, 7.6.4, 7.6.5, 7.6.6, 7.6.8", needs=("rl",), threads=1)
 def train(config: Config, run: Run) -> dict[str, float]:
     if config.worlds > config.collect or config.collect > config.buffer:
         raise UserError("--worlds, --collect and --buffer must not fall: worlds <= collect <= buffer")
-    worlds = Worlds.make(config.env, config.worlds, run.seed, "training", run.rank)
+    env = environment(config.env, run.env)
+    worlds = Worlds.make(env, config.worlds, run.seed, "training", run.rank)
     spec = Spec(extra={"env": config.env, "size": worlds.size, "actions": worlds.actions})
+    if config.exploration == "notes_epsilon_greedy":
+        spread(0.0, worlds.actions)
+    afford_learning([worlds.size + worlds.actions, *config.widths, worlds.actions], config.updates * config.batch)
     run.describe(spec)
     model = run.place(build(config, spec)["model"])
     target = copy.deepcopy(model)
     optimizer = Adam(model.parameters(), lr=config.learning_rate)
+    rounds = -(-config.steps // config.collect)
     replay = Replay(
-        config.buffer, state=np.zeros(worlds.size, np.float32), action=np.int64(0), reward=np.float32(0),
+        min(config.buffer, rounds * config.collect + config.worlds),  # room for more would stay empty
+        state=np.zeros(worlds.size, np.float32), action=np.int64(0), reward=np.float32(0),
         next_state=np.zeros(worlds.size, np.float32), terminated=False,
     )  # fmt: skip
     box = Box(copied=0, updates=0, recent=[], best=-float("inf"), best_phi=model.phi.detach().clone(), last=0.0)
     run.track(model=model, target=target, optimizer=optimizer, replay=replay, worlds=worlds, box=box)
-    if worlds.note:
-        run.say(worlds.note)
-        run.artifact("restarted_worlds", worlds.note)
+    for name, note in _notes(config, rounds, worlds.note, env.note).items():
+        run.say(note)
+        run.artifact(name, note)
+    run.say(f"{env.name}: {worlds.size} numbers observed, {worlds.actions} actions; {model.phi.numel():,} parameters")
 
     # views of φ, φ' and the gradient: nothing below is recorded by autograd
     gradient = model.phi.grad = torch.zeros_like(model.phi)
@@ -248,22 +273,26 @@ def train(config: Config, run: Run) -> dict[str, float]:
     def greedy(state: NDArray[np.float32]) -> NDArray[np.int64]:
         return q_of(state).argmax(1)
 
-    for step in run.steps(-(-config.steps // config.collect)):  # line 1
+    even = np.full((config.worlds, worlds.actions), 1 / worlds.actions)
+    for step in run.steps(rounds):  # line 1
+        begun, reached = step * config.collect, (step + 1) * config.collect  # equal on every rank
         dice = run.generator("explore", step)
-        while worlds.steps < (step + 1) * config.collect:  # line 2
+        while worlds.steps < reached:  # line 2; some worlds may be a few steps further
             waiting = worlds.steps < config.learning_starts
             progress = worlds.steps / config.steps
             epsilon = linear(config.epsilon_start, config.epsilon_end, config.epsilon_fraction, progress)
             uniform = torch.rand(config.worlds, generator=dice, dtype=torch.float64).numpy()
-            row = worlds.step(act(q_of(worlds.observation), uniform, config, 1.0 if waiting else epsilon))
+            action = draw(even, uniform) if waiting else act(q_of(worlds.observation), uniform, config, epsilon)
+            row = worlds.step(action)
             replay.add(**{name: getattr(row, name) for name in FIELDS})
         finished = worlds.drain()
         if finished:
             box.recent = (box.recent + finished)[-100:]
             run.log(training_return=float(np.mean(finished)))
-        run.log(epsilon=epsilon, env_steps=float(worlds.steps))
+        run.log(env_steps=float(worlds.steps))
+        if config.exploration != "boltzmann":
+            run.log(epsilon=1.0 if waiting else epsilon)
 
-        reached = (step + 1) * config.collect  # equal on every rank, though some worlds may be a few steps further
         if reached > config.learning_starts and config.updates:
             if reached // config.target_every > box.copied:  # line 3
                 target.load_state_dict(model.state_dict())
@@ -290,36 +319,50 @@ def train(config: Config, run: Run) -> dict[str, float]:
                     run.average(model)
                 norm = torch.linalg.vector_norm(gradient)
                 run.average(gradient_norm=norm)  # finite exactly when the gradient is, and much cheaper to look at
-                gradient.mul_((config.max_gradient_norm / (norm + 1e-6)).clamp_(max=1.0))
+                gradient.mul_((config.clip_norm / (norm + 1e-6)).clamp_(max=1.0))
                 optimizer.step()
+            if not model.phi.isfinite().all():
+                raise RunError(f"the weights are no longer finite in round {step + 1}; lower --learning-rate")
             box.updates += config.updates
             run.log(loss=loss(error, config.huber), q_mean=(error + y).mean())
-        if run.every(config.evaluate_every):
-            returns = play(config.env, greedy, config.evaluation_episodes, fold(run.seed, step))
+        last = step + 1 == rounds
+        if last or (config.evaluate_every and reached // config.evaluate_every > begun // config.evaluate_every):
+            returns = play(env, greedy, config.evaluation_episodes, fold(run.seed, step))
             run.log(greedy_return=float(returns.mean()))
             if returns.mean() >= box.best:
                 box.best = float(returns.mean())
                 box.best_phi.copy_(model.phi.detach())
-        if run.every(0):  # the last round: the last network is scored too, then the best one is put back
-            box.last = float(play(config.env, greedy, config.final_episodes, run.seed, "last evaluation").mean())
+        if last:  # the last network is scored too, then the best one is put back
+            box.last = float(play(env, greedy, config.final_episodes, run.seed, "last evaluation").mean())
             if config.keep_best:
                 model.phi.detach().copy_(box.best_phi)
 
-    returns = play(config.env, greedy, config.final_episodes, run.seed, "final evaluation")
-    pictures, total, reason = film(config.env, greedy, run.seed)
-    if pictures:
-        run.artifact("episode", pictures, caption=f"One greedy episode of {config.env}: return {total:g}")
-    else:
-        run.artifact("episode", reason)
+    fresh = (config.final_episodes, run.seed, "final evaluation")
+    returns, discounted = play(env, greedy, *fresh), play(env, greedy, *fresh, gamma=config.gamma)
+    value = q_of(Worlds.make(env, *fresh).observation).max(1)
+    show(run, env, greedy)
     worlds.close()
+    lately = {"training_return": float(np.mean(box.recent))} if box.recent else {}  # no episode may have ended
     return {
         "greedy_return": float(returns.mean()),
         "greedy_return_low": float(returns.min()),
         "last_greedy_return": box.last,
-        "training_return": float(np.mean(box.recent)) if box.recent else 0.0,
+        "overestimation": float((value - discounted).mean()),
+        **lately,
         "env_steps": float(worlds.steps),
         "updates": float(box.updates),
     }
+
+
+def _notes(config: Config, rounds: int, *said: str) -> dict[str, str]:
+    """What a reader of this run must know, by the name of its artifact."""
+    notes = dict(zip(("restarted_worlds", "environment"), said))
+    most = rounds * config.collect
+    if not config.updates or most <= config.learning_starts:
+        why = f"--learning-starts is {config.learning_starts:,} and the run takes {most:,} environment steps"
+        notes["no_updates"] = f"no update will be made, for {why if config.updates else '--updates is 0'}"
+        notes["no_updates"] += "; the scores are those of an untrained network"
+    return {name: note for name, note in notes.items() if note}
 
 
 @dataclass(frozen=True)
@@ -333,6 +376,7 @@ class Sample:
 def sample(loaded: Loaded, options: Sample, folder: Path) -> str:
     """Play greedily, write each episode as a GIF where the environment can be drawn, and return the scores."""
     model = loaded.model
+    env = environment(loaded.config.env)
 
     def greedy(state: NDArray[np.float32]) -> NDArray[np.int64]:
         with torch.no_grad():
@@ -340,9 +384,9 @@ def sample(loaded: Loaded, options: Sample, folder: Path) -> str:
 
     lines = []
     for index in range(options.count):
-        pictures, total, reason = film(loaded.config.env, greedy, fold(options.seed, index))
+        pictures, total, reason = film(env, greedy, fold(options.seed, index))
         if not pictures:
-            returns = play(loaded.config.env, greedy, options.count, options.seed)
+            returns = play(env, greedy, options.count, options.seed)
             return f"{reason}\nreturns: " + ", ".join(f"{value:g}" for value in returns)
         path = folder / f"episode-{index}.gif"
         pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=50, loop=0)

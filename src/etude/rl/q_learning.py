@@ -34,34 +34,43 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from etude.blocks.envs import Worlds, expected_return, film, optimal_q, play, single, tables, time_limit
-from etude.catalog import Experiment, method
+from etude.blocks.acting.environments import environment
+from etude.blocks.acting.episodes import Copies, play, show
+from etude.blocks.acting.memory import afford
+from etude.blocks.acting.tables import expected_return, optimal_q, tables
+from etude.blocks.acting.worlds import Worlds
+from etude.blocks.plots import INK, PALETTE, PAPER
+from etude.catalog import Control, Experiment, Idle, method
 from etude.core.checkpoint import Box
-from etude.core.config import Count, Fraction, NonNegative, Positive, Probability, Whole
-from etude.core.errors import UserError
+from etude.core.config import Count, Fraction, NonNegative, Positive, Probability, Range, Whole
+from etude.core.errors import RunError, UserError
 from etude.core.randomness import fold
 from etude.core.run import Run
 from etude.core.spec import Spec
+
+Million = Annotated[int, Range(1, 1_000_000)]
 
 
 @dataclass(frozen=True)
 class Config:
     env: str = "FrozenLake-v1"
-    """A registered Gymnasium environment with discrete states and actions."""
+    """An environment with discrete states and actions: registered with Gymnasium (``module:Name-v0`` imports the module
+    first), ``file.py:Name`` of your own (the file is run), or in Python an environment, its class or a function that
+    makes one."""
     episodes: Count = 20_000
     """Episodes to learn from."""
-    round: Count = 200
+    log_every: Million = 200
     """Episodes between two lines of the log."""
     gamma: Fraction = 0.99
     """Discount γ."""
-    power: NonNegative = 0.6
+    learning_rate_power: NonNegative = 0.6
     """ω of the step size α = n(s, a)^−ω, n the visits so far; 0 is α = 1 (for worlds without chance)."""
     exploration: Literal["epsilon_greedy", "notes_epsilon_greedy", "boltzmann"] = "epsilon_greedy"
     """How actions are tried out."""
@@ -73,30 +82,45 @@ class Config:
     """Share of the episodes over which ε falls linearly."""
     temperature: Positive = 0.1
     """τ of Boltzmann exploration."""
-    limit: Count = 1000
-    """Steps after which an episode is truncated where the environment has no time limit of its own."""
-    evaluate_every: Whole = 10
-    """Rounds between greedy evaluations; 0: only the last."""
-    evaluation_episodes: Count = 100
+    max_episode_steps: Million = 1000
+    """Steps after which an episode is truncated, if the environment has no shorter time limit of its own."""
+    evaluate_every: Whole = 2000
+    """Episodes between greedy evaluations (at a line of the log); 0: only the last."""
+    evaluation_episodes: Copies = 100
     """Episodes of a greedy evaluation where it cannot be computed exactly from tables."""
 
 
 PRESETS = {
-    "tiny": Config(episodes=600, round=100),
+    "tiny": Config(episodes=600, log_every=100, evaluate_every=200),
     "default": Config(),
-    "cliff": Config(env="CliffWalking-v1", episodes=2000, round=50, power=0.0, gamma=0.999),
-    "taxi": Config(env="Taxi-v4", episodes=20_000, power=0.0),
+    "cliff": Config(
+        env="CliffWalking-v1", episodes=2000, log_every=50, evaluate_every=500, learning_rate_power=0.0, gamma=0.999
+    ),
+    "taxi": Config(env="Taxi-v4", episodes=20_000, learning_rate_power=0.0),
+}
+
+SETTINGS = {
+    "env": "CliffWalking-v1",
+    "temperature": {"exploration": "boltzmann", "temperature": 0.01},
+    "max_episode_steps": 10,
+    "evaluate_every": 300,
+    "evaluation_episodes": Idle("a world with tables is scored exactly; a test runs one without"),
 }
 
 EXPERIMENTS = (
     Experiment(
-        "frozen_lake", preset="default", metric="greedy_return", bar=0.70, seeds=(0, 1, 2, 3, 4),
+        "frozen_lake", preset="default", metric="greedy_return", bar=0.70,
         published="0.74016 is the best possible in 100 steps (value iteration)",
         notes="exact success probability of the greedy policy within 100 steps",
+        controls=(
+            Control("steps that do not shrink (α = 1)", {"learning_rate_power": 0.0}),
+            Control("no exploration", {"epsilon_start": 0.0, "epsilon_end": 0.0}),
+        ),
     ),
     Experiment(
-        "cliff_walking", preset="cliff", metric="greedy_return", bar=-13.0, seeds=(0, 1, 2, 3, 4),
+        "cliff_walking", preset="cliff", metric="greedy_return", bar=-13.0,
         published="-13 is the shortest way (Sutton & Barto, example 6.6)",
+        controls=(Control("nothing is bootstrapped (γ = 0)", {"gamma": 0.0}),),
     ),
 )  # fmt: skip
 
@@ -107,7 +131,7 @@ EXPERIMENTS = (
 def epsilon_greedy(q: NDArray, epsilon: float, notes: bool = False) -> NDArray[np.float64]:
     """π(· | s) (n, A) from values (n, A): 1 − ε + ε/|A| for the best action and ε/|A| for the others.
 
-    `notes`: 1 − ε and ε/(|A| − 1) (E94; raises ValueError for one action). Ties share equally.
+    `notes`: 1 − ε and ε/(|A| − 1) (E94; raises UserError for one action). Ties share equally.
     """
     best = q == q.max(-1, keepdims=True)
     best = best / best.sum(-1, keepdims=True)
@@ -116,16 +140,17 @@ def epsilon_greedy(q: NDArray, epsilon: float, notes: bool = False) -> NDArray[n
     return (1 - epsilon) * best + epsilon / q.shape[-1]
 
 
-def spread(epsilon: float, actions: int) -> float:
-    """The ε with which the standard form gives what the notes' form gives: ε |A|/(|A| − 1) (it may exceed 1)."""
+def spread(epsilon: Any, actions: int) -> Any:
+    """The ε (any shape) with which the standard form gives what the notes' form gives: ε |A|/(|A| − 1), even above 1."""
     if actions == 1:
-        raise ValueError("the notes' epsilon-greedy is undefined for a single action: epsilon / (|A| - 1)")
+        raise UserError("the notes' epsilon-greedy is undefined for a single action: epsilon / (|A| - 1)")
     return epsilon * actions / (actions - 1)
 
 
 def boltzmann(q: NDArray, temperature: float) -> NDArray[np.float64]:
     """π(a | s) ∝ exp(Q(s, a)/τ), (n, A): greedy as τ → 0, uniform as τ → ∞, unchanged by a constant added to Q."""
-    weight = np.exp((q - q.max(-1, keepdims=True)) / temperature)
+    with np.errstate(over="ignore"):  # e^−∞ is 0, as it should be
+        weight = np.exp((q - q.max(-1, keepdims=True)).astype(np.float64) / temperature)
     return weight / weight.sum(-1, keepdims=True)
 
 
@@ -253,19 +278,28 @@ def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
 
 @method("rl/q_learning", paper="Watkins & Dayan 1992", section="7.6.1, 7.6.2, 7.6.8", needs=("rl",), threads=1)
 def train(config: Config, run: Run) -> dict[str, float]:
-    probe = Worlds.make(config.env)  # answers for continuous actions and structured observations
-    env, world = single(config.env), tables(config.env)
+    kind = environment(config.env, run.env)
+    probe = Worlds.make(kind)  # answers for continuous actions and structured observations
+    env, world = kind.make(), tables(kind)
     if not hasattr(env.observation_space, "n"):
         raise UserError(
             f"--env {config.env} observes {env.observation_space}, and a table needs discrete states: use rl/dqn for it"
         )
+    if config.exploration == "notes_epsilon_greedy":
+        spread(0.0, probe.actions)
+    afford(f"a table of {probe.size:,} states and {probe.actions:,} actions", 6 * 8 * probe.size * probe.actions)
     spec = Spec(extra={"env": config.env, "states": probe.size, "actions": probe.actions})
     run.describe(spec)
     model = build(config, spec)["model"]
     box = Box(env_steps=0, recent=[])
     run.track(model=model, box=box)
+    how = "its transition table is read" if world else "it is stepped itself"
+    run.say(f"{kind.name}: {probe.size:,} states, {probe.actions:,} actions; {how}")
+    if kind.note:
+        run.say(kind.note)
+        run.artifact("environment", kind.note)
     q, visits = model.q.numpy(), model.visits.numpy()  # views: the loop below writes into the module
-    limit = time_limit(config.env, config.limit)
+    limit = kind.limit(config.max_episode_steps)
     best = optimal_q(world, config.gamma) if world else None
     temperature = config.temperature if config.exploration == "boltzmann" else 0.0
 
@@ -275,41 +309,39 @@ def train(config: Config, run: Run) -> dict[str, float]:
     def score(purpose: str) -> float:
         if world:
             return expected_return(world, q.argmax(1), limit)
-        return float(play(config.env, greedy, config.evaluation_episodes, run.seed, purpose, limit).mean())
+        return float(play(kind, greedy, config.evaluation_episodes, run.seed, purpose, limit).mean())
 
-    for step in run.steps(-(-config.episodes // config.round)):
-        first = step * config.round
-        numbers = range(first, min(first + config.round, config.episodes))
+    rounds = -(-config.episodes // config.log_every)
+    for step in run.steps(rounds):
+        first, last = step * config.log_every, min((step + 1) * config.log_every, config.episodes)
         schedule = (config.epsilon_start, config.epsilon_end, config.epsilon_fraction)
-        epsilon = np.array([linear(*schedule, number / config.episodes) for number in numbers])
-        if config.exploration == "notes_epsilon_greedy":
-            epsilon = spread(epsilon, probe.actions)
+        epsilon = np.array([linear(*schedule, number / config.episodes) for number in range(first, last)])
+        acting = spread(epsilon, probe.actions) if config.exploration == "notes_epsilon_greedy" else epsilon
         dice = np.random.default_rng(fold(run.seed, step, run.rank, "explore"))
-        learn = (epsilon, temperature, config.gamma, config.power, limit)
+        learn = (acting, temperature, config.gamma, config.learning_rate_power, limit)
         if world:
             chance = np.random.default_rng(fold(run.seed, step, run.rank, "world"))
             outcomes = (world.next_state, world.reward, world.terminated, world.cumulative, world.cumulative_start)
             returns, steps = compiled()(q, visits, *outcomes, *learn, chance, dice)
         else:
-            seeds = [fold(run.seed, number, run.rank, "world") for number in numbers]
+            seeds = [fold(run.seed, number, run.rank, "world") for number in range(first, last)]
             returns, steps = episodes_in_environment(env, seeds, q, visits, *learn, dice)
+        if not np.isfinite(q).all():
+            raise RunError(f"Q is not finite after {last:,} episodes; lower --gamma or raise --learning-rate-power")
         box.env_steps += int(steps)
         box.recent = (box.recent + returns.tolist())[-100:]
-        run.log(training_return=float(returns.mean()), epsilon=float(epsilon[-1]), env_steps=float(box.env_steps))
+        run.log(episodes=last, training_return=float(returns.mean()), episode_length=steps / len(returns))
+        if config.exploration != "boltzmann":
+            run.log(epsilon=float(epsilon[-1]))
         if best is not None:
             run.log(q_error=float(np.abs(q - best)[visits > 0].max()))
-        if run.every(config.evaluate_every):
+        due = config.evaluate_every and last // config.evaluate_every > first // config.evaluate_every
+        if due or step + 1 == rounds:
             run.log(greedy_return=score(f"evaluation {step}"))
 
-    if not np.isfinite(q).all():
-        raise UserError("Q is not finite; lower --gamma or raise --power")
-    pictures, total, reason = film(config.env, greedy, run.seed, limit=limit)
-    if pictures:
-        run.artifact("episode", pictures, caption=f"One greedy episode of {config.env}: return {total:g}")
-    else:
-        run.artifact("episode", reason)
+    show(run, kind, greedy, limit)
     shape = getattr(env.unwrapped, "shape", getattr(getattr(env.unwrapped, "desc", None), "shape", ()))
-    if int(np.prod(shape)) == len(q):
+    if len(shape) == 2 and int(np.prod(shape)) == len(q):
         run.artifact("values", _map(q, visits, shape), caption="max Q(s, ·) of each cell; never visited ones are blank")
     metrics = {
         "greedy_return": score("final evaluation"),
@@ -323,16 +355,17 @@ def train(config: Config, run: Run) -> dict[str, float]:
 
 def _map(q: NDArray, visits: NDArray, shape: tuple[int, int]) -> Any:
     """A grid world's values, max Q(s, ·) in each visited cell."""
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1 + 0.7 * shape[1], 1 + 0.7 * shape[0]), layout="tight")
+    figure = Figure(figsize=(0.52 * shape[1], 0.52 * shape[0]), layout="tight", facecolor=PAPER)
     axes = figure.subplots()
     seen = visits.sum(1) > 0
-    image = axes.imshow(np.where(seen, q.max(1), np.nan).reshape(shape), cmap="viridis")
+    shades = LinearSegmentedColormap.from_list("etude", (PAPER, PALETTE[0]))
+    image = axes.imshow(np.where(seen, q.max(1), np.nan).reshape(shape), cmap=shades)
     for cell in np.flatnonzero(seen):
         value = q[cell].max()
-        colour = "k" if image.norm(value) > 0.6 else "w"  # what can be read on this cell
-        axes.text(cell % shape[1], cell // shape[1], f"{value:.2g}", ha="center", va="center", color=colour, fontsize=8)
-    axes.set(xticks=[], yticks=[])
-    figure.colorbar(image, ax=axes)
+        colour = PAPER if image.norm(value) > 0.5 else INK  # what can be read on this cell
+        axes.text(cell % shape[1], cell // shape[1], f"{value:.2g}", ha="center", va="center", color=colour, fontsize=9)
+    axes.set(xticks=[], yticks=[], facecolor=PAPER)
     return figure

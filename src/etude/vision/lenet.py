@@ -283,7 +283,7 @@ def augment(config: Config) -> Callable[[Tensor, torch.Generator], Tensor] | Non
 def train(config: Config, run: Run) -> dict[str, float]:
     recipe = Recipe.of(config)
     data = subset(room.images(config.data, config.size), config.examples, run.seed)
-    run.describe(data.spec)
+    run.describe(data.spec, data)
     model = run.place(build(config, data.spec)["model"])
     optimizer = recipe.make_optimizer(model, run)
     batch = batches(run, recipe, model, data, augment(config))

@@ -1,5 +1,6 @@
-"""Descent paths against closed forms: contraction rates, the saddle, the ridge, rotation (E08, E09, E11)."""
+"""Descent paths against closed forms and torch's optimizers: rates, the saddle, the ridge, rotation (E08, E09, E11)."""
 
+import json
 import math
 
 import numpy as np
@@ -8,6 +9,8 @@ import torch
 
 import etude
 from etude.basics.descent import NAMES, Config, curvatures, losses, movie, saddle, settings, starts, turn, valley
+from etude.core.errors import RunError
+from etude.core.randomness import generator
 
 I = {name: i for i, name in enumerate(NAMES)}  # noqa: E741
 
@@ -112,9 +115,121 @@ def test_rates_follow_from_kappa():
     assert torch.equal(rates[7:], torch.ones(2, 3, dtype=torch.float64))
 
 
-def test_the_movie_moves():
+@pytest.mark.parametrize("count", [1, 12, 25])
+def test_the_movie_moves(count):
     path = np.cumsum(np.random.default_rng(0).normal(size=(11, 9, 3, 2)) / 10, axis=0)
-    frames = movie(path, Config(frames=25))
-    assert len(frames) == 25
+    frames = movie(path, Config(frames=count))
+    assert len(frames) == count
+    if count == 1:
+        return
     assert frames[0].size == frames[-1].size
-    assert frames[0].tobytes() != frames[4].tobytes()
+    assert frames[0].tobytes() != frames[8].tobytes()
+
+
+def value(theta, problem, config):
+    """The loss of one point, written once more: the valley by its eigenvectors, the saddle by its polynomial."""
+    if problem:
+        return theta[0] ** 2 - theta[1] ** 2 + theta[1] ** 4 / 4
+    c, s = math.cos(math.radians(config.angle)), math.sin(math.radians(config.angle))
+    return ((c * theta[0] + s * theta[1]) ** 2 + config.kappa * (c * theta[1] - s * theta[0]) ** 2) / 2
+
+
+def torchs(name, point, problem, config):
+    """torch's optimizer of that name, with the best settings for the valley (Lessard et al., table 1)."""
+    k, at = config.kappa, config.saddle_learning_rate
+    root, long = math.sqrt(k), math.sqrt(3 * k + 1)
+    if name in ("sgd", "noisy"):
+        return torch.optim.SGD([point], lr=at if problem else 2 / (1 + k))
+    if name == "momentum":
+        lr = at if problem else 4 / (1 + root) ** 2
+        return torch.optim.SGD([point], lr=lr, momentum=((root - 1) / (root + 1)) ** 2)
+    if name == "nesterov":
+        lr = at if problem else 4 / (3 * k + 1)
+        return torch.optim.SGD([point], lr=lr, momentum=(long - 2) / (long + 2), nesterov=True)
+    if name == "rmsprop":
+        return torch.optim.RMSprop([point], lr=config.rmsprop_learning_rate, alpha=0.9, eps=1e-8)
+    if name == "adagrad":
+        return torch.optim.Adagrad([point], lr=config.adagrad_learning_rate, eps=1e-10)
+    return torch.optim.Adam([point], lr=config.adam_learning_rate)
+
+
+CHANGES = [
+    {},
+    {"kappa": 9.0, "angle": 75.0},
+    {"noise": 0.0, "damping": 7.0},
+    {
+        "rmsprop_learning_rate": 0.2,
+        "adagrad_learning_rate": 0.1,
+        "adam_learning_rate": 0.03,
+        "saddle_learning_rate": 0.2,
+    },
+]
+
+
+@pytest.mark.parametrize("extra", CHANGES)
+def test_loop_equals_a_plain_one(extra, tmp_path):
+    """Every optimizer alone on every problem, by torch.optim and torch.linalg.solve, with the same noise."""
+    flags = {"steps": 12, "frames": 0} | extra
+    done = etude.run("basics/descent", out=tmp_path / "run", quiet=True, seed=6, **flags)
+    path, config = etude.load(done.folder).state["held"]["path"], Config(**flags)
+    expected = np.zeros((13, 9, 3, 2))
+    for i, name in enumerate(NAMES):
+        for problem in range(3):
+            point = starts(config.angle)[problem].clone().requires_grad_()
+            optimizer = None if i > 6 else torchs(name, point, problem, config)
+            expected[0, i, problem] = point.detach()
+            for step in range(12):
+                (g,) = torch.autograd.grad(value(point, problem, config), point)
+                if name == "noisy":
+                    noise = torch.randn(3, 2, dtype=torch.float64, generator=generator(6, step, 0, "noise"))
+                    g = g + config.noise * noise[problem]
+                if optimizer is None:
+                    h = torch.autograd.functional.hessian(lambda p, k=problem: value(p, k, config), point.detach())
+                    h += (config.damping if name == "damped" else 0.0) * torch.eye(2, dtype=h.dtype)
+                    point.data -= torch.linalg.solve(h, g)
+                else:
+                    point.grad = g
+                    optimizer.step()
+                expected[step + 1, i, problem] = point.detach()
+    np.testing.assert_allclose(path, expected, rtol=1e-9, atol=1e-12)
+    rows = [json.loads(line) for line in (done.folder / "metrics.jsonl").read_text().splitlines()]
+    away = np.sqrt((expected[1:, :, 0] ** 2).sum(-1))
+    assert [row["arrived"] for row in rows] == (away <= 1e-6).sum(1).tolist()
+    assert [row["distance_noisy"] for row in rows] == pytest.approx(away[:, 1])
+
+
+@pytest.mark.parametrize("extra", [{"steps": 60, "kappa": 4.0}, {"steps": 200, "tolerance": 0.05, "noise": 0.1}])
+def test_reported_numbers_are_read_off_the_path(extra, tmp_path):
+    done = etude.run("basics/descent", out=tmp_path / "run", quiet=True, seed=6, frames=0, **extra)
+    path, limit = etude.load(done.folder).state["held"]["path"], extra.get("tolerance", 1e-6)
+    expected = {}
+    for i, name in enumerate(NAMES):
+        away = [math.hypot(*point) for point in path[:, i, 0]]
+        stays = [all(d <= limit for d in away[step:]) for step in range(len(away))]
+        if any(stays):
+            expected[f"steps_{name}"] = stays.index(True)
+    assert {"steps_sgd", "steps_momentum", "steps_newton"} <= set(expected)
+    expected["momentum_speedup"] = expected["steps_sgd"] / expected["steps_momentum"]
+
+    def left(points):
+        return [min(math.hypot(x, y - 2**0.5), math.hypot(x, y + 2**0.5)) < math.hypot(x, y) for x, y in points]
+
+    rows = [json.loads(line) for line in (done.folder / "metrics.jsonl").read_text().splitlines()]
+    others = [i for i, name in enumerate(NAMES) if name != "newton"]
+    assert [row["escaped"] for row in rows] == [sum(left(now[others, 1])) for now in path[1:]]
+    expected["escaped"] = rows[-1]["escaped"]
+    expected["saddle_distance_newton"] = math.hypot(*path[-1, I["newton"], 1])
+    expected["ridge_escaped_noisy"] = float(left(path[-1, :, 2])[I["noisy"]])
+    expected["ridge_escaped_others"] = sum(left(path[-1, :, 2])) - expected["ridge_escaped_noisy"]
+    assert done.metrics == pytest.approx(expected, rel=1e-12, abs=1e-15)
+
+
+def test_a_damping_that_cancels_the_curvature_is_named(tmp_path):
+    """At the ridge the curvature along y is −2: with λ = 2 there is no step."""
+    with pytest.raises(RunError, match="step 0 of damped Newton was not made: the Hessian is singular"):
+        etude.run("basics/descent", preset="tiny", out=tmp_path / "run", quiet=True, damping=2.0)
+
+
+@pytest.mark.parametrize("extra", [{"saddle_learning_rate": 5.0}, {"adagrad_learning_rate": 1e200}, {"kappa": 1.0}])
+def test_what_flies_off_is_drawn_without_a_warning(extra, tmp_path):
+    etude.run("basics/descent", preset="tiny", out=tmp_path / "run", quiet=True, steps=40, frames=2, **extra)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from etude.blocks import attribution
-from etude.blocks.attribution import (
+from etude.blocks.looking import attribution
+from etude.blocks.looking.attribution import (
     chosen,
     erase,
     heat,

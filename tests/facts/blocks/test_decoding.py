@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etude.blocks.decoding import generate, keep_top_k, keep_top_p, pick, stream
+from etude.blocks.tokens.decoding import generate, keep_top_k, keep_top_p, pad_left, pick, stream
 
 
 def logits_of(*probabilities: float) -> torch.Tensor:
@@ -21,7 +21,10 @@ def kept(logits: torch.Tensor) -> list[list[int]]:
 
 
 class Markov:
-    """A decoder whose next-token logits depend on the last token and the number of tokens seen; counts its reads."""
+    """A decoder whose next-token logits depend on the last token and the number of tokens seen (padding not counted).
+
+    It keeps what it reads.
+    """
 
     def __init__(self, vocabulary: int = 5, context: int = 8, seed: int = 0) -> None:
         draw = torch.Generator().manual_seed(seed)
@@ -30,13 +33,13 @@ class Markov:
 
     def start(self, batch):
         self.starts += 1
-        return SimpleNamespace(length=0)
+        return SimpleNamespace(length=0, pads=None)
 
     def advance(self, ids, cache):
         cache.length += ids.shape[1]
         assert cache.length <= self.context
         self.read.append(ids.clone())
-        return self.table[cache.length, ids[:, -1]]
+        return self.table[cache.length if cache.pads is None else cache.length - cache.pads, ids[:, -1]]
 
 
 @pytest.mark.parametrize(
@@ -216,6 +219,9 @@ def test_stop_ends_rows_and_then_the_loop():
         (torch.zeros(3, dtype=torch.int64), {}, "at least one token"),
         (torch.zeros(1, 1, dtype=torch.int64), {"keep": 9}, "keep must lie in 1 … 8"),
         (torch.zeros(1, 1, dtype=torch.int64), {"keep": 0}, "keep must lie in 1 … 8"),
+        (torch.zeros(2, 3, dtype=torch.int64), {"pads": torch.tensor([0, 3])}, "pads must be 2 numbers from 0 to 2"),
+        (torch.zeros(2, 3, dtype=torch.int64), {"pads": torch.tensor([-1, 0])}, "pads must be 2 numbers from 0 to 2"),
+        (torch.zeros(2, 3, dtype=torch.int64), {"pads": torch.tensor([0])}, "pads must be 2 numbers from 0 to 2"),
     ],
 )
 def test_wrong_calls_are_refused(prompt, settings, message):
@@ -226,3 +232,31 @@ def test_wrong_calls_are_refused(prompt, settings, message):
 def test_nothing_to_add():
     prompt = torch.tensor([[1, 2]])
     assert torch.equal(generate(Markov(), prompt, 0), prompt)
+
+
+def test_padding_stands_on_the_left():
+    ids, pads = pad_left([torch.tensor([1, 2]), torch.tensor([3, 4, 5, 6]), torch.tensor([7])], fill=9)
+    assert ids.tolist() == [[9, 9, 1, 2], [3, 4, 5, 6], [9, 9, 9, 7]]
+    assert pads.tolist() == [2, 0, 3]
+
+
+@pytest.mark.parametrize("keep", [1, 3, 8, None])
+@pytest.mark.parametrize("lengths", [(1, 5, 3), (4, 4, 4), (2, 8, 7), (11, 3, 20), (6, 1, 1)])
+def test_rows_of_different_lengths_go_on_as_they_would_alone(lengths, keep):
+    """Greedy and drawn, below the context of 8 and far past it, where the rows fill it at different times."""
+    draw = torch.Generator().manual_seed(1)
+    rows = [torch.randint(5, (length,), generator=draw) for length in lengths]
+    ids, pads = pad_left(rows)
+    for rules in ({"greedy": True}, {"temperature": 0.7, "top_k": 3}):
+        dice = [torch.Generator().manual_seed(b) for b in range(3)]
+        together = generate(Markov(), ids, 30, pads=pads, keep=keep, generator=dice, **rules)
+        for b, row in enumerate(rows):
+            alone = generate(Markov(), row[None], 30, keep=keep, generator=torch.Generator().manual_seed(b), **rules)
+            assert together[b, int(pads[b]) :].tolist() == alone[0].tolist()
+
+
+def test_padding_costs_no_second_read_below_the_context():
+    model = Markov(context=16)
+    ids, pads = pad_left([torch.tensor([1, 2, 3, 0]), torch.tensor([1])])
+    generate(model, ids, 12, pads=pads, greedy=True)
+    assert [tuple(read.shape) for read in model.read] == [(2, 4), *[(2, 1)] * 11]

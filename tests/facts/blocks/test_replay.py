@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from etude.blocks.replay import Replay
+from etude.blocks.acting.replay import Replay
 
 
 def rows(first, count):

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from etude.blocks.returns import discounted_returns, lambda_advantages, td_target
+from etude.blocks.acting.returns import discounted_returns, lambda_advantages, td_target
 
 F64 = torch.float64
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etude.blocks.text import BytePairs, Characters, pieces, split, starts, tokenizer, windows
+from etude.blocks.tokens.text import UNKNOWN, BytePairs, Characters, pieces, starts, tokenizer, windows
 from etude.core.errors import UserError
 
 SAMPLE = "Füße, naïve café — 你好! 🙂\nto be or not to be, that is the question.\n" * 20
@@ -164,12 +164,14 @@ def test_pieces_arrive_at_once():
     assert asked == [0]
 
 
-@pytest.mark.parametrize(("count", "cut"), [(10, 9), (11, 9), (1, 0), (1115394, 1003854)])
-def test_split_shares_nothing_and_loses_nothing(count, cut):
-    ids = torch.arange(count)
-    first, last = split(ids)
-    assert len(first) == cut
-    assert torch.equal(torch.cat([first, last]), ids)
+def test_an_unknown_character_is_written_as_what_stands_for_it():
+    tokens = Characters.of("abc" + UNKNOWN)
+    assert tokens.encode("aécz", UNKNOWN).tolist() == [0, 3, 2, 3]
+    assert tokens.decode([0, 3]) == "a" + UNKNOWN
+    with pytest.raises(UserError, match="'é' .position 1.*it knows 'abc'"):
+        tokens.encode("aé")
+    with pytest.raises(UserError, match=r"'\\udcff' .position 0"):  # what a terminal makes of a byte that is no UTF-8
+        tokens.encode("\udcff")
 
 
 def test_windows_shift_the_targets_by_one():

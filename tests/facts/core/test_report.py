@@ -23,7 +23,7 @@ from etude.core.report.headline import published_number
 from etude.core.report.reading import Series as S
 from etude.core.report.reading import read_metrics
 
-SECTIONS = ["headline", "curves", "pictures", "run", "config", "contract", "next"]
+SECTIONS = ["headline", "pictures", "curves", "run", "config", "contract", "next"]
 
 
 def write(folder: Path, name: str, value: object) -> None:
@@ -240,6 +240,29 @@ def test_metrics_are_read_as_written(tmp_path: Path) -> None:
     assert [s.name for s in series] == ["loss", "score"]
     np.testing.assert_array_equal(series[0].steps, [1, 2, 3])
     np.testing.assert_array_equal(series[0].values, [2.0, 1.5, np.nan])
+
+
+def test_the_clock_that_a_loop_logs_is_the_axis(run: Path) -> None:
+    """Where a step of the loop is a round of several environment steps, curves are drawn over what --steps counts."""
+    rows = [{"step": k, "env_steps": 32.0 * k, "loss": 1 / k} for k in range(1, 5)]
+    rows += [{"step": 4, "env_steps": 128.0, "loss": 0.125}, {"step": 5, "score": 7.0}]  # logged after the loop
+    write(run, "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    series, damaged = read_metrics(run / "metrics.jsonl")
+    assert damaged == 0
+    assert [(s.name, s.clock) for s in series] == [("loss", "env_steps"), ("score", "env_steps")]
+    np.testing.assert_array_equal(series[0].steps, [32, 64, 96, 128])
+    np.testing.assert_array_equal(series[0].values, [1, 0.5, 1 / 3, 0.125])
+    np.testing.assert_array_equal(series[1].steps, [128])
+    (run / "done").unlink()
+    shown = Page(render(run).read_text(encoding="utf-8"))
+    assert "Over environment steps." in shown.text
+    assert "environment step 128 of 200" in shown.text
+    assert "10 s; 128 environment steps, 12.8 a second" in shown.text
+    (svg,) = shown.all("svg")
+    assert "loss: 1 at environment step 32, 0.1250 at environment step 128" in str(svg["aria-label"])
+    assert svg["data-unit"] == "environment step"
+    write(run, "metrics.jsonl", "".join(json.dumps({"step": k, "episodes": 10 * k, "x": k}) + "\n" for k in (1, 2)))
+    assert "Over episodes." in Page(render(run).read_text(encoding="utf-8")).text
 
 
 def test_torch_is_not_imported() -> None:
@@ -522,3 +545,18 @@ def test_damaged_files_never_stop_the_report(run: Path) -> None:
     for name in names:
         write(run, name, "{ half")
     assert all(f"Could not be read: {name}." in page(run).text for name in names)
+
+
+def test_what_was_trained_on_is_said(tmp_path: Path) -> None:
+    """Counts by split and class, parameters and source: from about.json, which a run writes before its first step."""
+    import etude
+
+    folder = etude.run("vision/lenet", preset="tiny", steps=2, out=tmp_path / "run", quiet=True, threads=1).folder
+    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    assert about["parameters"] == {"model": 61_706}
+    splits = about["data"]["splits"]
+    assert {name: part["images"] for name, part in splits.items()} == {"train": 1293, "validation": 144, "test": 360}
+    assert all(sum(part["by class"].values()) == part["images"] for part in splits.values())
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "1,293 train, 144 validation, 360 test" in page
+    assert "61,706" in page

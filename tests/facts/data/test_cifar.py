@@ -15,6 +15,7 @@ from PIL import Image
 from etude import data
 from etude.core.errors import UserError
 from etude.data import cifar
+from etude.data.sets import held_back
 
 
 def records(count: int, seed: int) -> np.ndarray:
@@ -130,10 +131,12 @@ def test_unpacked_batches_through_the_public_door(empty_home, parts):
     for name, part in zip(cifar.BATCHES, parts):
         (folder / name).write_bytes(part.tobytes())
     read = data.images("cifar10")
-    assert len(read.train) == 50000
-    assert len(read.test) == 10000
+    assert (len(read.train), len(read.validation), len(read.test)) == (45000, 5000, 10000)
     assert "no checksum is published" in read.source
-    np.testing.assert_array_equal(read.train.y.numpy(), np.concatenate([part[:, 0] for part in parts[:5]]))
+    y = np.concatenate([part[:, 0] for part in parts[:5]])
+    for indices, split in zip(held_back(y), (read.train, read.validation)):
+        np.testing.assert_array_equal(split.y.numpy(), y[indices])
+        np.testing.assert_array_equal(split.x[:, 2, 31, 31].numpy(), indices // cifar.PER_BATCH)
     states = [row["state"] for row in data.check("cifar10")]
     assert states == ["missing", *["differs"] * 6]
     (folder / "data_batch_2.bin").write_bytes(parts[1][:100].tobytes())
@@ -143,7 +146,7 @@ def test_unpacked_batches_through_the_public_door(empty_home, parts):
     with pytest.raises(UserError, match=r"where test_batch.bin is missing: run .*--data cifar10_partial"):
         data.images("cifar10")
     part = data.images("cifar10_partial")
-    assert len(part.train) + len(part.test) == 40100
+    assert len(part.train) + len(part.validation) + len(part.test) == 40100
     assert "data_batch_2.bin (100 of 10,000 records)" in part.source
     rows = {row["file"]: row for row in data.check("cifar10_partial")}
     assert rows[f"{cifar.FOLDER}/data_batch_2.bin"]["state"] == "partial"
@@ -180,15 +183,13 @@ def test_real_first_batch(real):
     """The first 4,000 records: labels known from the official set (frog, truck, truck, deer, automobile, …)."""
     real("cifar10/cifar-10-batches-bin/data_batch_1.bin.gz")
     part = data.images("cifar10_partial")
-    y = np.empty(4000, np.int64)
     x, labels, _ = cifar.partial(data.home() / "cifar10", "")
     assert labels[:10].tolist() == [6, 9, 9, 4, 1, 1, 2, 7, 8, 3]
     assert x.shape == (4000, 3, 32, 32)
     assert set(labels.tolist()) == set(range(10))
-    assert len(part.train) == 3200
-    assert len(part.test) == 800
-    y = np.concatenate([part.train.y, part.test.y])
+    assert (len(part.train), len(part.validation), len(part.test)) == (2880, 320, 800)
+    splits = (part.train, part.validation, part.test)
+    y = np.concatenate([split.y for split in splits])
     np.testing.assert_array_equal(np.bincount(y), np.bincount(labels))
     assert np.bincount(part.test.y).min() >= 70  # stratified
-    joined = {image.tobytes() for image in part.train.x.numpy()} & {image.tobytes() for image in part.test.x.numpy()}
-    assert not joined
+    assert len({image.tobytes() for split in splits for image in split.x.numpy()}) == 4000  # none occurs twice

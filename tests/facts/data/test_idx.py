@@ -90,7 +90,7 @@ def test_wrong_magic_extra_bytes_lying_header_checksum_and_absence(tmp_path, wri
         idx.read(path, "0" * 64)
     with pytest.raises(UserError, match=r"b is not there: run X\."):
         idx.read(tmp_path / "b", remedy="run X")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is a folder, not a file"):
         idx.read(tmp_path)
 
 
@@ -142,9 +142,8 @@ def small_home(empty_home, write_idx):
 
 def test_unpacked_files_are_read_and_said_to_be_unpacked(small_home):
     read = data.images("fashion_mnist")
-    assert len(read.train) == 50
-    assert len(read.test) == 20
-    assert read.train.x.shape == (50, 1, 28, 28)
+    assert (len(read.train), len(read.validation), len(read.test)) == (45, 5, 20)
+    assert read.train.x.shape == (45, 1, 28, 28)
     assert read.spec.classes[9] == "Ankle boot"
     assert "unpacked, no checksum" in read.source
     assert [row["state"] for row in data.check("fashion_mnist")] == ["differs"] * 4
@@ -166,20 +165,23 @@ def test_packed_files_with_other_bytes_are_refused(small_home):
 def test_real_mnist(real):
     real("mnist/train-images-idx3-ubyte.gz")
     mnist = data.images("mnist")
-    assert mnist.train.x.shape == (60000, 1, 28, 28)
+    assert mnist.train.x.shape == (54000, 1, 28, 28)
+    assert mnist.validation.x.shape == (6000, 1, 28, 28)
     assert mnist.test.x.shape == (10000, 1, 28, 28)
     assert str(mnist.train.x.dtype) == "torch.uint8"
     assert str(mnist.train.y.dtype) == "torch.int64"
-    # label histograms as published with the dataset
-    assert mnist.train.y.bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    # label histograms as published with the dataset; a tenth of each class validates
+    published = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert (mnist.train.y.bincount() + mnist.validation.y.bincount()).tolist() == published
+    assert all(abs(n - m / 10) < 1 for n, m in zip(mnist.validation.y.bincount().tolist(), published))
     assert mnist.test.y.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
-    assert mnist.train.y[:5].tolist() == [5, 0, 4, 1, 9]
-    assert mnist.spec.mean == pytest.approx((0.1307,), abs=5e-5)  # the constants everyone uses
-    assert mnist.spec.std == pytest.approx((0.3081,), abs=5e-5)
+    assert mnist.train.y[:5].tolist() == [5, 0, 4, 9, 1]  # the official file begins 5, 0, 4, 1, 9: the fourth validates
+    assert mnist.spec.mean == pytest.approx((0.1307,), abs=2e-4)  # the constants everyone uses are of all 60,000
+    assert mnist.spec.std == pytest.approx((0.3081,), abs=2e-4)
     assert mnist.spec.shape == (1, 28, 28)
-    # no training image occurs in the test set
-    train, test = ({image.tobytes() for image in split.x.numpy()} for split in (mnist.train, mnist.test))
-    assert not train & test
+    # no image occurs in two splits, and all 70,000 are different
+    splits = (mnist.train, mnist.validation, mnist.test)
+    assert len({image.tobytes() for split in splits for image in split.x.numpy()}) == 70_000
 
 
 def test_real_mnist_is_upright_and_not_mirrored(real):

@@ -110,6 +110,14 @@ def test_damage_is_named(tmp_path):
         omniglot.read(path, 3, "", None, "")
 
 
+def test_validation_has_alphabets_of_its_own():
+    names = [f"alphabet {k:02d}" for k in range(30)]
+    of = tuple(name for name in reversed(names) for _ in range(3))
+    held = omniglot.validating(of)
+    assert {alphabet for alphabet, chosen in zip(of, held) if chosen} == {names[k] for k in (5, 11, 17, 23, 29)}
+    assert sum(held) == 15
+
+
 def test_real_counts(real):
     """964 characters of 30 alphabets and 659 of 20 others, 20 drawings each (Lake et al. 2015)."""
     real("omniglot/images_evaluation.zip")
@@ -122,3 +130,14 @@ def test_real_counts(real):
     assert len(set(read.background.names)) == len(read.background) == 964
     ink = read.background.x.float().mean() / 255
     assert 0.03 < ink < 0.15  # ink is bright and rare: strokes on empty paper
+    of, held = read.background.alphabets, omniglot.validating(read.background.alphabets)
+    assert sum(held) == 158
+    chosen = {alphabet for alphabet, validates in zip(of, held) if validates}
+    assert chosen == {
+        "Balinese",
+        "Early_Aramaic",
+        "Inuktitut_(Canadian_Aboriginal_Syllabics)",
+        "Mkhedruli_(Georgian)",
+        "Tifinagh",
+    }
+    assert not chosen & {alphabet for alphabet, validates in zip(of, held) if not validates}

@@ -92,7 +92,7 @@ def test_a_variable_that_points_nowhere_is_named(tmp_path, monkeypatch):
     for read in (lambda: data.images("mnist"), data.characters, lambda: data.text("tiny_shakespeare"), data.check):
         with pytest.raises(UserError, match=r"ETUDE_DATA is set to .*nowhere, which does not exist: correct it"):
             read()
-    assert len(data.images("digits").train) == 1437  # bundled data need no folder
+    assert len(data.images("digits").train) == 1293  # bundled data need no folder
     assert data.check("digits")[0]["state"] == "bundled"
     (tmp_path / "nowhere").write_text("a file")
     with pytest.raises(UserError, match="which is a file"):

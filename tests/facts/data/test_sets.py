@@ -1,4 +1,4 @@
-"""Bundled data, texts, and what every set carries: moments, sizes, a fixed stratified split."""
+"""Bundled data, texts, and what every set carries: moments, sizes, three fixed stratified splits."""
 
 from __future__ import annotations
 
@@ -12,40 +12,45 @@ from sklearn.datasets import load_digits
 
 from etude import data
 from etude.core.errors import UserError
-from etude.data.bundled import stratified
-from etude.data.sets import assemble, moments, resized
+from etude.data.sets import assemble, held_back, moments, resized, stratified
 
 
 def test_digits_are_the_scans_split_once_and_for_all():
     digits = data.images("digits")
-    assert digits.train.x.shape == (1437, 1, 8, 8)
+    assert digits.train.x.shape == (1293, 1, 8, 8)
+    assert digits.validation.x.shape == (144, 1, 8, 8)
     assert digits.test.x.shape == (360, 1, 8, 8)
     assert digits.train.x.dtype == torch.uint8
     assert digits.spec.classes == tuple("0123456789")
     images, target = load_digits(return_X_y=True)
-    train, test = stratified(target, 360)
-    assert not set(train) & set(test)
-    assert sorted([*train, *test]) == list(range(1797))
-    for indices, split in ((train, digits.train), (test, digits.test)):
+    rest, test = stratified(target, 360)
+    kept, held = held_back(target[rest])
+    train, validation = rest[kept], rest[held]
+    assert sorted([*train, *validation, *test]) == list(range(1797))  # disjoint, and together the whole
+    for indices, split in ((train, digits.train), (validation, digits.validation), (test, digits.test)):
         np.testing.assert_array_equal(split.y, target[indices])
         np.testing.assert_array_equal(split.x.reshape(len(split), -1), np.rint(images[indices] * 255 / 16))
-    share = digits.test.y.bincount() / torch.from_numpy(np.bincount(target))
-    assert share.min() > 0.19
-    assert share.max() < 0.21
+    for split, wanted in ((digits.test, 0.2), (digits.validation, 0.08), (digits.train, 0.72)):
+        share = split.y.bincount() / torch.from_numpy(np.bincount(target))
+        assert (share - wanted).abs().max() < 0.01
     # pinned: another split would silently change every recorded score
     assert test[:8].tolist() == [0, 2, 9, 11, 20, 21, 38, 43]
+    assert validation[:8].tolist() == [5, 7, 30, 33, 51, 64, 70, 73]
     again = data.images("digits")
     assert torch.equal(again.train.x, digits.train.x)
+    assert torch.equal(again.validation.x, digits.validation.x)
 
 
 def test_digits_enlarged():
-    assert data.images("digits", size=8).train.x.shape == (1437, 1, 8, 8)
-    large = data.images("digits", size=28)
-    assert large.train.x.shape == (1437, 1, 28, 28)
+    small, large = data.images("digits", size=8), data.images("digits", size=28)
     assert large.spec.shape == (1, 28, 28)
-    small = data.images("digits").train
-    assert abs(float(large.train.x.float().mean()) - float(small.x.float().mean())) < 0.5
-    assert torch.equal(large.train.y, small.y)
+    for part in ("train", "validation", "test"):
+        few, many = getattr(small, part), getattr(large, part)
+        assert few.x.shape == (len(many), 1, 8, 8)
+        assert many.x.shape == (len(few), 1, 28, 28)
+        means = [split.x.float().mean((1, 2, 3)) for split in (few, many)]
+        assert (means[0] - means[1]).abs().max() < 2  # image by image
+        assert torch.equal(few.y, many.y)
 
 
 def test_stratified_gives_the_exact_number_in_proportion():
@@ -57,6 +62,16 @@ def test_stratified_gives_the_exact_number_in_proportion():
         wanted = np.bincount(labels) * count / 997
         assert np.abs(np.bincount(labels[test], minlength=5) - wanted).max() < 1
     assert not np.array_equal(stratified(labels, 100)[1], stratified(labels, 100, seed=1)[1])
+
+
+def test_a_stratified_tenth_of_the_training_images_validates():
+    labels = np.random.default_rng(0).choice(4, 5003, p=[0.7, 0.2, 0.09, 0.01])
+    train, validation = held_back(labels)
+    assert sorted([*train, *validation]) == list(range(5003))
+    assert len(validation) == 500
+    assert np.abs(np.bincount(labels[validation]) - np.bincount(labels) * 500 / 5003).max() < 1
+    assert not np.array_equal(validation, stratified(labels, 500)[1])  # not the very rows that digits test on
+    assert [len(part) for part in held_back(np.zeros(2))] == [1, 1]
 
 
 def test_photographs():
@@ -84,12 +99,25 @@ def test_a_constant_channel_has_deviation_one():
     assert moments(np.full((10, 1, 4, 4), 51, np.uint8)) == ((0.2,), (1.0,))
 
 
-def test_moments_are_of_the_training_split_only():
-    train, test = np.zeros((4, 1, 2, 2), np.uint8), np.full((4, 1, 2, 2), 255, np.uint8)
-    y = np.zeros(4, np.uint8)
-    made = assemble("x", (train, y), (test, y), ("a", "b"), None, "")
-    assert made.spec.mean == (0.0,)
-    assert made.train.x.data_ptr() == train.ctypes.data  # the array is shared, not copied
+def test_splits_are_cut_and_moments_are_of_the_training_split_only():
+    """Training images are black but for those that validate, which are white, and so are all test images."""
+    y = (np.arange(40) % 2).astype(np.uint8)
+    kept, held = held_back(y)
+    x = np.zeros((40, 1, 2, 2), np.uint8)
+    x[held] = 255
+    test = np.full((4, 1, 2, 2), 255, np.uint8)
+    made = assemble("x", (x, y), (test, y[:4]), ("a", "b"), None, "")
+    assert (made.spec.mean, made.spec.std) == ((0.0,), (1.0,))
+    assert (len(made.train), len(made.validation), len(made.test)) == (36, 4, 4)
+    assert made.validation.x.unique().tolist() == [255]
+    assert made.train.y.tolist() == y[kept].tolist()
+    assert made.validation.y.tolist() == y[held].tolist()
+    given = assemble("x", (x, y), (test, y[:4]), ("a", "b"), 1, "", validation=(test[:3], y[:3]))
+    assert (len(given.train), len(given.validation), len(given.test)) == (40, 3, 4)
+    assert given.spec.mean == (0.1,)
+    assert given.validation.x.shape == (3, 1, 1, 1)
+    with pytest.raises(UserError, match="here has one training image: at least two are needed"):
+        assemble("x", (x[:1], y[:1]), (test, y[:4]), ("a", "b"), None, "here")
 
 
 @pytest.mark.parametrize("size", [5, 14, 28, 56, 61])

@@ -6,7 +6,7 @@ import zlib
 from collections import defaultdict
 from dataclasses import dataclass
 
-from etude.blocks.games import CHANCE, OVER
+from etude.games.parts.rules import CHANCE, OVER
 
 Policy = dict[tuple[int, str], dict]  # (player, what it knows) → {action: probability}
 

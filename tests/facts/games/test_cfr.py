@@ -1,5 +1,8 @@
 """CFR against OpenSpiel's traces, against the recursion of the paper, and against what its theorem promises."""
 
+import itertools
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -9,11 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
-from game_oracle import RandomGame, TextbookCFR
+from game_oracle import RandomGame, TextbookCFR, nash_gap, sets_of, value
 
-from etude.blocks.games import Kuhn, Leduc, LiarsDice, Matrix
-from etude.blocks.tree import expected_value, exploitability, flatten, normalised
+import etude
+from etude.core.errors import UserError
+from etude.core.randomness import fold
+from etude.core.record import read_metrics
+from etude.core.run import Run
 from etude.games import cfr
+from etude.games.parts.rules import Kuhn, Leduc, LiarsDice, Matrix
+from etude.games.parts.strategies import expected_value, exploitability, normalised
+from etude.games.parts.tree import flatten
 
 TREES = {"kuhn": flatten(Kuhn()), "leduc": flatten(Leduc()), "liars_dice": flatten(LiarsDice())}
 
@@ -187,3 +196,119 @@ def test_schedule():
     assert cfr.schedule(50, 1) == [1, 10, 50]
     assert cfr.schedule(12345, 10)[-1] == 12345
     assert all(1 <= t <= 999 for t in cfr.schedule(999, 1000))
+
+
+# --------------------------------------------------------------------------------------------------- the whole run
+
+
+def average_of(book):
+    """The average strategy of the textbook's solver, by information set; uniform where nothing has been added."""
+    sums = {key: sum(moves.values()) for key, moves in book.total.items()}
+    return {
+        key: {move: part / sums[key] if sums[key] else 1 / len(moves) for move, part in moves.items()}
+        for key, moves in book.total.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"variant": "cfr_plus"},
+        {"delay": 7},
+        {"variant": "cfr_plus", "delay": 7},
+        {"alternating": False},
+        {"evaluations": 3},
+        {"iterations": 23},
+    ],
+    ids=str,
+)
+def test_loop_equals_the_recursion_of_the_paper(changed, tmp_path, monkeypatch):
+    """The state after the tiny run, and each row of its log, from a recursion over histories and brute force."""
+    monkeypatch.setattr(Run, "artifact", lambda *_, **__: None)  # pictures cost most of a tiny run
+    done = etude.run("games/cfr", preset="tiny", out=tmp_path / "run", quiet=True, **changed)
+    config = cfr.Config(**{"iterations": 50} | changed)
+    book, rows = TextbookCFR(Kuhn(), config.variant == "cfr_plus", config.alternating, config.delay), []
+    due = {round(10 ** (k / config.evaluations)) for k in range(2 * config.evaluations)} | {config.iterations}
+    for t in range(1, config.iterations + 1):
+        book.iterate(t)
+        if t in due:
+            now = average_of(book)
+            rows.append((t, nash_gap(Kuhn(), now), nash_gap(Kuhn(), book.policy), value(Kuhn(), now)))
+    logged = [
+        (row["step"], row["exploitability"], row["last_exploitability"], row["value"])
+        for row in read_metrics(done.folder)
+    ]
+    np.testing.assert_allclose(logged, rows, atol=1e-12)
+    state = etude.load(done.folder).state
+    np.testing.assert_allclose(state["seen"]["curve"], [row[:3] for row in rows], atol=1e-12)
+    assert done.metrics["exploitability"] == logged[-1][1]
+    tree = TREES["kuhn"]
+    for name, theirs in (("regret", book.regret), ("average", book.total), ("strategy", book.policy)):
+        kept = np.asarray(state["solution"][name])
+        for key, moves in theirs.items():
+            first = tree.first[tree.numbers[key]]
+            assert kept[first : first + len(moves)].tolist() == pytest.approx(list(moves.values()), abs=1e-12), name
+
+
+def test_reported_numbers_are_those_of_the_saved_strategy(tmp_path):
+    """Exploitability and value by brute force over the rules; the hands are dealt again, move by move."""
+    done = etude.run("games/cfr", preset="tiny", out=tmp_path / "run", quiet=True, seed=4)
+    game, tree, solution = Kuhn(), TREES["kuhn"], etude.load(done.folder).state["solution"]
+    average, last = {}, {}
+    for (player, knows), moves in sets_of(game).items():
+        first = tree.first[tree.numbers[player, knows]]
+        weights = np.asarray(solution["average"])[first : first + len(moves)]
+        average[player, knows] = dict(zip(moves, (weights / weights.sum()).tolist()))
+        last[player, knows] = dict(zip(moves, np.asarray(solution["strategy"])[first : first + len(moves)].tolist()))
+    rng, won = np.random.default_rng(fold(4, 49, 0, "hands")), []
+    for _ in range(200):
+        state = game.initial()
+        while (player := game.player(state)) >= -1:
+            shares = dict(game.chances(state)) if player == -1 else average[player, game.information(state)]
+            ends = list(itertools.accumulate(shares.values()))
+            dart = rng.random()
+            move = next((move for move, end in zip(shares, ends) if dart < end), list(shares)[-1])
+            state = game.next(state, move)
+        won.append(game.utility(state))
+    assert done.metrics == pytest.approx(
+        {
+            "exploitability": nash_gap(game, average),
+            "last_exploitability": nash_gap(game, last),
+            "value": value(game, average),
+            "played_value": np.mean(won),
+            "played_error": np.std(won) / 200**0.5,
+        },
+        abs=1e-12,
+    )
+
+
+def test_the_table_is_the_strategy(tmp_path):
+    """No hands: nothing is played. The artifact has a column an action and holds the average that was saved."""
+    done = etude.run("games/cfr", preset="tiny", out=tmp_path / "run", quiet=True, hands=0)
+    assert set(done.metrics) == {"exploitability", "last_exploitability", "value"}
+    table = json.loads((done.folder / "artifacts" / "strategy.json").read_text())
+    assert table["columns"] == ["player", "knows", "reach", "check", "bet", "fold", "call"]
+    assert len(table["rows"]) == 12
+    tree = TREES["kuhn"]
+    average = normalised(tree, np.asarray(etude.load(done.folder).state["solution"]["average"]))
+    reach = cfr.reach(tree, average)
+    for player, knows, reached, *shares in table["rows"]:
+        i = tree.numbers[player, knows]
+        assert [share for share in shares if share is not None] == average[tree.first[i] : tree.first[i + 1]].tolist()
+        assert reached == reach[tree.parent[i]]
+    index = json.loads((done.folder / "artifacts" / "index.json").read_text())
+    assert [item["file"] for item in index] == ["first_moves.png", "curve.png", "strategy.json"]
+
+
+def test_measuring_as_often_as_can_be_asked_is_quick(tmp_path):
+    """It used to count up to the exponents of all that was asked for."""
+    assert cfr.schedule(300, 10_000) == list(range(1, 301))
+    assert len(cfr.schedule(10**9, 10_000)) < 90_001
+    assert len(etude.load(etude.run("games/cfr", preset="tiny", evaluations=10_000, hands=0, out=tmp_path / "a").folder)
+               .state["seen"]["curve"]) == 50  # fmt: skip
+    for name, most in (("evaluations", "1 and 10000"), ("hands", "0 and 1e+06"), ("iterations", "1 and 1e+09")):
+        with pytest.raises(
+            UserError, match=re.escape(f"--{name} is {10**18}; it must be a whole number between {most}")
+        ):
+            etude.run("games/cfr", preset="tiny", out=tmp_path / "b", **{name: 10**18})

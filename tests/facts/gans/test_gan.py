@@ -1,14 +1,22 @@
 """GAN objectives against closed forms, quadrature and the optimal discriminator of 1-D Gaussians."""
 
 import math
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from scipy import integrate, stats
 from torch import nn
 
+import etude
+from etude.core.randomness import fold
+from etude.gans import gan
 from etude.gans.gan import OBJECTIVES, anneal, blur, log_not, minus_log, minus_log_not
+
+sys.path.insert(0, str(Path(__file__).parent))
+import gan_oracle as oracle
 
 LOG4 = math.log(4)
 
@@ -186,3 +194,98 @@ def test_instance_noise_makes_the_divergence_of_two_points_smooth():
     assert found[-1] < math.log(2)
     small = (value(normal(xs, 0.0, 0.7), normal(xs, 0.1, 0.7), xs) + LOG4) / 2
     assert small == pytest.approx(0.1**2 / (8 * 0.7**2), rel=0.01)  # d²/8σ² for small d
+
+
+@pytest.mark.parametrize("sigma", [0.5, 0.7, 1.0])
+def test_instance_noise_gives_samples_far_from_the_data_a_slope(sigma):  # 8.6.5.1b
+    """Data at 0, samples at d: against the best D, minimax moves them by E[D*] d/σ²; without noise by nothing.
+
+    Blurred, the best score is log p/q = (d² − 2 d x)/2σ² with p = N(0, σ²), q = N(d, σ²); the expectation by quadrature.
+    """
+    d, loss = 2.0, OBJECTIVES["minimax"].generator
+    place = torch.tensor(d, dtype=torch.float64, requires_grad=True)
+    x = blur(place.expand(400_000), sigma)
+    (slope_,) = torch.autograd.grad(loss((d**2 - 2 * d * x) / (2 * sigma**2)).mean(), place)
+
+    def integrand(x):
+        return stats.norm.pdf(x, d, sigma) / (1 + math.exp(-(d**2 - 2 * d * x) / (2 * sigma**2)))
+
+    expected = integrate.quad(integrand, -6, 8, points=[d / 2])[0] * d / sigma**2
+    assert slope_.item() == pytest.approx(expected, rel=0.05)
+    assert expected > 1e-2  # descending it moves the samples towards the data
+    (none,) = torch.autograd.grad(loss(60 - 60 * blur(place, 0.0)), place)  # best scores: 60 on the data, −60 at d
+    assert abs(none.item()) < 1e-20
+
+
+# ----------------------------------------------------------------------------------------------------- the whole run
+
+TINY = {"steps": 4, "batch": 8, "width": 6}
+DIGITS = {"data": "digits", "size": 16, "steps": 3, "batch": 6, "width": 3, "latent": 5, "learning_rate": 1e-3}
+RUNS = {
+    "ring": TINY | {"evaluate_every": 1},
+    "minimax": TINY | {"objective": "minimax", "discriminator_steps": 3, "schedule": "constant", "beta1": 0.0}
+    | {"beta2": 0.9, "instance_noise": 0.0},
+    "least squares": TINY | {"objective": "least_squares", "noise_until": 1.0, "schedule": "cosine", "latent": 3},
+    "digits": DIGITS | {"objective": "pearson", "discriminator_steps": 2, "evaluate_every": 1, "instance_noise": 0.2},
+}  # fmt: skip
+
+
+def bce(a, label):
+    return nn.functional.binary_cross_entropy_with_logits(a, torch.full_like(a, label))
+
+
+def half_mse(a, label):
+    return nn.functional.mse_loss(a, torch.full_like(a, label)) / 2
+
+
+D_LOSS = {
+    "non_saturating": lambda real, fake: bce(real, 1.0) + bce(fake, 0.0),
+    "minimax": lambda real, fake: bce(real, 1.0) + bce(fake, 0.0),
+    "least_squares": lambda real, fake: half_mse(real, 1.0) + half_mse(fake, 0.0),
+    "pearson": lambda real, fake: half_mse(real, 1.0) + half_mse(fake, -1.0),
+}
+G_LOSS = {
+    "non_saturating": lambda fake: bce(fake, 1.0),
+    "minimax": lambda fake: -bce(fake, 0.0),
+    "least_squares": lambda fake: half_mse(fake, 1.0),
+    "pearson": lambda fake: half_mse(fake, 0.0),
+}
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_loop_is_the_plain_one(case, tmp_path, monkeypatch):
+    config = gan.Config(**RUNS[case])
+    with oracle.small(monkeypatch):
+        result = oracle.run("gans/gan", tmp_path, RUNS[case])
+        images, built = oracle.start(gan, config)
+        G = oracle.plain_generator(built["generator"], config)
+        D = oracle.plain_critic(built["discriminator"], config, bias=True)
+        G_adam, D_adam = (torch.optim.Adam(net.parameters(), betas=(config.beta1, config.beta2)) for net in (G, D))
+        seen = []
+        for step in range(config.steps):
+            torch.manual_seed(fold(oracle.SEED, step, 0, "step"))
+            oracle.set_rate((G_adam, D_adam), config, step)
+            sigma = config.instance_noise * max(0.0, 1 - step / (config.noise_until * config.steps))
+            for x in oracle.batches(images, config, step, config.discriminator_steps):
+                samples = G(torch.randn(config.batch, config.latent)).detach()
+                if sigma:
+                    x, samples = x + sigma * torch.randn_like(x), samples + sigma * torch.randn_like(x)
+                D_loss = D_LOSS[config.objective](D(x), D(samples))
+                D_adam.zero_grad()
+                D_loss.backward()
+                D_adam.step()
+            samples = G(torch.randn(config.batch, config.latent))
+            G_loss = G_LOSS[config.objective](D(samples + sigma * torch.randn_like(x) if sigma else samples))
+            G_adam.zero_grad()
+            G_loss.backward()
+            G_adam.step()
+            seen.append((D_loss.item(), G_loss.item()))
+        oracle.agree(etude.load(result.folder), generator=G, discriminator=D)
+        torch.testing.assert_close(oracle.logged(result.folder, "discriminator", "generator"), torch.tensor(seen).T)
+
+
+@pytest.mark.parametrize("case", ["ring", "digits"])
+def test_reported_numbers_are_those_of_the_saved_state(case, tmp_path, monkeypatch):
+    with oracle.small(monkeypatch):
+        result = oracle.run("gans/gan", tmp_path, RUNS[case])
+        oracle.check_reported(gan, result)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from etude.blocks.decoding import generate, stream
+from etude.blocks.tokens.decoding import generate, pad_left, stream
 from etude.core.errors import UserError
 from etude.language.gpt import GPT, Architecture, load_pretrained, next_token_loss, total_nats
 
@@ -90,7 +90,7 @@ def test_logits_equal_gpt1(tmp_path):
     theirs = hugging_face("openai-gpt")
     store(theirs, tmp_path)
     ours, _ = load_pretrained(tmp_path)
-    assert ours.of.norm == "post"
+    assert ours.of.norm_placement == "post"
     ids = torch.randint(31, (3, 16))
     with torch.no_grad():
         assert (ours.double()(ids) - theirs.double()(ids).logits).abs().max() < 1e-10
@@ -124,6 +124,23 @@ def test_greedy_tokens_equal_hugging_face_generate(batch, tmp_path):
         eos_token_id=None,
     )
     assert torch.equal(generate(ours, prompt, 12, greedy=True), expected)
+
+
+def test_ragged_prompts_equal_hugging_face_generate(tmp_path):
+    """Left padding, its mask and its positions: transformers counts positions from the attention mask."""
+    theirs = hugging_face()
+    store(theirs, tmp_path)
+    ours, _ = load_pretrained(tmp_path)
+    ids, pads = pad_left([torch.randint(1, 31, (length,)) for length in (2, 5, 1)])
+    expected = theirs.generate(
+        ids,
+        attention_mask=(torch.arange(5) >= pads[:, None]).long(),
+        max_new_tokens=11,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    assert torch.equal(generate(ours, ids, 11, pads=pads, greedy=True), expected)
 
 
 def test_first_gpt2_files_load(tmp_path):
@@ -217,7 +234,7 @@ def test_hub_is_asked_for_what_is_no_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_later_tokens_leave_earlier_logits_unchanged(norm):
     """Bit for bit: logits before position t do not see token t; from t on they do."""
-    model = gpt(norm=norm)
+    model = gpt(norm_placement=norm)
     ids = torch.randint(31, (2, 16))
     with torch.no_grad():
         before = model(ids)
@@ -232,7 +249,7 @@ def test_later_tokens_leave_earlier_logits_unchanged(norm):
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("cuts", [(1, 1, 1, 1, 1, 1, 1, 1), (5, 1, 2, 8), (16,)])
 def test_cache_equals_full_pass(cuts, norm):
-    model, ids = gpt(norm=norm), torch.randint(31, (2, 16))
+    model, ids = gpt(norm_placement=norm), torch.randint(31, (2, 16))
     with torch.no_grad():
         full, cache, end = model(ids), model.start(2), 0
         for count in cuts:
@@ -248,6 +265,28 @@ def test_batch_items_do_not_meet():
         together = model(ids)
         for b in range(4):
             assert (model(ids[b : b + 1])[0] - together[b]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_padding_is_neither_seen_nor_counted(norm):
+    """Rows of different lengths: the logits behind the padding are those of each row alone, cached or not."""
+    model, lengths = gpt(norm_placement=norm), (3, 11, 1, 8)
+    rows = [torch.randint(31, (length,)) for length in lengths]
+    ids, pads = pad_left(rows)
+    with torch.no_grad():
+        full, cache = model(ids, pads), model.start(4)
+        cache.pads, cached = pads, []
+        for begin, end in ((0, 9), (9, 10), (10, 11)):  # the first read holds padding only, in two rows
+            cached.append(model.advance(ids[:, begin:end], cache))
+        filled = model(ids.masked_fill(torch.arange(11) < pads[:, None], 7), pads)
+        for b, row in enumerate(rows):
+            alone = model(row[None])[0]
+            assert (full[b, -len(row) :] - alone).abs().max() < 1e-12
+            assert torch.equal(filled[b, -len(row) :], full[b, -len(row) :])  # whatever the padding is
+            assert (cached[2][b] - alone[-1]).abs().max() < 1e-12
+            if len(row) >= 3:
+                assert (cached[0][b] - alone[-3]).abs().max() < 1e-12
+    assert full.isfinite().all()
 
 
 def test_probabilities_of_all_strings_sum_to_one():
@@ -287,7 +326,7 @@ def test_generation_draws_what_the_full_pass_predicts():
     model, ids = gpt(), torch.randint(31, (5, 3))
     tokens = stream(model, ids, 10, temperature=0.7, top_k=9, top_p=0.8, generator=torch.Generator().manual_seed(3))
     seen, again = ids, torch.Generator().manual_seed(3)
-    from etude.blocks.decoding import pick
+    from etude.blocks.tokens.decoding import pick
 
     with torch.no_grad():
         for token in tokens:

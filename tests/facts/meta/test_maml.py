@@ -1,7 +1,6 @@
 """MAML against closed forms, finite differences of the outer loss, and a loop over single tasks."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +8,6 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-import etude
-from etude.core.errors import UserError
 from etude.core.randomness import generator
 from etude.meta.maml import (
     Convolutional,
@@ -146,9 +143,9 @@ def test_no_inner_rate_is_joint_training():
     model = Regressor(8)
     task, *_ = sinusoids(3, 5, 5, torch.Generator().manual_seed(0))
     grads = []
-    for rate, order in ((0.0, "second"), (0.3, "none")):
+    for rate, steps in ((0.0, 1), (0.3, 0)):
         model.zero_grad()
-        meta_loss(model, F.mse_loss, task, rate, 1, order).backward()
+        meta_loss(model, F.mse_loss, task, rate, steps).backward()
         grads.append([p.grad.clone() for p in model.parameters()])
     model.zero_grad()
     F.mse_loss(model(task.query_x.flatten(0, 1)), task.query_y.flatten(0, 1)).backward()
@@ -174,8 +171,8 @@ def _convolutional_episode():
     return model, episodes(drawings, 1, 5, 1, 6, torch.Generator().manual_seed(1), turn=False)
 
 
-def _answers(model, task, norm, queries):
-    predict = answer(model, norm)
+def _answers(model, task, normalizer, queries):
+    predict = answer(model, normalizer)
     weights = adapt(predict, F.cross_entropy, batched(model, 1), task, 0.4, 2, "first")
     return torch.vmap(predict)(weights, queries, task.support_x)[0].detach()
 
@@ -184,10 +181,10 @@ def test_answers_do_not_depend_on_the_other_queries():
     """learn2learn 207, higher 55: with transductive batch norm an answer changes with the company it is asked in."""
     model, task = _convolutional_episode()
     order = torch.randperm(30, generator=torch.Generator().manual_seed(2))
-    for norm, invariant in (("support", True), ("transductive", False)):
-        whole = _answers(model, task, norm, task.query_x)
-        shuffled = _answers(model, task, norm, task.query_x[:, order])
-        few = _answers(model, task, norm, task.query_x[:, :7])
+    for normalizer, invariant in (("support", True), ("transductive", False)):
+        whole = _answers(model, task, normalizer, task.query_x)
+        shuffled = _answers(model, task, normalizer, task.query_x[:, order])
+        few = _answers(model, task, normalizer, task.query_x[:, :7])
         torch.testing.assert_close(shuffled, whole[order], rtol=1e-4, atol=1e-5)  # order never matters …
         assert torch.allclose(few, whole[:7], rtol=1e-4, atol=1e-5) == invariant  # … number does, when transductive
 
@@ -264,43 +261,31 @@ def test_modules_with_unused_parameters_and_dropout(order):
     assert len(set(task_losses(plain(model), F.mse_loss, weights, x, x, x).tolist())) == 1
 
 
-@pytest.fixture
-def few_drawings(monkeypatch):
-    """Omniglot as noise: 6 characters to learn from, 5 to be tested on."""
-    dice = torch.Generator().manual_seed(0)
-    sets = [
-        SimpleNamespace(x=torch.randint(0, 256, (n, 20, 28, 28), generator=dice, dtype=torch.uint8)) for n in (6, 5)
-    ]
-    found = SimpleNamespace(background=sets[0], evaluation=sets[1])
-    monkeypatch.setattr("etude.data.characters", lambda name, size: found)
-
-
-def _characters(tmp_path, **flags):
-    few = {"steps": 1, "tasks": 1, "width": 4, "test_tasks": 2, "test_steps": 1}
-    return etude.run("meta/maml", preset="omniglot", out=tmp_path / "run", quiet=True, **{**few, **flags})
-
-
-def test_a_task_may_use_every_drawing(tmp_path, few_drawings):
-    run = _characters(tmp_path, shots=18, queries=2, ways=3)  # the picture has two queries left, too
-    assert (run.folder / "artifacts" / "episode.png").is_file()
-
-
-def test_tasks_that_cannot_be_drawn_are_refused(tmp_path, few_drawings):
-    with pytest.raises(UserError, match="more than the 20 drawings"):
-        _characters(tmp_path, shots=18, queries=3)
-    with pytest.raises(UserError, match="--ways 6 is more than the 5 characters"):
-        _characters(tmp_path / "more", ways=6)
-
-
-@pytest.mark.parametrize(("norm", "name"), [("support", "test_error"), ("transductive", "transductive_test_error")])
-def test_transductive_scores_say_so(tmp_path, few_drawings, norm, name):
-    assert set(_characters(tmp_path, norm=norm, ways=2).metrics) == {f"{name}_0", f"{name}_1"}
-
-
 def test_pictures_are_drawn_from_where_the_model_lives(monkeypatch):
     """Tasks are drawn on the CPU: whatever meets the weights must have been moved to their device."""
     moved = []
     monkeypatch.setattr(Task, "to", lambda task, device: moved.append(device) or task)
-    figure = curves(Regressor(4), 0.01, 1, 3, torch.Generator().manual_seed(0))
-    assert moved == [torch.device("cpu")]
-    assert [line.get_label() for line in figure.axes[0].lines] == ["before", "1 step", "the task", "support"]
+    nets = {"one": (Regressor(4), 0.01), "other": (Regressor(5), 0.02)}
+    figure = curves(nets, 2, 3, torch.Generator().manual_seed(0))
+    assert moved == [torch.device("cpu")] * 2
+    assert len(figure.axes) == 6
+    for axes in figure.axes:
+        assert [line.get_label() for line in axes.lines] == ["before", "1 step", "2 steps", "the task", "support"]
+
+
+def test_the_curves_are_those_of_each_network_at_its_rate():
+    """The drawn values: θ's own answers, then those after steps taken here by hand."""
+    nets = {"one": (Regressor(4), 0.01), "other": (Regressor(5), 0.3)}
+    figure = curves(nets, 2, 3, torch.Generator().manual_seed(0))
+    task = sinusoids(3, 3, 1, torch.Generator().manual_seed(0))[0]
+    x = torch.linspace(-5, 5, 200)[:, None]
+    for place, axes in enumerate(figure.axes):
+        net, rate = list(nets.values())[place // 3]
+        tuned, (sx, sy) = copy.deepcopy(net), (task.support_x[place % 3], task.support_y[place % 3])
+        optimizer = torch.optim.SGD(tuned.parameters(), lr=rate)
+        for step in range(3):
+            drawn = torch.as_tensor(axes.lines[step].get_ydata())
+            torch.testing.assert_close(drawn, tuned(x).detach()[:, 0], rtol=1e-4, atol=1e-5)
+            optimizer.zero_grad()
+            F.mse_loss(tuned(sx), sy).backward()
+            optimizer.step()

@@ -6,7 +6,8 @@ import pytest
 from scipy.stats import chisquare
 
 import etude
-from etude.blocks.envs import tables, time_limit
+from etude.blocks.acting.environments import environment
+from etude.blocks.acting.tables import tables
 from etude.core.errors import UserError
 from etude.rl import q_learning
 from etude.rl.q_learning import (
@@ -90,7 +91,7 @@ def test_fixed_point_on_a_one_state_loop():
 @pytest.mark.parametrize("name", ["FrozenLake-v1", "CliffWalkingSlippery-v1", "Taxi-v4"])
 def test_compiled_episodes_are_those_of_the_environment(name):
     world, env = tables(name), gymnasium.make(name, disable_env_checker=True)
-    shape, limit = world.probability.shape[:2], time_limit(name, 50)
+    shape, limit = world.probability.shape[:2], environment(name).limit(50)
     ours, theirs = [(np.zeros(shape), np.zeros(shape), np.random.default_rng(9)) for _ in range(2)]
     for seed in range(12):
         epsilon = np.array([0.7])
@@ -123,6 +124,15 @@ def test_unusable_environments_are_answered(name, sentence, tmp_path):
 
 def test_any_discrete_environment_runs_without_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(q_learning, "tables", lambda env: None)
-    run = {"env": "CliffWalking-v1", "episodes": 150, "round": 50, "power": 0.0, "gamma": 0.99, "epsilon_end": 0.0}
-    result = etude.run("rl/q_learning", out=tmp_path / "run", quiet=True, limit=100, evaluation_episodes=2, **run)
+    run = {
+        "env": "CliffWalking-v1",
+        "episodes": 150,
+        "log_every": 50,
+        "learning_rate_power": 0.0,
+        "gamma": 0.99,
+        "epsilon_end": 0.0,
+    }
+    result = etude.run(
+        "rl/q_learning", out=tmp_path / "run", quiet=True, max_episode_steps=100, evaluation_episodes=2, **run
+    )
     assert result.metrics["greedy_return"] == -13.0

@@ -151,7 +151,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match=r"x lies in \[nan"):
         fgsm(model, torch.full((1, 4), float("nan")), 0, 0.1)
     for eps in (-0.1, float("nan")):
-        with pytest.raises(ValueError, match="eps is"):
+        with pytest.raises(ValueError, match="epsilon is"):
             fgsm(model, torch.zeros(1, 4), 0, eps)
     with pytest.raises(ValueError, match="target holds classes 2"):
         fgsm(model, torch.zeros(1, 4), 2, 0.1)
@@ -165,7 +165,7 @@ def test_explain_takes_any_module() -> None:
 
 def test_a_run_counts_what_it_says(tmp_path: Path) -> None:
     """Accuracy falls with ε on a linear network, the curve starts at the clean accuracy, the target is counted."""
-    options = {"preset": "tiny", "quiet": True, "network": "softmax", "train_steps": 400, "eps": (0.02, 0.1, 0.3)}
+    options = {"preset": "tiny", "quiet": True, "network": "softmax", "train_steps": 400, "epsilon": (0.02, 0.1, 0.3)}
     done = etude.run("robustness/fgsm", out=tmp_path / "run", **options)
     found = done.metrics
     falling = [found["clean_accuracy"], found["accuracy_at_0.02"], found["accuracy_at_0.1"], found["accuracy_at_0.3"]]
@@ -179,9 +179,11 @@ def test_a_run_counts_what_it_says(tmp_path: Path) -> None:
     assert aimed.metrics["target_reached"] > 0.8
     with pytest.raises(UserError, match="--target 10 is no class"):
         etude.run("robustness/fgsm", out=tmp_path / "no", target=10, **options)
-    with pytest.raises(UserError, match="--eps is empty"):
-        etude.run("robustness/fgsm", out=tmp_path / "no", **{**options, "eps": ()})
-    with pytest.raises(UserError, match="--eps 8 is more than a pixel's whole range"):
-        etude.run("robustness/fgsm", out=tmp_path / "no", **{**options, "eps": (0.1, 8.0)})
-    wide = etude.run("robustness/fgsm", out=tmp_path / "wide", **{**options, "eps": (0.5, 3.0), "norm": "l2"}).metrics
+    with pytest.raises(UserError, match="--epsilon is empty"):
+        etude.run("robustness/fgsm", out=tmp_path / "no", **{**options, "epsilon": ()})
+    with pytest.raises(UserError, match="--epsilon 8 is more than a pixel's whole range"):
+        etude.run("robustness/fgsm", out=tmp_path / "no", **{**options, "epsilon": (0.1, 8.0)})
+    wide = etude.run(
+        "robustness/fgsm", out=tmp_path / "wide", **{**options, "epsilon": (0.5, 3.0), "norm": "l2"}
+    ).metrics
     assert wide["accuracy_at_3"] < wide["accuracy_at_0.5"]  # a Euclidean length may exceed 1

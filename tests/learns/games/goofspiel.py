@@ -4,7 +4,7 @@ Both players hold 1, 2, 3. For the prizes 3, 2, 1 in turn each lays a card unsee
 equal cards nobody. Then both cards are shown. Whoever has more prize points wins.
 """
 
-from etude.blocks.games import OVER
+from etude.games.parts.rules import OVER
 
 PRIZES = (3, 2, 1)
 

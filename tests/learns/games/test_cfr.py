@@ -22,8 +22,9 @@ def test_kuhn(tmp_path):
     rows = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == cfr.schedule(1000, 10)
     assert rows[-1]["exploitability"] == result.metrics["exploitability"]
-    table = json.loads((result.folder / "artifacts" / "strategy.json").read_text())["rows"]
-    plays = {(row["player"], row["knows"]): row["plays"] for row in table}
+    table = json.loads((result.folder / "artifacts" / "strategy.json").read_text())
+    rows = [dict(zip(table["columns"], row)) for row in table["rows"]]
+    plays = {(row["player"], row["knows"]): row for row in rows}
     assert plays[1, "K bet"]["call"] > 0.99
     assert plays[1, "J bet"]["fold"] > 0.99
     assert abs(plays[1, "Q bet"]["call"] - 1 / 3) < 0.05  # 0.336

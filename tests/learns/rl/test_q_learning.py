@@ -8,7 +8,7 @@ import pytest
 from gymnasium import spaces
 
 import etude
-from etude.blocks.envs import optimal_q, tables
+from etude.blocks.acting.tables import optimal_q, tables
 from etude.rl.q_learning import compiled, episodes_in_environment
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Cache", "MultiHeadAttention", "attend", "attention_weights", "causal_mask", "join_masks"]
+__all__ = ["Cache", "MultiHeadAttention", "attend", "attention_weights", "causal_mask", "join_masks", "text_mask"]
 
 
 def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> Tensor:
@@ -27,6 +27,11 @@ def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> 
     if queries > keys:
         raise ValueError(f"causal attention needs at least as many keys as queries, got {keys} keys, {queries} queries")
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def text_mask(pads: Tensor, keys: int) -> Tensor:
+    """Which of the S keys are text where `pads` (B,) padding tokens stand before each row: (B, 1, 1, S) bool."""
+    return (torch.arange(keys, device=pads.device) >= pads[:, None])[:, None, None]
 
 
 def join_masks(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -101,7 +106,8 @@ class Cache:
 
     `keys` and `values` are (L layers, B, H, S capacity, d); the first `length` positions are filled. A model calls
     `extend` once a layer with the new positions' keys and values and `length += T` once all layers are done.
-    `length = 0` empties it. `packed` is room for weights laid out for `batch` rows (`blocks.nn.transformer.pack`).
+    `length = 0` empties it. `pads` (B,) says how many of the first positions of each row are padding (None: of no row).
+    `packed` is room for weights laid out for `batch` rows (`blocks.nn.transformer.pack`).
     """
 
     def __init__(
@@ -118,6 +124,7 @@ class Cache:
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
+        self.pads: Tensor | None = None
         self.packed: dict[nn.Module, Tensor | None] = {}
 
     @property

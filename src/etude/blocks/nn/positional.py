@@ -57,13 +57,17 @@ class LearnedPositions(nn.Embedding):
         super().__init__(context, width)
         self.mode = mode
 
-    def forward(self, input: Tensor, start: int = 0) -> Tensor:
+    def forward(self, input: Tensor, start: int = 0, pads: Tensor | None = None) -> Tensor:
         """(B, T, D) at positions start … start + T − 1 → (B, T, D), or (B, T, D + width) when concatenating.
 
-        Raises ValueError when a position lies outside the table.
+        Where `pads` (B,) tokens of padding stand before each row they are not counted: the first token of the text is at
+        position 0 (so is the padding, which nobody looks at). Raises ValueError when a position lies outside the table.
         """
         check_positions(input.shape[1], start, self.num_embeddings)
         rows = self.weight[start : start + input.shape[1]]
+        if pads is not None:
+            place = torch.arange(start, start + input.shape[1], device=pads.device) - pads[:, None]
+            rows = self.weight[place.clamp(min=0)]
         if self.mode == "add":
             return input + rows
         return torch.cat([input, rows.expand(input.shape[0], -1, -1)], dim=-1)

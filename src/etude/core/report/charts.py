@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from etude.core.report.reading import HUGE, Series
+from etude.core.report.reading import CLOCKS, HUGE, Series
 from etude.core.report.words import escape, number, spaced, tick
 
 POINTS = 1000  # a curve is drawn with at most this many points
@@ -103,17 +103,18 @@ def groups(series: Iterable[Series]) -> list[list[Series]]:
     return [sorted(group, key=lambda one: bool(_HELD_OUT.search(one.name))) for group in found.values()]
 
 
-def chart(group: Sequence[Series], span: tuple[float, float] | None = None) -> str:
+def chart(group: Sequence[Series], span: tuple[float, float] | None = None, name: str = "") -> str:
     """One chart as HTML: an SVG whose plane is stretched to the page (lines keep their width) with labels set as text,
-    so that type stays the same size on a telephone and on a wall. ``span`` is the first and last step to show."""
+    so that type stays the same size on a telephone and on a wall. ``span`` is the first and last step to show, ``name`` what is
+    drawn, where the series are called by something else."""
     shown = [one.finite for one in group if len(one.finite.steps)]
     if not shown:
         label = " and ".join(spaced(one.name) for one in group)
         return f'<figure class="chart"><figcaption><b>{escape(label)}</b> <i>no finite value</i></figcaption></figure>'
     first, last = span or (min(float(one.steps[0]) for one in group), max(float(one.steps[-1]) for one in group))
     across = Axis(first, last) if last > first else Axis(first - 1, first + 1)
-    up = value_axis(group[0].name, np.concatenate([one.values for one in shown]))
-    curves = [_curve(one, f"s{i % 4}", across, up) for i, one in enumerate(group)]
+    up = value_axis(name or group[0].name, np.concatenate([one.values for one in shown]))
+    curves = [_curve(one, f"s{i % 8}", across, up) for i, one in enumerate(group)]
     drawn = [curve.behind for curve in reversed(curves)] + [curve.before for curve in curves]
     said = "; ".join(_said(one) for one in shown)
     heights = [(value, 1000 * (1 - float(up.place(value)))) for value in up.ticks(4)]
@@ -126,6 +127,7 @@ def chart(group: Sequence[Series], span: tuple[float, float] | None = None) -> s
         f'<figure class="chart"><figcaption>{"".join(c.key for c in curves)}<i class="at" hidden></i>{scale}</figcaption>'
         f'<div class="frame"><div class="ys" aria-hidden="true">{ys}</div>'
         f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{escape(said)}" '
+        f'data-unit="{unit_of(group[0].clock)}" '
         f'data-x="{across.low!r} {across.high!r}" data-y="{up.low!r} {up.high!r}" data-log="{int(up.log)}">'
         f'<path class="grid" d="{grid}"/>{"".join(drawn)}<path class="cursor" d=""/></svg>'
         f'<div class="xs" aria-hidden="true">{xs}</div></div></figure>'
@@ -169,11 +171,17 @@ def _curve(series: Series, style: str, across: Axis, up: Axis) -> _Curve:
 
 def _said(one: Series) -> str:
     """A curve of finite values in words, for who cannot see it."""
+    unit = unit_of(one.clock)
     return (
-        f"{spaced(one.name)}: {number(one.values[0])} at step {number(one.steps[0])}, "
-        f"{number(one.values[-1])} at step {number(one.steps[-1])}, lowest {number(one.values.min())}, "
+        f"{spaced(one.name)}: {number(one.values[0])} at {unit} {number(one.steps[0])}, "
+        f"{number(one.values[-1])} at {unit} {number(one.steps[-1])}, lowest {number(one.values.min())}, "
         f"highest {number(one.values.max())}"
     )
+
+
+def unit_of(clock: str) -> str:
+    """One of what the axis counts: step, environment step, episode."""
+    return CLOCKS[clock][0].removesuffix("s") if clock else "step"
 
 
 def _path(across: Axis, up: Axis, steps: np.ndarray, values: np.ndarray) -> str:

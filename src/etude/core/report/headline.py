@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from etude.core.report.charts import Axis
+from etude.core.report.charts import Axis, unit_of
 from etude.core.report.reading import HUGE, Contract, Record, as_dict, as_float, as_list, is_number, same
 from etude.core.report.words import duration, escape, html_table, inline, number, spaced, tick
 
@@ -16,7 +16,7 @@ def headline(record: Record, contract: Contract) -> str:
     if not result:
         latest = [(s.name, s.finite) for s in record.series]
         result = {name: float(one.values[-1]) for name, one in latest if len(one.values)}
-        when = f"latest, up to step {number(record.last_step)}"
+        when = f"latest, up to {unit_of(record.clock)} {number(record.last_step)}"
     if not result:
         yet = record.status in ("running", "unfinished")
         return f'<p class="empty">{"Nothing has been logged yet." if yet else "The run left no metric."}</p>'

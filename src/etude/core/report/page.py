@@ -7,13 +7,14 @@ import functools
 import hashlib
 import importlib.resources
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from etude.core.report.charts import SMOOTH_FROM, chart, groups
+from etude.core.report.charts import SMOOTH_FROM, chart, groups, unit_of
 from etude.core.report.headline import headline, limit_of
 from etude.core.report.mathematics import typeset
-from etude.core.report.reading import Contract, Record, as_dict, as_float, as_list, is_number, same
+from etude.core.report.reading import CLOCKS, Contract, Record, as_dict, as_float, as_list, is_number, same
 from etude.core.report.tiles import pictures
 from etude.core.report.words import (
     Facts,
@@ -34,36 +35,42 @@ from etude.core.report.words import (
 
 def compose(record: Record, contract: Contract) -> str:
     """The whole page; a file that could not be read is named at its foot."""
-    style, script = _asset("report.css"), _asset("report.js")
-    policy = (
-        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
-        f"script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-    )
     drawn = any(a.get("kind", "image") in ("image", "animation") for a in record.artifacts)
     sections = [
         ("headline", "Result", headline(record, contract)),
-        ("curves", "Curves", _curves(record, contract)),
         ("pictures", "Pictures" if drawn or not record.artifacts else "Samples", pictures(record)),
+        ("curves", "Curves", _curves(record, contract)),
         ("run", "What was run", _what_was_run(record)),
         ("config", "Settings", _settings(record, contract)),
         ("contract", "The method", _contract(record, contract)),
         ("next", "How to go on", _next(record, contract)),
     ]
-    body = "".join(
-        f'<section id="{name}"><h2>{title}</h2><div class="body">{content}</div></section>'
-        for name, title, content in sections
-    )
     notes = "".join(f"<p>Could not be read: {escape(name)}.</p>" for name in record.unreadable)
+    foot = (
+        f"{notes}<p>Written by etude from the run folder <code>{escape(record.folder.name)}</code>. "
+        "This page is one file and needs no network.</p>"
+    )
+    return frame(f"{record.method} · {record.status} · etude", _header(record, contract), sections, foot)
+
+
+def frame(title: str, header: str, sections: Sequence[tuple[str, str, str]], footer: str) -> str:
+    """A whole page: style and script inside it, a policy that lets the browser load nothing else, (id, title, HTML) sections."""
+    style, script = _asset("report.css"), _asset("report.js")
+    policy = (
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+    )
+    body = "".join(
+        f'<section id="{name}"><h2>{heading}</h2><div class="body">{content}</div></section>'
+        for name, heading, content in sections
+    )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark"><meta name="generator" content="etude">'
-        f"<title>{escape(record.method)} · {escape(record.status)} · etude</title>"
-        f"<style>{style}</style></head>\n<body><main>{_header(record, contract)}{body}"
-        f"<footer>{notes}<p>Written by etude from the run folder <code>{escape(record.folder.name)}</code>. "
-        "This page is one file and needs no network.</p></footer></main>"
-        f"<script>{script}</script></body></html>\n"
+        f"<title>{escape(title)}</title><style>{style}</style></head>\n<body><main>{header}{body}"
+        f"<footer>{footer}</footer></main><script>{script}</script></body></html>\n"
     )
 
 
@@ -90,15 +97,15 @@ def _header(record: Record, contract: Contract) -> str:
         )
         failure = f'<div class="failure"><h2>Why it failed</h2><p>{escape(first)}</p>{more}</div>'
     progress = ""
-    total = record.config.get("steps")
+    total = record.config.get(CLOCKS[record.clock][1] if record.clock else "steps")
     if status in ("running", "unfinished") and is_number(total) and total:
         share = min(1.0, record.last_step / total)
         ended = record.sessions[-1].get("ended") if record.sessions else None
         heard = f", last heard of {moment(ended)}" if ended else ""
         progress = (
-            f'<div class="progress" role="img" aria-label="{share:.0%} of the steps done">'
+            f'<div class="progress" role="img" aria-label="{share:.0%} of the {record.counted} done">'
             f'<i style="width:{100 * share:.2f}%"></i></div>'
-            f'<p class="facts">step {number(record.last_step)} of {number(total)}{escape(heard)}</p>'
+            f'<p class="facts">{unit_of(record.clock)} {number(record.last_step)} of {number(total)}{escape(heard)}</p>'
         )
     return (
         f'<header><p class="method"><span>{escape(record.method)}</span>'
@@ -133,13 +140,13 @@ def _curves(record: Record, contract: Contract) -> str:
         out += f'<details><summary>{len(rest)} more curves</summary><div class="charts">{"".join(rest)}</div></details>'
     smoothed = any(len(s.steps) >= SMOOTH_FROM for s in record.series)
     note = "Thin: every value logged. Thick, and the number beside the name: its moving mean." if smoothed else ""
-    return out + f'<p class="note">Over steps. {note}</p>{once}'
+    return out + f'<p class="note">Over {record.counted}. {note}</p>{once}'
 
 
 def _what_was_run(record: Record) -> str:
     command, sessions = record.described.get("command"), record.sessions
     out = f'<pre class="command">{escape(command)}</pre>' if command else ""
-    out += facts_list([*_time_and_memory(record), *_machine(record), *_flags_and_data(record)])
+    out += facts_list([*_flags_and_data(record), *_time_and_memory(record), *_machine(record)]) + _counts(record)
     if len(sessions) > 1:
         head = ["session", "from step", "to step", "time", "device"]
         table = [
@@ -163,8 +170,9 @@ def _time_and_memory(record: Record) -> Facts:
     whole, loop = record.seconds(), record.seconds("loop_seconds") or record.seconds()
     if whole:
         steps = sum(as_float(s.get("to_step")) - as_float(s.get("from_step")) for s in record.sessions)
+        steps = record.last_step if record.clock else steps
         rate = f", {tick(float(f'{steps / loop:.3g}'))} a second" if steps > 0 else ""
-        rows.append(("time", f"{duration(whole)}; {number(steps)} steps{rate}"))
+        rows.append(("time", f"{duration(whole)}; {number(steps)} {record.counted}{rate}"))
     memory = max((as_float(s.get("peak_memory_mb")) for s in record.sessions), default=0.0)
     if memory:
         rows.append(("peak memory", f"{number(round(memory))} MB"))
@@ -187,13 +195,32 @@ def _machine(record: Record) -> Facts:
 
 def _flags_and_data(record: Record) -> Facts:
     common = {k: v for k, v in as_dict(record.described.get("common")).items() if v and k != "seed"}
-    data = [" × ".join(map(str, as_list(record.spec.get("shape"))))]
+    told = as_dict(record.about.get("data"))
+    data = [str(told.get("name") or ""), " × ".join(map(str, as_list(record.spec.get("shape"))))]
     if classes := as_list(record.spec.get("classes")):
         data.append(f"{len(classes)} classes: {', '.join(map(str, classes[:12]))}{' …' if len(classes) > 12 else ''}")
+    if is_number(told.get("characters")):
+        data.append(f"{number(told['characters'])} characters")
+    sizes = {str(k): v for k, v in as_dict(record.about.get("parameters")).items() if is_number(v) and v}
+    names = [f"{number(v)}" if len(sizes) == 1 else f"{spaced(k)} {number(v)}" for k, v in sizes.items()]
     return [
         ("flags", escape(" · ".join(f"{spaced(str(k))} {written(v)}" for k, v in common.items()))),
         ("data", escape(" · ".join(filter(None, data)))),
+        ("read from", escape(str(told.get("source") or ""))),
+        ("parameters", escape(" · ".join(names))),
     ]
+
+
+def _counts(record: Record) -> str:
+    """How many images of each class were learned from, chosen by and tested on."""
+    splits = {str(k): as_dict(v) for k, v in as_dict(as_dict(record.about.get("data")).get("splits")).items()}
+    if not splits:
+        return ""
+    classes = [str(name) for name in as_dict(next(iter(splits.values())).get("by class"))]
+    rows = [["all", *(part.get("images") for part in splits.values())]]
+    rows += [[name, *(as_dict(part.get("by class")).get(name) for part in splits.values())] for name in classes[:200]]
+    sums = ", ".join(f"{number(as_float(part.get('images')))} {name}" for name, part in splits.items())
+    return f"<details><summary>Images: {escape(sums)}</summary>{html_table(['class', *splits], rows)}</details>"
 
 
 def _settings(record: Record, contract: Contract) -> str:
@@ -271,9 +298,10 @@ def _next(record: Record, contract: Contract) -> str:
         rows.append((f"etude sample {run}", "draw from the trained model"))
     if record.status == "done" and contract.bars:
         rows.append((f"etude verify {record.method}", "run the recorded experiments and hold them against their bars"))
-    rows.append(
-        (f"etude copy {record.method} my_{record.method.rpartition('/')[2]}.py", "take the file and make it yours")
-    )
+    if not record.method.startswith("mine/"):
+        rows.append(
+            (f"etude copy {record.method} my_{record.method.rpartition('/')[2]}.py", "take the file and make it yours")
+        )
     body = "".join(f"<dt><code>{escape(command)}</code></dt><dd>{what}</dd>" for command, what in rows)
     return f'<dl class="commands">{body}</dl>'
 

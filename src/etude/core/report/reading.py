@@ -43,6 +43,8 @@ class Contract:
     """Whether ``etude sample`` works for this method."""
 
 
+CLOCKS = {"env_steps": ("environment steps", "steps"), "episodes": ("episodes", "episodes")}
+"""Logged numbers that are the clock of a run, by which its user set how long it lasts: what they count, that setting."""
 HUGE = 1e300  # a number beyond this is shown as one that is not finite: no axis could hold it
 
 
@@ -52,11 +54,13 @@ class Series(NamedTuple):
     name: str
     steps: np.ndarray
     values: np.ndarray
+    clock: str = ""
+    """Which logged number `steps` are (one of CLOCKS); empty: the steps of the loop."""
 
     @property
     def finite(self) -> Series:
         kept = np.abs(self.values) < HUGE
-        return self if kept.all() else Series(self.name, self.steps[kept], self.values[kept])
+        return self if kept.all() else self._replace(steps=self.steps[kept], values=self.values[kept])
 
 
 class Record:
@@ -74,6 +78,7 @@ class Record:
         self.sessions = [s for s in as_list(self.environment.get("sessions")) if isinstance(s, dict)]
         self.result = {str(k): v for k, v in self._json("result.json", {}).items() if is_number(v)}
         self.spec = self._json("spec.json", {})
+        self.about = as_dict(self._json("about.json", {}))
         self.artifacts = [a for a in self._json("artifacts/index.json", []) if isinstance(a, dict) and "file" in a]
         self.series, damaged = read_metrics(folder / "metrics.jsonl")
         if damaged:
@@ -82,7 +87,13 @@ class Record:
         self.done = (folder / "done").exists() and self.failure is None
         logged = max((float(s.steps[-1]) for s in self.series), default=0.0)
         reached = max((as_float(s.get("to_step")) for s in self.sessions), default=0.0)
-        self.last_step = int(max(logged, reached))
+        self.clock = next((s.clock for s in self.series), "")
+        self.last_step = int(logged if self.clock else max(logged, reached))
+
+    @property
+    def counted(self) -> str:
+        """What the axis of the curves counts."""
+        return CLOCKS[self.clock][0] if self.clock else "steps"
 
     @property
     def status(self) -> str:
@@ -130,11 +141,12 @@ class Record:
 def read_metrics(path: Path) -> tuple[list[Series], int]:
     """Read ``metrics.jsonl`` into one series per metric, in order of first appearance; also count the damaged lines.
 
-    A step that occurs twice (a run resumed from an earlier checkpoint) keeps its last value. ``null`` reads as NaN. An
-    unfinished last line, which a running job leaves, is not damage.
+    Where the first row holds one of CLOCKS, that number stands in place of the step in all of them (a row without it
+    keeps the last one). A step that occurs twice (a run resumed from an earlier checkpoint) keeps its last value.
+    ``null`` reads as NaN. An unfinished last line, which a running job leaves, is not damage.
     """
     columns: dict[str, tuple[array[float], array[float]]] = {}
-    damaged = 0
+    damaged, clock, reached = 0, None, 0.0
     try:
         stream = path.open(encoding="utf-8", errors="replace")
     except OSError:
@@ -155,8 +167,13 @@ def read_metrics(path: Path) -> tuple[list[Series], int]:
                 if not is_number(step) or not math.isfinite(step):
                     damaged += 1
                     continue
+                if clock is None:
+                    clock = next((name for name in CLOCKS if name in row), "")
+                if clock:
+                    told: Any = row.get(clock)
+                    reached = step = told if is_number(told) and math.isfinite(told) else reached
                 for name, value in row.items():
-                    if name == "step":
+                    if name in ("step", clock):
                         continue
                     if value is None:
                         value = math.nan
@@ -167,7 +184,8 @@ def read_metrics(path: Path) -> tuple[list[Series], int]:
                     steps, values = columns[name]
                     steps.append(float(step))
                     values.append(float(value))
-    return [Series(name, *_in_order(np.array(s), np.array(v))) for name, (s, v) in columns.items()], damaged
+    in_order = {name: _in_order(np.array(s), np.array(v)) for name, (s, v) in columns.items()}
+    return [Series(name, *points, clock or "") for name, points in in_order.items()], damaged
 
 
 def _in_order(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

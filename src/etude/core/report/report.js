@@ -31,7 +31,7 @@ for (const svg of document.querySelectorAll(".frame svg")) {
       if (best === null || Math.abs(p[0] - x) < Math.abs(best - x)) best = p[0];
     });
     at.hidden = false;
-    at.textContent = "step " + Math.round(x0 + best / 1000 * (x1 - x0)).toLocaleString("en");
+    at.textContent = svg.dataset.unit + " " + Math.round(x0 + best / 1000 * (x1 - x0)).toLocaleString("en");
     cursor.setAttribute("d", "M" + best + " 0V1000");
   });
   svg.addEventListener("pointerleave", leave);

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+from etude.core.report.mathematics import typeset
 from etude.core.report.reading import is_number
 
 Facts = list[tuple[str, str]]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from etude.blocks.nn.attention import Cache, attend
+from etude.blocks.nn.attention import Cache, attend, text_mask
 from etude.blocks.nn.positional import LearnedPositions
 from etude.blocks.nn.transformer import ACTIVATIONS, affine, pack
 from etude.core.errors import UserError
@@ -31,7 +31,7 @@ class Architecture:
     heads: int
     width: int
     hidden: int | None = None
-    norm: Literal["pre", "post"] = "pre"
+    norm_placement: Literal["pre", "post"] = "pre"
     activation: Literal["relu", "gelu", "gelu_tanh"] = "gelu"
     dropout: float = 0.0
     epsilon: float = 1e-5
@@ -60,12 +60,13 @@ class Attention(nn.Module):
         self.c_attn = Affine(of.width, 3 * of.width)
         self.c_proj = Affine(of.width, of.width)
 
-    def forward(self, x: Tensor, cache: Cache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None, layer: int, pads: Tensor | None) -> Tensor:
         q, k, v = self.c_attn(x, cache).chunk(3, dim=-1)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))  # (B, H, T, d)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
-        out = attend(q, k, v, causal=True, dropout=self.dropout if self.training else 0.0)
+        mask = None if pads is None else text_mask(pads, k.shape[2])
+        out = attend(q, k, v, mask, causal=True, dropout=self.dropout if self.training else 0.0)
         return self.c_proj(out.transpose(1, 2).flatten(2), cache)
 
 
@@ -87,20 +88,20 @@ class GPTBlock(nn.Module):
 
     def __init__(self, of: Architecture) -> None:
         super().__init__()
-        self.pre = of.norm == "pre"
+        self.pre = of.norm_placement == "pre"
         self.ln_1, self.ln_2 = nn.LayerNorm(of.width, of.epsilon), nn.LayerNorm(of.width, of.epsilon)
         self.attn, self.mlp, self.drop = Attention(of), Network(of), nn.Dropout(of.dropout)
 
-    def forward(self, h: Tensor, cache: Cache | None, layer: int) -> Tensor:
+    def forward(self, h: Tensor, cache: Cache | None, layer: int, pads: Tensor | None = None) -> Tensor:
         if self.pre:
-            h = h + self.drop(self.attn(self.ln_1(h), cache, layer))
+            h = h + self.drop(self.attn(self.ln_1(h), cache, layer, pads))
             return h + self.drop(self.mlp(self.ln_2(h), cache))
-        h = self.ln_1(h + self.drop(self.attn(h, cache, layer)))
+        h = self.ln_1(h + self.drop(self.attn(h, cache, layer, pads)))
         return self.ln_2(h + self.drop(self.mlp(h, cache)))
 
 
 class GPT(nn.Module):
-    """ids (B, T) int64 → logits (B, T, V); also a `Decoder` for `etude.blocks.decoding`.
+    """ids (B, T) int64 → logits (B, T, V); also a `Decoder` for `etude.blocks.tokens.decoding`.
 
     Weights start normal(0, 0.02), the two projections that feed the residual stream 1/√(2N) smaller; biases 0.
     """
@@ -114,7 +115,7 @@ class GPT(nn.Module):
             "drop": nn.Dropout(of.dropout),
             "h": nn.ModuleList(GPTBlock(of) for _ in range(of.layers)),
         }
-        if of.norm == "pre":
+        if of.norm_placement == "pre":
             parts["ln_f"] = nn.LayerNorm(of.width, of.epsilon)
         self.transformer = nn.ModuleDict(parts)
         for name, parameter in self.named_parameters():
@@ -125,9 +126,13 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Logits of the token after each position; raises ValueError when T exceeds the context."""
-        return self._logits(self._hidden(ids, None), None)
+    def forward(self, ids: Tensor, pads: Tensor | None = None) -> Tensor:
+        """Logits of the token after each position; raises ValueError when T exceeds the context.
+
+        `pads` (B,) int64: how many tokens at the start of each row are padding (`pad_left`). They are not seen and not
+        counted as positions, so the logits behind them are those of the text alone.
+        """
+        return self._logits(self._hidden(ids, None, pads), None)
 
     @torch.no_grad()
     def start(self, batch: int) -> Cache:
@@ -143,14 +148,14 @@ class GPT(nn.Module):
     def advance(self, ids: Tensor, cache: Cache) -> Tensor:
         """Read ids (B, T) after the positions in the cache; logits (B, V) of the token after the last one.
 
-        Without gradients: the cache is overwritten in place."""
-        return self._logits(self._hidden(ids, cache)[:, -1:], cache)[:, 0]
+        Without gradients: the cache is overwritten in place. Its `pads` say how much of each row is padding."""
+        return self._logits(self._hidden(ids, cache, cache.pads)[:, -1:], cache)[:, 0]
 
-    def _hidden(self, ids: Tensor, cache: Cache | None) -> Tensor:
+    def _hidden(self, ids: Tensor, cache: Cache | None, pads: Tensor | None) -> Tensor:
         parts = self.transformer
-        h = parts["drop"](parts["wpe"](parts["wte"](ids), 0 if cache is None else cache.length))
+        h = parts["drop"](parts["wpe"](parts["wte"](ids), 0 if cache is None else cache.length, pads))
         for layer, block in enumerate(parts["h"]):
-            h = block(h, cache, layer)
+            h = block(h, cache, layer, pads)
         if cache is not None:
             cache.length += ids.shape[1]
         return parts["ln_f"](h) if "ln_f" in parts else h

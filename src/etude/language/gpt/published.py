@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from etude.blocks.text import BytePairs
+from etude.blocks.tokens.text import BytePairs
 from etude.core.errors import UserError
 from etude.language.gpt.network import GPT, Architecture
 
@@ -87,7 +87,7 @@ def _architecture(config: dict[str, Any], folder: Path) -> Architecture:
         heads=config["n_head"],
         width=config["n_embd"],
         hidden=config.get("n_inner"),
-        norm="post" if first else "pre",
+        norm_placement="post" if first else "pre",
         activation=_ACTIVATIONS[kind][named],
         epsilon=config.get("layer_norm_epsilon", 1e-5),
     )

@@ -63,11 +63,9 @@ def meta_loss(
 ) -> Tensor:
     """Line 4's objective, mean over tasks of L_i(θ'_i; query): 0-dim; its backward is the meta-gradient.
 
-    Works for any module and any loss (outputs, targets) → 0-dim that torch.vmap can take. `order` "none" skips the
-    adaptation (joint training). Source: arXiv:1703.03400, equation 1.
+    Works for any module and any loss (outputs, targets) → 0-dim that torch.vmap can take. With 0 steps it is the loss of
+    joint training. Source: arXiv:1703.03400, equation 1.
     """
     predict = predict or plain(module)
-    weights = batched(module, len(task.support_x))
-    if order != "none":
-        weights = adapt(predict, loss, weights, task, rate, steps, order)
+    weights = adapt(predict, loss, batched(module, len(task.support_x)), task, rate, steps, order)
     return task_losses(predict, loss, weights, task.query_x, task.query_y, task.support_x).mean()

@@ -51,11 +51,11 @@ class Convolutional(nn.Module):
         return self.out(x.mean((2, 3)))
 
 
-def answer(module: nn.Module, norm: str) -> Predict:
+def answer(module: nn.Module, normalizer: str) -> Predict:
     """How the convolutional network answers: with the support's statistics, or (transductive) with the questions' own."""
 
     def predict(weights: Weights, x: Tensor, support: Tensor) -> Tensor:
-        if norm == "transductive" or x is support:
+        if normalizer == "transductive" or x is support:
             return functional_call(module, weights, (x,))
         return functional_call(module, weights, (torch.cat([support, x]), len(support)))[len(support) :]
 

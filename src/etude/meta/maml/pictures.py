@@ -19,23 +19,29 @@ if TYPE_CHECKING:
 __all__ = ["curves", "episode"]
 
 
-def curves(model: nn.Module, rate: float, most: int, shots: int, dice: torch.Generator) -> Figure:
-    """Three new sinusoids of `shots` support points: the model's curves after 0, 1 and `most` steps of size `rate`."""
-    device = next(model.parameters()).device
+def curves(nets: dict[str, tuple[nn.Module, float]], most: int, shots: int, dice: torch.Generator) -> Figure:
+    """Three new sinusoids of `shots` support points, a row for each named network and the rate at which it adapts.
+
+    Each row has the network's curves after 0, 1 and `most` steps.
+    """
     task, amplitude, phase = sinusoids(3, shots, 1, dice)
     line = torch.linspace(-5, 5, 200).view(1, -1, 1).expand(3, -1, -1)
-    figure, plots = panels(3, width=7.2, height=2.7, sharey=True)
-    placed, asked, weights = task.to(device), line.to(device), batched(model, 3)
-    for steps, colour in {0: SOFT, 1: PALETTE[0], most: PALETTE[1]}.items():
-        adapted = adapt(plain(model), F.mse_loss, weights, placed, rate, steps, "first")
-        found = torch.vmap(plain(model))(adapted, asked, asked).detach().cpu()
-        name = "before" if steps == 0 else f"{steps} step{'s'[: steps > 1]}"
-        for axes, curve in zip(plots, found):
-            axes.plot(line[0, :, 0], curve[:, 0], color=colour, linewidth=1.5, label=name)
-    for i, axes in enumerate(plots):
-        axes.plot(line[0, :, 0], (amplitude * torch.sin(line - phase))[i, :, 0], ":", color=INK, label="the task")
-        axes.plot(task.support_x[i, :, 0], task.support_y[i, :, 0], "^", color=INK, markersize=4, label="support")
-        label(axes, "", "x", "" if i else "y")
+    figure, plots = panels(3, len(nets), width=7.2, height=0.6 + 2.1 * len(nets), sharex=True, sharey=True)
+    for row, (title, (model, rate)) in enumerate(nets.items()):
+        device = next(model.parameters()).device
+        placed, asked, weights = task.to(device), line.to(device), batched(model, 3)
+        tiles = plots[3 * row : 3 * row + 3]
+        for steps, colour in {0: SOFT, 1: PALETTE[0], most: PALETTE[1]}.items():
+            adapted = adapt(plain(model), F.mse_loss, weights, placed, rate, steps, "first")
+            found = torch.vmap(plain(model))(adapted, asked, asked).detach().cpu()
+            name = "before" if steps == 0 else f"{steps} step{'s'[: steps > 1]}"
+            for axes, curve in zip(tiles, found):
+                axes.plot(line[0, :, 0], curve[:, 0], color=colour, linewidth=1.5, label=name)
+        for i, axes in enumerate(tiles):
+            axes.plot(line[0, :, 0], (amplitude * torch.sin(line - phase))[i, :, 0], ":", color=INK, label="the task")
+            axes.plot(task.support_x[i, :, 0], task.support_y[i, :, 0], "^", color=INK, markersize=4, label="support")
+            label(axes, title if i == 0 else "", "x" if row == len(nets) - 1 else "", "" if i else "y")
+            axes.set_ylim(-5.5, 5.5)
     figure.legend(*plots[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     return figure
 

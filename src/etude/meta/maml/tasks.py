@@ -44,7 +44,7 @@ def episodes(
     classes, copies = drawings.shape[:2]
     chosen = torch.rand(tasks, classes, generator=dice).topk(ways, 1).indices  # (T, W), no repeats, random order
     drawn = torch.rand(tasks, ways, copies, generator=dice).topk(shots + queries, 2).indices
-    x = drawings[chosen[:, :, None], drawn].float() / 255  # (T, W, n, H, W)
+    x = drawings[chosen[:, :, None], drawn] / 255  # (T, W, n, H, W)
     if turn:
         turns = torch.randint(4, (tasks, ways), generator=dice)
         for k in range(1, 4):

@@ -1,0 +1,121 @@
+"""Finite worlds written out: the transition tables of Gymnasium's toy-text worlds, and exact answers from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from etude.blocks.acting.environments import Environment, environment
+from etude.blocks.acting.worlds import STATE, TOY, kind_of, layers
+
+
+@dataclass(frozen=True)
+class Tables:
+    """A finite world written out: S states, A actions, O outcomes of each."""
+
+    next_state: NDArray[np.int64]
+    """(S, A, O)"""
+    reward: NDArray[np.float64]
+    """(S, A, O)"""
+    terminated: NDArray[np.bool_]
+    """(S, A, O)"""
+    probability: NDArray[np.float64]
+    """(S, A, O); sums to 1 over O, 0 for outcomes that do not exist"""
+    start: NDArray[np.float64]
+    """(S,); distribution of the first state"""
+
+    @property
+    def cumulative(self) -> NDArray[np.float64]:
+        """(S, A, O): outcome o is drawn by a uniform u when it is the first with cumulative > u."""
+        return _staircase(self.probability)
+
+    @property
+    def cumulative_start(self) -> NDArray[np.float64]:
+        """(S,): the same for the first state."""
+        return _staircase(self.start)
+
+
+def tables(env: str | Environment) -> Tables | None:
+    """The exact dynamics of a toy-text world (FrozenLake, CliffWalking, Taxi); None for any other environment.
+
+    Also None where a registered wrapper stands round the world: what it changes is not in the world's table.
+    """
+    env = environment(env)
+    outer = env.make()
+    inner = outer.unwrapped
+    if (env.spec and env.spec.additional_wrappers) or layers(outer) is None:
+        return None
+    kind = kind_of(inner)
+    if not kind.startswith(TOY) or kind not in STATE or getattr(inner, "fickle_passenger", False):
+        return None
+    states, actions = int(inner.observation_space.n), int(inner.action_space.n)
+    outcomes = max(len(inner.P[s][a]) for s in range(states) for a in range(actions))
+    shape = (states, actions, outcomes)
+    table = Tables(
+        np.zeros(shape, np.int64), np.zeros(shape), np.ones(shape, bool), np.zeros(shape), inner.initial_state_distrib
+    )
+    for s in range(states):
+        for a in range(actions):
+            for o, (probability, next_state, reward, terminated) in enumerate(inner.P[s][a]):
+                table.probability[s, a, o], table.next_state[s, a, o] = probability, next_state
+                table.reward[s, a, o], table.terminated[s, a, o] = reward, terminated
+    return table
+
+
+def optimal_q(world: Tables, gamma: float, tolerance: float = 1e-12, sweeps: int = 20_000) -> NDArray[np.float64]:
+    """Q* (S, A) by value iteration, Q(s, a) = E[r + γ (1 − terminated) max Q(s', ·)], to `tolerance` in the sup norm.
+
+    It starts from the values of the best policy that policy iteration finds, so that it ends soon for γ near 1 too;
+    there, where `tolerance` is below what float64 can tell, it ends after `sweeps`. Raises ValueError unless 0 ≤ γ < 1.
+    """
+    if not 0 <= gamma < 1:
+        raise ValueError(f"value iteration needs 0 <= gamma < 1, got {gamma}")
+
+    def better(value: NDArray[np.float64]) -> NDArray[np.float64]:
+        target = world.reward + gamma * ~world.terminated * value[world.next_state]
+        return (world.probability * target).sum(2)
+
+    here = np.arange(len(world.start))
+    q = better(np.zeros(len(here)))
+    for _ in range(100):
+        policy = q.argmax(1)
+        flow = np.eye(len(here))
+        leads = gamma * world.probability[here, policy] * ~world.terminated[here, policy]
+        np.add.at(flow, (here[:, None], world.next_state[here, policy]), -leads)
+        gain = (world.probability[here, policy] * world.reward[here, policy]).sum(1)
+        try:
+            q = better(np.linalg.solve(flow, gain))
+        except np.linalg.LinAlgError:  # γ is 1 to all digits, and this policy never ends
+            break
+        if (q.argmax(1) == policy).all():
+            break
+    for _ in range(sweeps):
+        before, q = q, better(q.max(1))
+        if np.abs(q - before).max() <= tolerance * (1 - gamma):
+            break
+    return q
+
+
+def expected_return(world: Tables, policy: NDArray[np.int64], steps: int) -> float:
+    """Exact mean undiscounted return of a deterministic policy (S,) over episodes of at most `steps` steps."""
+    here = np.arange(len(policy))
+    probability, terminated = world.probability[here, policy], world.terminated[here, policy]  # (S, O)
+    gain = (probability * world.reward[here, policy]).sum(1)
+    flow = np.zeros((len(here), len(here)))
+    np.add.at(flow, (here[:, None], world.next_state[here, policy]), probability * ~terminated)
+    occupied, total = world.start.copy(), 0.0
+    for step in range(steps):
+        total += float(occupied @ gain)
+        before, occupied = occupied, occupied @ flow
+        if (before == occupied).all():  # all is over, or stands still for ever
+            return total + (steps - step - 1) * float(occupied @ gain)
+    return total
+
+
+def _staircase(probability: NDArray[np.float64]) -> NDArray[np.float64]:
+    rising = np.cumsum(probability, -1)
+    # rounding must not leave a gap above the last real outcome
+    last = probability.shape[-1] - 1 - np.argmax(probability[..., ::-1] > 0, -1)
+    return np.where(np.arange(probability.shape[-1]) >= last[..., None], 2.0, rising)

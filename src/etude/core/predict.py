@@ -1,0 +1,154 @@
+"""A trained classifier on the user's own pictures, prepared as its training images were.
+
+What the network needs to know of a picture travels with the run: grey or colour, height and width in spec.json, the
+standardisation inside the network. Files are decoded as `etude.data.folders` decodes a training folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from etude.core.errors import UserError
+from etude.core.spec import Spec
+
+if TYPE_CHECKING:
+    from etude.core.loaded import Loaded
+
+Pictures = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | np.ndarray | Tensor
+"""A file, a folder (every image in it), several of them; or pixels: (H, W), (C, H, W), (H, W, C), or N of those."""
+
+Prediction = TypedDict(
+    "Prediction",
+    {
+        "file": str | None,
+        "class": str,
+        "probability": float,
+        "label": int,
+        "probabilities": dict[str, float],
+        "note": str,
+    },
+)
+"""What a network says of one picture: the most probable class, its probability, and the probabilities of all."""
+BATCH = 256
+
+
+def predict(loaded: Loaded, pictures: Pictures) -> list[Prediction]:
+    """The class of each picture. Raises UserError for a run that holds no classifier and for what is no picture."""
+    names = classes_of(loaded)
+    if isinstance(pictures, (np.ndarray, Tensor)):
+        x = pixels(pictures, loaded.spec)
+        files: list[str | None] = [None] * len(x)
+    else:
+        paths = listed([pictures] if isinstance(pictures, (str, os.PathLike)) else list(pictures))
+        files = [*map(str, paths)]
+        x = torch.from_numpy(decoded(paths, loaded.spec))
+    rows = torch.cat([_probabilities(loaded, part, len(names)) for part in x.split(BATCH)])
+    found: list[Prediction] = []
+    for file, picture, row in zip(files, x, rows):
+        best = int(row.argmax())
+        found.append(
+            {
+                "file": file,
+                "class": names[best],
+                "probability": float(row[best]),
+                "label": best,
+                "probabilities": {name: float(p) for name, p in zip(names, row.tolist())},
+                "note": _note(picture, loaded.spec),
+            }
+        )
+    return found
+
+
+def classes_of(loaded: Loaded) -> tuple[str, ...]:
+    """The class names of a classifier of images. Raises UserError, saying what else the run offers, for another one."""
+    if "model" in loaded.modules and len(loaded.spec.shape) == 3 and len(loaded.spec.classes) > 1:
+        return loaded.spec.classes
+    raise UserError(f"{loaded.name} is no classifier of images, so it predicts nothing; {loaded.offers}")
+
+
+def pixels(array: np.ndarray | Tensor, spec: Spec) -> Tensor:
+    """Pixels as the network takes them: uint8, or float32 in [0, 1], (N, C, H, W). Raises UserError for any others."""
+    x = torch.as_tensor(array).detach().cpu()
+    channels, height, width = spec.shape
+    wanted = f"this network takes pictures of {channels} × {height} × {width} (channels, height, width)"
+    given = tuple(x.shape)
+    if x.ndim == 2 and channels == 1:
+        x = x[None]
+    if x.ndim == 3 and tuple(x.shape) != spec.shape and channels == 1 and tuple(x.shape[1:]) == (height, width):
+        x = x[:, None]  # N grey pictures
+    if x.ndim in (3, 4) and x.shape[-3] != channels and x.shape[-1] == channels:
+        x = x.movedim(-1, -3)
+    if x.ndim == 3:
+        x = x[None]
+    if x.ndim != 4 or tuple(x.shape[1:]) != spec.shape or not len(x):
+        raise UserError(f"{wanted}, and the array given has shape {given}; a file is fitted by itself")
+    if x.dtype == torch.uint8:
+        return x
+    if x.is_complex():
+        raise UserError(f"pixels are no complex numbers ({x.dtype})")
+    low, high = float(x.min()), float(x.max())
+    if x.is_floating_point() or x.dtype == torch.bool:
+        if not (low >= 0 and high <= 1):  # also where one is NaN
+            what = "lie between 0 and 1" if high <= 255 and low >= 0 else "are finite and lie between 0 and 1"
+            advice = "; divide them by 255, or give uint8" if 1 < high <= 255 and low >= 0 else ""
+            raise UserError(f"floating pixels {what}, and these go from {low:.4g} to {high:.4g}{advice}")
+        return x.float()
+    if low < 0 or high > 255:
+        raise UserError(f"whole pixels lie between 0 and 255, and these go from {low:.0f} to {high:.0f}")
+    return x.to(torch.uint8)
+
+
+def listed(given: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """The picture files, those in a folder in the order of their names."""
+    from etude.data.folders import ENDINGS
+
+    found: list[Path] = []
+    for path in map(Path, given):
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS and file.is_file())
+            if not inside:
+                raise UserError(f"the folder {path} holds no picture ({', '.join(sorted(ENDINGS)[:5])}, …)")
+            found += inside
+        else:
+            found.append(path)
+    if not found:
+        raise UserError("name at least one picture")
+    return found
+
+
+def decoded(paths: Sequence[Path], spec: Spec) -> np.ndarray:
+    """The files as uint8 (N, C, H, W), decoded as training folders are."""
+    from etude.data.folders import picture
+
+    return np.stack([picture(path, spec.shape) for path in paths])
+
+
+@torch.no_grad()
+def _probabilities(loaded: Loaded, x: Tensor, classes: int) -> Tensor:
+    logits: Any = loaded.model.eval()(x.float() / 255 if x.dtype == torch.uint8 else x)
+    if not isinstance(logits, Tensor) or tuple(logits.shape) != (len(x), classes):
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(
+            f"{loaded.name} answers {shape} where a classifier answers {(len(x), classes)}, so it predicts nothing; "
+            f"{loaded.offers}"
+        )
+    return logits.float().softmax(1)
+
+
+def _note(picture: Tensor, spec: Spec) -> str:
+    """A warning where a grey picture looks like the negative of the training images; else nothing."""
+    if len(spec.mean) != 1 or abs(spec.mean[0] - 0.5) < 0.15:
+        return ""
+    bright = float(picture.float().mean()) / (255 if picture.dtype == torch.uint8 else 1)
+    if abs(bright - (1 - spec.mean[0])) >= 0.5 * abs(bright - spec.mean[0]):
+        return ""
+    kinds = ("light on dark", "dark on light")
+    ours, theirs = kinds if spec.mean[0] > 0.5 else kinds[::-1]
+    return f"it is {ours}, and the training images were {theirs}; its negative may be what the network knows"
