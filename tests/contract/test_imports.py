@@ -21,7 +21,7 @@ from etude import catalog
 
 CORE, SHARED, METHODS, TOP = range(4)
 TIER = {"core": CORE, "catalog": CORE, "blocks": SHARED, "data": SHARED, "optim": SHARED, "cli": TOP}
-LAZY = dict.fromkeys(("run", "resume", "load", "sample", "methods"), "etude.core.launch")  # names of etude itself
+LAZY = dict.fromkeys(("run", "resume", "load", "sample"), "etude.core.launch")  # names of etude itself
 
 # file, what it imports, and why; only inside a function, so that importing the file stays clean
 INSIDE_A_FUNCTION: dict[tuple[str, str], str] = {

@@ -274,6 +274,7 @@ def test_a_run_folder_holds_what_the_house_says(etude, tmp_path) -> None:
     (folder,) = (tmp_path / "runs" / "vision" / "lenet").iterdir()
     assert re.fullmatch(r"\d{8}-\d{6}-3", folder.name)
     names = {
+        "about.json",
         "config.json",
         "environment.json",
         "metrics.jsonl",
@@ -367,7 +368,7 @@ def forked(words, **settings):
     pid = os.fork()
     if pid == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os._exit(cli.main(words[3:]))
+        os._exit(stage.main(words[3:]))
     return types.SimpleNamespace(returncode=os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), stderr="", stdout="")
 stage.subprocess = types.SimpleNamespace(run=forked)
 row = {{"name": "a", "preset": "tiny", "metric": "{metric}", "bar": 1.5, "seeds": (5,), "flags": {{"steps": 2, "shift": 0}},

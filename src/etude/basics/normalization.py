@@ -44,6 +44,7 @@ from etude.blocks.plots import INK, PALETTE, SOFT
 from etude.catalog import Control, Experiment, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, Positive, Range, Whole
+from etude.core.errors import UserError
 from etude.core.run import Run
 from etude.core.spec import Spec
 from etude.data.batches import Stream
@@ -154,6 +155,8 @@ def probe(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, np.ndarray]:
 @method("basics/normalization", paper="arXiv:1502.03167", section="4.3", threads=1)
 def train(config: Config, run: Run) -> dict[str, float]:
     data = room.images(config.data)
+    if len(data.validation) < 2:
+        raise UserError(f"--data {config.data} has 1 image for validation; the spread over images needs two or more")
     run.describe(data.spec, data)
     models = {name: run.place(model) for name, model in build(config, data.spec).items()}  # line 1
     optimizers = {name: Adam(model.parameters(), lr=config.learning_rate) for name, model in models.items()}
@@ -169,13 +172,13 @@ def train(config: Config, run: Run) -> dict[str, float]:
         for name, model in models.items():
             optimizers[name].zero_grad()
             with run.autocast():
-                losses[name] = F.cross_entropy(model(images), truth)
-            losses[name].backward()
+                losses[f"loss_{name}"] = loss = F.cross_entropy(model(images), truth)
+            loss.backward()
         run.average(*models.values(), **losses)
         for optimizer in optimizers.values():
             set_lr(optimizer, linear(step, config.learning_rate, config.steps))
             optimizer.step()
-        run.log(**{f"loss_{name}": loss for name, loss in losses.items()})
+        run.log(**losses)
         if run.every(config.evaluate_every):  # line 3
             right = scores(run, models, data, "validation")
             seen.curve = [*seen.curve, [step + 1, *right.values()]]

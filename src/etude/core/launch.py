@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import errno
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -17,7 +15,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,10 +28,13 @@ from etude.core import trust as permission
 from etude.core.config import check, flag, replace
 from etude.core.digest import sources
 from etude.core.errors import RunError, UserError, nearest
+from etude.core.finished import Finished
 from etude.core.folder import find_run, read_result, runs_folder
 from etude.core.loaded import Loaded, load, sample
 from etude.core.own import opened
+from etude.core.reporting import write_report
 from etude.core.run import Common, Interrupted, Run
+from etude.core.troubles import explained
 
 __all__ = [
     "OBJECT",
@@ -62,14 +62,6 @@ WORLD = "the environment object"
 """How it names an environment that was."""
 DATA = "the data object"
 """How it names images that were."""
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A finished run: its folder and the metrics it returned."""
-
-    folder: Path
-    metrics: dict[str, float]
 
 
 def configure(module: ModuleType, entry: Entry, preset: str, values: dict[str, Any]) -> Any:
@@ -261,7 +253,7 @@ def _finish(entry: Entry, run: Run, loop: Any) -> Finished:
     except Exception as error:
         with contextlib.suppress(Exception):
             run.flush()  # the curve up to the failure belongs in the report
-        shown = _plain(error, folder)
+        shown = explained(error, folder)
         with contextlib.suppress(OSError):  # on a full disk the sentence on the terminal must do
             detail = "" if isinstance(shown, RunError) else "\n" + traceback.format_exc()
             reason = str(shown) if isinstance(shown, RunError) else f"{type(shown).__name__}: {shown}"
@@ -273,30 +265,6 @@ def _finish(entry: Entry, run: Run, loop: Any) -> Finished:
         raise shown from error
     _report(entry, run)
     return Finished(folder, metrics)
-
-
-def write_report(entry: Entry, folder: Path) -> Path:
-    """Write ``report.html`` of a run folder from its files and the method's contract."""
-    from etude.core import report
-
-    contract = entry.contract
-    return report.render(
-        folder,
-        report.Contract(
-            title=entry.title,
-            paper=contract.get("Paper", entry.paper),
-            section=entry.section,
-            equation=contract.get("Equation", ""),
-            algorithm=contract.get("Algorithm", ""),
-            differences=contract.get("Differences", ""),
-            expect=contract.get("Expect", ""),
-            docs=contract["claim"].partition("\n")[2].strip(),
-            fields=tuple((field["name"], field["help"]) for field in entry.fields),
-            bars=tuple(entry.experiments),
-            card=entry.card,
-            samples=entry.samples,
-        ),
-    )
 
 
 def _report(entry: Entry, run: Run) -> None:
@@ -402,31 +370,6 @@ def _command(entry: Entry, module: ModuleType, config: Any, common: Common, pres
         "default_config": default,
         "common": shared,
     }
-
-
-BEYOND = r"(?i)can't allocate memory|unable to allocate|size calculation overflowed|overflow when unpacking"
-"""What torch and numpy say when a tensor cannot be as large as the settings ask for."""
-
-
-def _plain(error: Exception, folder: Path) -> Exception:
-    """A sentence for what a full or closed disk, too little memory or a lost rank does, or the error itself."""
-    resume = f"etude resume {shlex.quote(str(folder))}"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        found = checkpoint.list_checkpoints(folder / "checkpoints")
-        kept = (
-            f"the checkpoint of step {checkpoint.step_of(found[-1])} is kept" if found else "no checkpoint was written"
-        )
-        return RunError(f"the disk of {folder} is full ({error.strerror}); {kept}; free space and run: {resume}")
-    if isinstance(error, OSError) and error.filename and Path(error.filename).is_relative_to(folder):
-        what = f"{error.filename} cannot be written any more ({error.strerror})"
-        return RunError(f"{what}; put that right and run: {resume}")
-    if isinstance(error, (MemoryError, OverflowError, torch.OutOfMemoryError)) or re.search(BEYOND, str(error)):
-        asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
-        size = f"{int(asked[1].split()[0]):,} bytes" if asked and asked[1].endswith(" bytes") else asked and asked[1]
-        return RunError(f"the settings ask for more memory than there is ({size or 'a size beyond counting'} at once)")
-    if type(error).__name__ == "DistBackendError" or (type(error) is RuntimeError and "gloo" in str(error)):
-        return RunError(f"another rank has stopped or cannot be reached, so this one stops too; run on with: {resume}")
-    return error
 
 
 @contextlib.contextmanager

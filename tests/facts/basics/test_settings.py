@@ -17,7 +17,7 @@ from etude.core.errors import UserError
         ("descent", {"kappa": 0.5}, "--kappa is 0.5; it must be a number at least 1"),
         ("gradient_noise", {"examples": 2}, "--examples is 2; it must be a whole number at least 16"),
         ("gradient_noise", {"walkers": 1}, "--walkers is 1; it must be a whole number at least 2"),
-        ("regularization", {"steps": 1}, "--steps is 1; it must be a whole number at least 2"),
+        ("regularization", {"values": 1}, "--values is 1; it must be a whole number between 2 and 1000"),
         ("normalization", {"batch": 1}, "--batch is 1; it must be a whole number at least 2"),
     ],
 )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +181,28 @@ def test_methods_take_a_run(tmp_path: Path) -> None:
             done = etude.run(name, **TINY, source=source)
             assert "vision/lenet" in said(done)
             assert etude.load(done.folder).step == 0  # nothing is trained
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_interrupted_examination_comes_to_the_same_numbers(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the middle of it: the state is saved, and the resumed run examines all images again."""
+    trained = etude.run("basics/mlp", **TINY)
+    whole = etude.run(method, **TINY, source=trained)
+
+    def interrupted(*words: object) -> Iterator[object]:
+        yield next(iter(real(*words)))
+        os.kill(os.getpid(), signal.SIGINT)
+        yield from ()
+
+    module = etude.catalog.load_method(etude.catalog.find(method))
+    real = module.rounds
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "rounds", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            etude.run(method, **TINY, source=trained, out=tmp_path / "halted")
+    assert etude.resume(tmp_path / "halted").metrics == whole.metrics
 
 
 class Theirs(nn.Module):

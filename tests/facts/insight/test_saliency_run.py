@@ -92,6 +92,14 @@ def test_reported_numbers_are_those_of_eval_mode(moody: nn.Module, plain: Any, a
     assert 0 < done.metrics["test_accuracy"] < 1
 
 
+def test_reported_numbers_are_means_over_the_images_there_are(moody: nn.Module) -> None:
+    test = room.images("digits").test
+    done = etude.run("insight/saliency", **{**SMALL, "images": 50}, source=moody, data=(test.x[:7], test.y[:7]))
+    right = (moody.eval()(test.x[:7] / 255).argmax(1) == test.y[:7]).float().mean()
+    assert done.metrics["test_accuracy"] == pytest.approx(float(right))
+    assert float(right) > 0
+
+
 def test_loop_gives_the_network_and_the_images_it_names(moody: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """The picture: the first images, their map, and the same images without what the map points at."""
     seen: dict[str, Tensor] = {}

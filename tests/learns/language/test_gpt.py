@@ -29,9 +29,9 @@ def learn(tmp_path, text: str, **settings):
 
 
 def test_a_repeated_alphabet_is_learned_and_written(tmp_path):
-    """Measured: 0.011 nats after 200 steps; the greedy text continues the alphabet without an error."""
+    """Measured: 0.029 nats after 120 steps; the greedy text continues the alphabet without an error."""
     alphabet = "abcdefghijklmnopqrstuvwxyz"
-    result = learn(tmp_path, alphabet * 200, steps=200)
+    result = learn(tmp_path, alphabet * 200, steps=120)
     assert result.metrics["test_nats_per_character"] < 0.05
     loaded = etude.load(result.folder)
     (tmp_path / "samples").mkdir()
@@ -46,10 +46,10 @@ def test_a_repeated_alphabet_is_learned_and_written(tmp_path):
 
 
 def test_random_tokens_cannot_beat_log_v(tmp_path):
-    """Independent uniform characters: test stays at log 8 = 2.0794 or above; measured 2.0801."""
+    """Independent uniform characters: test stays at log 8 = 2.0794 or above; measured 2.0805."""
     draw = torch.randint(8, (30_000,), generator=torch.Generator().manual_seed(0))
     text = "".join("abcdefgh"[i] for i in draw.tolist())
-    result = learn(tmp_path, text, steps=150)
+    result = learn(tmp_path, text, steps=60)
     nats = result.metrics["test_nats_per_character"]
     assert math.log(8) - 0.005 < nats < math.log(8) + 0.05
 
