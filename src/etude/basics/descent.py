@@ -61,7 +61,7 @@ from etude.optim.chain import Rule, Signal, State
 class Config:
     kappa: Annotated[float, Range(1)] = 100.0
     """Condition number of the valley: its curvature across, over 1 along."""
-    angle: float = 30.0
+    angle: Annotated[float, Range(-360, 360)] = 30.0
     """Turn of the valley against the axes, in degrees."""
     steps: Count = 1000
     """Steps that every optimizer takes."""
@@ -228,20 +228,20 @@ def train(config: Config, run: Run) -> dict[str, float]:
                 (u, *_), held.memories[i] = rule(signal, held.memories[i])
             theta[i] -= rates[i, :, None] * u
         held.path[step + 1] = theta
-        away = np.linalg.norm(held.path[step + 1, :, 0], axis=-1)
+        away = np.hypot(*held.path[step + 1, :, 0].T)
         run.log(
             arrived=(away <= config.tolerance).sum(),
             escaped=escaped(held.path[step + 1])[OTHERS, 0].sum(),
             distance_noisy=away[NAMES.index("noisy")],
         )
+    if config.frames:
+        frames = movie(held.path, config)
+        run.artifact("descent", frames, "The first steps of all optimizers at once; early steps are shown slower.")
     gaps = value(torch.from_numpy(held.path)).numpy()[..., :2] - [0.0, -1.0]
     run.artifact(
         "paths", paths_figure(held.path, config), "Paths on level lines; a dot is the start, crosses are ends."
     )
     run.artifact("losses", losses_figure(gaps, config), "Loss above its minimum, step by step.")
-    if config.frames:
-        frames = movie(held.path, config)
-        run.artifact("descent", frames, "The first steps of all optimizers at once; early steps are shown slower.")
     return measures(held.path, config)
 
 
@@ -253,7 +253,7 @@ def escaped(points: np.ndarray) -> np.ndarray:
 
 def measures(path: np.ndarray, config: Config) -> dict[str, float]:
     """Steps to the bottom of the valley (of those that arrive), and who left the saddle; `path` (steps + 1, 9, 3, 2)."""
-    distance = np.linalg.norm(path[:, :, 0], axis=-1)
+    distance = np.hypot(path[:, :, 0, 0], path[:, :, 0, 1])
     steps: dict[str, float] = {}
     for i, name in enumerate(NAMES):
         if distance[-1, i] <= config.tolerance:  # and never left it again
@@ -268,7 +268,7 @@ def measures(path: np.ndarray, config: Config) -> dict[str, float]:
         | steps
         | {
             "escaped": float(down[OTHERS, 0].sum()),
-            "saddle_distance_newton": float(np.linalg.norm(path[-1, NAMES.index("newton"), 1])),
+            "saddle_distance_newton": float(np.hypot(*path[-1, NAMES.index("newton"), 1])),
             "ridge_escaped_noisy": float(down[NAMES.index("noisy"), 1]),
             "ridge_escaped_others": float(down[quiet, 1].sum()),
         }
@@ -336,7 +336,7 @@ def losses_figure(gaps: np.ndarray, config: Config) -> Any:
     for problem, axes in enumerate(both):
         last = len(gaps) if problem == 0 else min(len(gaps), 201)
         for i, name in enumerate(LABELS):
-            curve = np.maximum(gaps[:last, i, problem], 1e-17)
+            curve = np.clip(gaps[:last, i, problem], 1e-17, 1e17)  # one that flies off leaves the picture
             axes.semilogy(curve, color=INKS[i], linestyle=STROKES[i], linewidth=1.3, label=name)
         axes.set_ylim(1e-13 if problem == 0 else 1e-6, None)
         title = f"valley, κ = {config.kappa:g}" if problem == 0 else "saddle, from beside its ridge"

@@ -68,7 +68,7 @@ from etude.blocks.classifying.updates import clip, clipped_together, losses, tak
 from etude.blocks.metrics import accuracy, nll
 from etude.blocks.panels import panels
 from etude.blocks.plots import INK, PALETTE, WIDTH, bars
-from etude.catalog import Experiment, method
+from etude.catalog import Control, Experiment, method
 from etude.core.config import Count, replace
 from etude.core.errors import UserError, nearest
 from etude.core.run import Run
@@ -118,30 +118,93 @@ PRESETS = {
 }
 
 EXPERIMENTS = (
-    Experiment("5 initialisations: NLL below one member's mean", preset="mnist", metric="nll_gain", bar=0.01),
+    Experiment(
+        "5 initialisations: NLL below one member's mean",
+        preset="mnist",
+        metric="nll_gain",
+        bar=0.022,
+        controls=(
+            Control(
+                "five equal members, on the same batches",
+                swap={
+                    "assemble": "etude.basics.parts.classifier_nulls.equal_members",
+                    "batches": "etude.basics.parts.classifier_nulls.equal_batches",
+                },
+            ),
+        ),
+    ),
     Experiment(
         "Jensen, for every test image",
         preset="mnist",
         metric="jensen_slack",
         bar=-1e-12,
         notes="the smallest over 10,000 test images of mean member NLL minus NLL of the mean, in float64",
+        controls=(Control("the vote in place of the mean probability", metric="vote_slack"),),
     ),
-    Experiment("5 bootstrap samples: NLL below one member's mean", preset="bagging", metric="nll_gain", bar=0.02),
-    Experiment("5 heads on one trunk: NLL below one head's mean", preset="trunk", metric="nll_gain", bar=0.01),
+    Experiment(
+        "5 bootstrap samples: NLL below one member's mean",
+        preset="bagging",
+        metric="nll_gain",
+        bar=0.053,
+        controls=(Control("the same members without bootstrap", flags={"ensemble": "seeds"}),),
+    ),
+    Experiment(
+        "5 heads on one trunk: NLL below one head's mean",
+        preset="trunk",
+        metric="nll_gain",
+        bar=0.03,
+        controls=(
+            Control("heads that begin alike", swap={"assemble": "etude.basics.parts.classifier_nulls.equal_members"}),
+        ),
+    ),
+    Experiment(
+        "5 heads on one trunk answer better than one network",
+        preset="trunk",
+        metric="test_nll",
+        better="lower",
+        bar=0.29,
+        controls=(Control("one network", flags={"members": 1}),),
+    ),
+    Experiment(
+        "5 networks answer better than 5 heads on one trunk",
+        preset="deep",
+        metric="test_nll",
+        better="lower",
+        bar=0.26,
+        controls=(
+            Control("5 heads on one trunk", preset="trunk"),
+            Control("one network", flags={"members": 1}),
+        ),
+    ),
     Experiment(
         "averaged weights of the last 10 epochs against the mean snapshot",
         preset="snapshots",
         metric="averaged_gain",
-        bar=-0.002,
+        bar=0.0,
+        controls=(Control("the weights of 10 networks that began differently", flags={"ensemble": "seeds"}),),
     ),
     Experiment(
         "5 cycles: NLL below the mean snapshot",
         preset="cyclic",
         metric="nll_gain",
-        bar=0.01,
+        bar=0.019,
         published="3.4 % error on CIFAR-10, of snapshots of a DenseNet (Huang 2017); accuracy, so not comparable",
+        controls=(
+            Control(
+                "snapshots of a constant rate",
+                flags={"settings": ("widths=[256,128]", "steps=320", "evaluate_every=0", "learning_rate=3e-3")},
+            ),
+        ),
     ),
 )
+
+SETTINGS = {
+    "of": "vision/lenet",
+    "of_preset": {"settings": ("steps=5",), "of_preset": "default"},
+    "settings": ("steps=10",),
+    "data": "mnist",
+    "split": {"ensemble": "heads", "settings": ("widths=[16,8]",), "split": "layers.3"},
+}
 
 
 def setting(text: str, preset: Any, known: list[str]) -> tuple[str, Any]:

@@ -13,7 +13,7 @@ Var W = s², rms(zˡ) ≈ √D s · rms(aˡ⁻¹), so after L layers
 
 Algorithm:
 1. for each initialiser and activation function: draw a network of L layers of D units, no bias
-2. send `count` inputs N(0, 1) forward; rms of z, histogram of a, inactive and dead ReLUs in each layer
+2. send a batch of inputs N(0, 1) forward; rms of z, histogram of a, inactive and dead ReLUs in each layer
 3. send δᴸ ~ N(0, 1) backward; rms of δ in each layer
 4. one layer of D ReLUs over real images, at bias 0 and at bias 0.1: inactive and dead units
 
@@ -47,7 +47,7 @@ from etude.blocks.nn.init import Init, active_fraction, dead_fraction, initialis
 from etude.blocks.nn.norm import Standardise
 from etude.blocks.panels import label, legend, panels
 from etude.blocks.plots import INK, PALETTE, SOFT
-from etude.catalog import Experiment, method
+from etude.catalog import Control, Experiment, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, Range
 from etude.core.run import Run
@@ -58,10 +58,10 @@ from etude.core.spec import Spec
 class Config:
     width: Count = 512
     """Units D in every layer."""
-    depth: Annotated[int, Range(1, 200)] = 20
+    layers: Annotated[int, Range(1, 200)] = 20
     """Layers L; float32 holds the linear signal of He's draw, 2^(L/2), up to some 250."""
-    count: Count = 256
-    """Inputs that are sent through."""
+    batch: Count = 256
+    """Inputs N(0, 1) that are sent through."""
     data: str = "digits"
     """Images for the count of dead units (digits, mnist, … or a folder of class-named image folders)."""
     images: Count = 1000
@@ -69,32 +69,44 @@ class Config:
 
 
 PRESETS = {
-    "tiny": Config(width=64, depth=8, count=64, images=100),  # 1 s
-    "default": Config(),  # 10 s → rms 1.2 after 20 ReLU layers of He's
-    "mnist": Config(data="mnist", images=10_000),  # 12 s → no dead unit among 512
+    "tiny": Config(width=64, layers=8, batch=64, images=100),  # 1 s
+    "default": Config(),  # 8 s → rms 1.2 after 20 ReLU layers of He's
+    "mnist": Config(data="mnist", images=10_000),  # 10 s → no dead unit among 512
 }
 
 EXPERIMENTS = (
-    Experiment("small_tanh", preset="default", metric="rms_tanh_small", bar=3e-13, better="lower"),
-    Experiment("small_relu", preset="default", metric="rms_relu_small", bar=1e-15, better="lower"),
-    Experiment("glorot_tanh_above", preset="default", metric="rms_tanh_glorot", bar=0.156),
-    Experiment("glorot_tanh_below", preset="default", metric="rms_tanh_glorot", bar=0.176, better="lower"),
-    Experiment("lecun_linear_above", preset="default", metric="rms_linear_lecun", bar=0.95),
-    Experiment("lecun_linear_below", preset="default", metric="rms_linear_lecun", bar=1.05, better="lower"),
-    Experiment("lecun_relu", preset="default", metric="rms_relu_lecun", bar=3e-3, better="lower"),
-    Experiment("he_relu_above", preset="default", metric="rms_relu_he", bar=0.5),
-    Experiment("he_relu_below", preset="default", metric="rms_relu_he", bar=2.0, better="lower"),
-    Experiment("orthogonal_relu_above", preset="default", metric="rms_relu_orthogonal2", bar=0.5),
-    Experiment("orthogonal_relu_below", preset="default", metric="rms_relu_orthogonal2", bar=2.0, better="lower"),
-    Experiment("he_gradient_above", preset="default", metric="gradient_relu_he", bar=0.5),
-    Experiment("he_gradient_below", preset="default", metric="gradient_relu_he", bar=2.0, better="lower"),
-    Experiment("inactive_above", preset="default", metric="inactive_bias_0", bar=0.47),
-    Experiment("inactive_below", preset="default", metric="inactive_bias_0", bar=0.53, better="lower"),
-    Experiment("none_dead", preset="default", metric="dead_bias_0", bar=0.0, better="lower"),
-    Experiment("none_dead_with_bias", preset="default", metric="dead_bias_01", bar=0.0, better="lower"),
-    Experiment("none_dead_on_mnist", preset="mnist", metric="dead_bias_0", bar=0.0, better="lower"),
-    Experiment("none_dead_on_mnist_with_bias", preset="mnist", metric="dead_bias_01", bar=0.0, better="lower"),
-)
+    Experiment(
+        "relu_he", preset="default", metric="rms_relu_he", bar=1.414, better="near", tolerance=0.265,
+        published="√2 (He 2015, §2.2, in expectation)",
+        controls=(Control("1/D behind ReLUs", metric="rms_relu_lecun"),),
+    ),
+    Experiment(
+        "relu_layers", preset="default", metric="relu_error", bar=0.55, better="lower",
+        notes="all six draws, forward and backward, in doublings: one layer too few is 1",
+        controls=(
+            Control("variances in place of second moments", swap={"passes": "etude.basics.parts.training_nulls.variance"}),
+        ),
+    ),
+    Experiment(
+        "linear_layers", preset="default", metric="linear_error", bar=0.086, better="lower",
+        notes="all six draws, forward and backward, in doublings",
+        controls=(Control("N(0, .0001) read as σ = .0001", swap={"deviation": "etude.basics.parts.training_nulls.squared"}),),
+    ),
+    Experiment(
+        "tanh_glorot", preset="default", metric="rms_tanh_glorot", bar=0.1645, better="near", tolerance=0.002,
+        controls=(Control("N(0, .0001)", metric="rms_tanh_small"),),
+    ),
+    Experiment(
+        "none_dead", preset="default", metric="dead_images", bar=0.0, better="lower",
+        controls=(Control("in layer 20", metric="dead_last_layer"),),
+    ),
+    Experiment(
+        "none_dead_on_mnist", preset="mnist", flags={"layers": 2}, metric="dead_images", bar=0.0, better="lower",
+        controls=(Control("inactive for one image", {"images": 1}),),
+    ),
+)  # fmt: skip
+
+SETTINGS = {"data": "mnist"}
 
 DRAWS: dict[str, tuple[Init, float]] = {
     "small": ("small", 1.0),
@@ -108,8 +120,8 @@ LABELS = ("small N(0, 0.01²)", "LeCun 1/D", "Glorot 2/(D + D)", "He 2/D", "orth
 FUNCTIONS = {"tanh": torch.tanh, "relu": torch.relu, "linear": lambda z: z}
 CASES = list(itertools.product(FUNCTIONS, DRAWS))
 BINS = 61
-TINIEST = 2.0**-149  # above 0 in float32
-INKS = (PALETTE[1], PALETTE[0], "#8db4de", PALETTE[2], PALETTE[3], PALETTE[4])
+TINIEST = 2.0**-126  # the last float32 with all its digits
+INKS = (PALETTE[1], PALETTE[0], PALETTE[5], PALETTE[2], PALETTE[3], PALETTE[4])
 THICK = (1.6, 6.0, 3.4, 4.5, 1.2, 1.2)  # lines of equal draws lie on each other: thin ones on thick ones
 
 
@@ -132,6 +144,28 @@ def backward(weights: Sequence[Tensor], z: Sequence[Tensor], last: Tensor, funct
     return found[::-1]
 
 
+def deviation(name: str, width: int) -> float:
+    """s of a draw by its name, for layers of `width` units."""
+    return {"small": 0.01, "he": math.sqrt(2 / width), "orthogonal2": math.sqrt(2 / width)}.get(name, width**-0.5)
+
+
+def passes(function: str) -> float:
+    """The share of the second moment that a linear layer or a ReLU lets through."""
+    return {"linear": 1.0, "relu": 0.5}[function]
+
+
+def doublings(rms: np.ndarray, gradient: np.ndarray, function: str, width: int) -> float:
+    """The largest |log₂(measured / closed form)| of zᴸ and δ¹ over all draws; `rms`, `gradient`: (6, L) by layer.
+
+    With q = `passes`: rms(zᴸ) = √D s (√(q D) s)ᴸ⁻¹ and rms(δ¹) = (√(q D) s)ᴸ⁻¹ rms(δᴸ).
+    """
+    grows = math.sqrt(width) * np.array([deviation(name, width) for name in DRAWS])
+    down = (math.sqrt(passes(function)) * grows) ** (rms.shape[1] - 1)
+    pairs = ((rms[:, -1], grows * down), (gradient[:, 0], down * gradient[:, -1]))
+    logs = [np.log2(np.maximum(one, TINIEST)) - np.log2(np.maximum(two, TINIEST)) for one, two in pairs]
+    return float(np.abs(logs).max())
+
+
 def rms(x: Tensor) -> float:
     """Root mean square of all elements."""
     return x.double().square().mean().sqrt().item()
@@ -149,7 +183,7 @@ def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
 
 @method("basics/initialization", paper="LeCun 1998; Glorot 2010; arXiv:1502.01852", section="4.4", threads=1)
 def train(config: Config, run: Run) -> dict[str, float]:
-    shape = (len(CASES), config.depth)
+    shape = (len(CASES), config.layers)
     seen = Box(
         rms=np.zeros(shape),
         gradient=np.zeros(shape),
@@ -162,27 +196,35 @@ def train(config: Config, run: Run) -> dict[str, float]:
         function, name = CASES[step]
         init, gain = DRAWS[name]
         draw = run.generator("draw", step)
-        net = nn.ModuleList(nn.Linear(config.width, config.width, bias=False) for _ in range(config.depth))
+        net = nn.ModuleList(nn.Linear(config.width, config.width, bias=False) for _ in range(config.layers))
         initialise(net, init, gain=gain, generator=draw)
         weights = [layer.weight.detach().to(run.device) for layer in net]
-        x, last = (torch.randn(config.count, config.width, generator=draw).to(run.device) for _ in range(2))
+        x, last = (torch.randn(config.batch, config.width, generator=draw).to(run.device) for _ in range(2))
         z = forward(weights, x, function)  # line 2
         seen.rms[step] = [rms(layer) for layer in z]
         seen.inactive[step] = [1 - active_fraction(layer) for layer in z]
         seen.dead[step] = [dead_fraction(layer) for layer in z]
         seen.histogram[step] = [histogram(layer.cpu(), function) for layer in z]
         seen.gradient[step] = [rms(layer) for layer in backward(weights, z, last, function)]  # line 3
-        ends = {"log10_rms": seen.rms[step, -1], "log10_gradient": seen.gradient[step, 0]}
-        run.log(**{end: math.log10(max(value, TINIEST)) for end, value in ends.items()})  # deep enough, 0 is reached
-    found = {f"rms_{function}_{name}": float(seen.rms[i, -1]) for i, (function, name) in enumerate(CASES)}
-    found |= {f"gradient_{function}_{name}": float(seen.gradient[i, 0]) for i, (function, name) in enumerate(CASES)}
+        run.log(**{f"rms_{function}_{name}": seen.rms[step, -1], f"gradient_{function}_{name}": seen.gradient[step, 0]})
+    last = {case: float(seen.rms[i, -1]) for i, case in enumerate(CASES)}
+    rows = {function: [i for i, case in enumerate(CASES) if case[0] == function] for function in FUNCTIONS}
     images = room.images(config.data).train.x[: config.images]
-    found |= census(images, config.width, run)  # line 4
     run.artifact("depth", depth_figure(seen), "Signal forward and gradient backward, layer by layer.")
-    run.artifact("tanh", histogram_figure(seen, "tanh"), "Activations of tanh in five layers of each network.")
-    run.artifact("relu", histogram_figure(seen, "relu"), "What comes before the ReLU in five layers of each network.")
+    run.artifact(
+        "activations", histogram_figure(seen), "What tanh makes of z, and the z that ReLUs take, in three layers."
+    )
     run.artifact("dead", dead_figure(seen), "Inactive for an input is not dead.")
-    return found
+    return {
+        "rms_relu_he": last["relu", "he"],
+        "rms_relu_lecun": last["relu", "lecun"],
+        "rms_tanh_glorot": last["tanh", "glorot"],
+        "rms_tanh_small": last["tanh", "small"],
+        "relu_error": doublings(seen.rms[rows["relu"]], seen.gradient[rows["relu"]], "relu", config.width),
+        "linear_error": doublings(seen.rms[rows["linear"]], seen.gradient[rows["linear"]], "linear", config.width),
+        **census(images, config.width, run),  # line 4
+        "dead_last_layer": float(seen.dead[CASES.index(("relu", "he")), -1]),
+    }
 
 
 def census(images: Tensor, width: int, run: Run) -> dict[str, float]:
@@ -193,11 +235,11 @@ def census(images: Tensor, width: int, run: Run) -> dict[str, float]:
     pixels = images.flatten(1)
     x = Standardise.fit(pixels)(pixels).to(run.device)
     found = {}
-    for name, bias in (("bias_0", 0.0), ("bias_01", 0.1)):
+    for name, bias in (("", 0.0), ("_with_bias", 0.1)):
         layer = initialise(nn.Linear(x.shape[1], width), "he", bias=bias, generator=run.generator("census", 0))
         with torch.no_grad():
             z = layer.to(run.device)(x)
-        found |= {f"inactive_{name}": 1 - active_fraction(z), f"dead_{name}": dead_fraction(z)}
+        found |= {f"inactive_images{name}": 1 - active_fraction(z), f"dead_images{name}": dead_fraction(z)}
     return found
 
 
@@ -231,45 +273,30 @@ def _ticks(depth: int) -> list[int]:
     return [1, *range(gap, depth + 1, gap)]
 
 
-def histogram_figure(seen: Box, function: str) -> Any:
-    """Histograms, a row for each draw and a column for each of five layers."""
+def histogram_figure(seen: Box) -> Any:
+    """Histograms of tanh's activations (left) and before ReLUs (right), a row a draw, in the first, middle and last layer."""
     depth = seen.rms.shape[1]
-    layers = sorted({round(t) for t in np.linspace(1, depth, 5)})
-    shown = ("small", "glorot", "he", "orthogonal2")
-    figure, axes = panels(len(layers), rows=len(shown), width=10, height=5.6)
-    reach = 1.0 if function == "tanh" else 5.0
-    edges = np.linspace(-reach, reach, BINS + 1)
-    for row, name in enumerate(shown):
-        case = CASES.index((function, name))
-        for column, layer in enumerate(layers):
-            here = axes[row * len(layers) + column]
-            counts = seen.histogram[case, layer - 1]
-            here.stairs(counts, edges, fill=True, color=INKS[list(DRAWS).index(name)])
-            here.set(
-                ylim=(0, 1.25 * max(1, counts.max())),
-                yticks=[],
-                xlim=(-1.03 * reach, 1.03 * reach),
-                xticks=[-reach, 0, reach],
-            )
-            here.grid(False)
-            here.spines["left"].set_visible(False)
-            spread = seen.rms[case, layer - 1]
-            here.text(
-                0.98,
-                0.99,
-                f"rms z = {spread:.2g}",
-                transform=here.transAxes,
-                ha="right",
-                va="top",
-                fontsize=7.5,
-                color=SOFT,
-            )
-            if row == 0:
-                here.set_title(f"layer {layer}", fontsize=9.5, color=INK)
-            if row == len(shown) - 1:
-                here.set_xlabel("a = tanh(z)" if function == "tanh" else "z")
-            if column == 0:
-                here.set_ylabel(LABELS[list(DRAWS).index(name)])
+    layers = sorted({1, (depth + 1) // 2, depth})
+    shown = ("small", "glorot", "he")
+    columns = [(function, layer) for function in ("tanh", "relu") for layer in layers]
+    figure, axes = panels(len(columns), rows=len(shown), width=10, height=4.6)
+    for place, here in enumerate(axes):
+        (function, layer), name = columns[place % len(columns)], shown[place // len(columns)]
+        case, reach = CASES.index((function, name)), 1.0 if function == "tanh" else 5.0
+        counts = seen.histogram[case, layer - 1]
+        here.stairs(counts, np.linspace(-reach, reach, BINS + 1), fill=True, color=INKS[list(DRAWS).index(name)])
+        here.set(ylim=(0, 1.25 * max(1, counts.max())), yticks=[], xlim=(-1.03 * reach, 1.03 * reach))
+        here.set_xticks([-reach, 0, reach])
+        here.grid(False)
+        here.spines["left"].set_visible(False)
+        spread = f"rms z = {seen.rms[case, layer - 1]:.2g}"
+        here.text(0.98, 0.99, spread, transform=here.transAxes, ha="right", va="top", fontsize=7.5, color=SOFT)
+        if place < len(columns):
+            here.set_title(f"{function}, layer {layer}", fontsize=9.5, color=INK)
+        if place >= len(axes) - len(columns):
+            here.set_xlabel("a = tanh(z)" if function == "tanh" else "z")
+        if place % len(columns) == 0:
+            here.set_ylabel(LABELS[list(DRAWS).index(name)])
     return figure
 
 

@@ -27,7 +27,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean '{found[0]}'?" if found else ""
 
 
-_LACKS = "this machine has not the memory for these settings: {} were asked for; make something smaller"
+_LACKS = "the settings ask for more memory than there is ({} at once)"
 _BYTES = re.compile(r"allocate (?:memory: you tried to allocate )?([\d.]+) ?(bytes|[KMGTPE]i?B)")
 _UNITS = {unit: 1024**power for power, unit in enumerate(("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"))}
 
@@ -43,16 +43,17 @@ def shortage(error: BaseException) -> str:
         isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
     ):
         overflow = isinstance(error, (RuntimeError, ValueError, OverflowError, TypeError)) and _TOO_BIG.search(text)
-        return _LACKS.format("more bytes than there are addresses") if overflow else ""
+        return _LACKS.format("a size beyond counting") if overflow else ""
     found = _BYTES.search(text)
     if not found:
-        return _LACKS.format("more bytes than there are")
+        return _LACKS.format("a size that was not said")
     count = float(found[1]) * _UNITS.get(found[2].replace("bytes", "B"), 1)
     return _LACKS.format(f"{count:,.0f} bytes")
 
 
 _TOO_BIG = re.compile(
     r"Storage size calculation overflowed|numel: integer multiplication overflow|invalid dimension|"
-    r"Maximum allowed (?:dimension|size) exceeded|array is too big|too large to convert to C|cannot fit 'int' into an index-sized|"
+    r"Maximum allowed (?:dimension|size) exceeded|array is too big|too large to convert to C|"
+    r"cannot fit 'int' into an index-sized|"
     r"Overflow when unpacking long|out of range for .*int|negative dimensions|int too (big|large) to convert"
 )

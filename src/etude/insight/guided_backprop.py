@@ -100,7 +100,7 @@ PRESETS = {
 
 SETTINGS = {
     "source": Idle("a sweep has no other run to name; tests/facts/blocks/test_sources.py examines several"),
-    "data": Idle("a sweep has no other images; tests/facts/blocks/test_sources.py examines other ones"),
+    "data": "mnist",
 }
 
 EXPERIMENTS = (
@@ -166,17 +166,17 @@ def train(config: Config, run: Run) -> dict[str, float]:
         raise UserError(f"--target {config.target} is no class; {source.label} has 0 to {len(names) - 1}")
     run.describe(source.spec)
     mean = torch.tensor(source.spec.mean, device=run.device).view(1, -1, 1, 1)
+    x, y = source.choose(config.images, run.seed)
     if not source.steps:
         try:
-            guided_backprop(model, source.choose(1, run.seed)[0].to(run.device), config.target)
+            guided_backprop(model, x[:1].to(run.device), config.target)
         except ValueError as error:
             raise UserError(f"--source {config.source}: {error}") from error
     for step in run.steps(source.steps):  # a fresh network learns first
         run.log(loss=source.learn(step))
-    x, y = source.choose(config.images, run.seed)
     rules = {"": guided_backprop, "plain_": saliency}
     total: Counter[str] = Counter()
-    for number, image, true in rounds(x, y, config.batch, run.device):
+    for number, image, true in rounds(run, x, y, config.batch):
         before = probabilities(model, image)
         aim = chosen(before, config.target)
         total["test_accuracy"] += int((before.argmax(1) == true).sum())

@@ -43,7 +43,8 @@ def shrink(norm: Tensor, limit: float, eps: float = 0.0) -> Tensor:
 def clip_by_value(gradients: Sequence[Tensor], limit: float) -> list[Tensor]:
     """Every element into [−limit, limit]. Raises ValueError unless limit > 0."""
     _positive(limit)
-    return [gradient.clamp(-limit, limit) for gradient in gradients]
+    bounds = [_within(limit, gradient) for gradient in gradients]
+    return [gradient.clamp(-bound, bound) for gradient, bound in zip(gradients, bounds)]
 
 
 def clip_by_norm(gradients: Sequence[Tensor], limit: float, eps: float = 0.0) -> list[Tensor]:
@@ -57,7 +58,8 @@ def clip_value_(parameters: Iterable[Tensor], limit: float) -> None:
     """Clip every parameter's `.grad` by value, in place."""
     _positive(limit)
     for gradient in map(_local, _gradients(parameters)):
-        gradient.clamp_(-limit, limit)
+        bound = _within(limit, gradient)
+        gradient.clamp_(-bound, bound)
 
 
 @torch.no_grad()
@@ -80,6 +82,11 @@ def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
     parameters = [parameters] if isinstance(parameters, Tensor) else parameters
     gradients = [parameter.grad for parameter in parameters]
     return [gradient for gradient in gradients if gradient is not None]
+
+
+def _within(limit: float, gradient: Tensor) -> float:
+    """The limit, or the largest number of the gradient's dtype."""
+    return min(limit, torch.finfo(gradient.dtype).max)
 
 
 def _positive(limit: float) -> None:

@@ -51,12 +51,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from etude.blocks.acting.environments import environment
-from etude.blocks.acting.episodes import Copies, film, play
-from etude.blocks.acting.memory import afford
+from etude.blocks.acting.episodes import Copies, film, play, show
+from etude.blocks.acting.memory import afford_learning
 from etude.blocks.acting.replay import Replay
 from etude.blocks.acting.returns import td_target
 from etude.blocks.acting.worlds import Worlds
-from etude.catalog import Experiment, method
+from etude.catalog import Control, Experiment, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, NonNegative, Positive, Probability, Whole
 from etude.core.errors import RunError, UserError
@@ -64,6 +64,7 @@ from etude.core.randomness import fold
 from etude.core.run import Loaded, Run
 from etude.core.spec import Spec
 from etude.optim.adam import Adam
+from etude.rl.parts.mlp import activations, backward
 from etude.rl.q_learning import boltzmann, draw, epsilon_greedy, linear, spread
 
 
@@ -129,17 +130,45 @@ PRESETS = {
         evaluation_episodes=5, final_episodes=5,
     ),
     "default": Config(),
+    "lake": Config(  # 4 s; values of a start state from which at most 1 can be earned: 4.0, with --double 0.1
+        env="FrozenLake-v1", steps=20_000, collect=64, updates=32, batch=32, target_every=64, learning_rate=0.1,
+        widths=(), epsilon_end=0.5, epsilon_fraction=0.3, evaluate_every=0, final_episodes=400, keep_best=False,
+    ),
     "sb3": Config(  # Stable-Baselines3's own defaults, with which nothing is solved in 50,000 steps
         collect=32, updates=8, batch=32, buffer=1_000_000, learning_starts=100, target_every=10_000, learning_rate=1e-4,
         widths=(64, 64), epsilon_end=0.05, epsilon_fraction=0.1, evaluate_every=3200,
     ),
 }  # fmt: skip
 
+SETTINGS = {
+    "env": "Acrobot-v1",
+    "buffer": 1000,
+    "learning_starts": 600,
+    "target_every": 600,
+    "clip_norm": 0.1,
+    "widths": (24,),
+    "double": {"double": True, "target_every": 600},
+    "temperature": {"exploration": "boltzmann", "temperature": 0.05},
+    "evaluate_every": 1024,
+    "keep_best": {"steps": 3000, "updates": 100, "evaluate_every": 256, "keep_best": False},
+}
+
 EXPERIMENTS = (
     Experiment(
-        "cartpole", preset="default", metric="greedy_return", bar=475.0, seeds=(0, 1, 2, 3, 4),
+        "cartpole", preset="default", metric="greedy_return", bar=475.0, seeds=(0, 1, 2),
         published="solved means 475 (Gymnasium's reward_threshold of CartPole-v1)",
         notes="network chosen by 20-episode greedy evaluations every 2,560 steps, scored on 100 fresh episodes",
+        controls=(
+            Control("an untrained network", {"updates": 0, "steps": 256}),
+            Control("the notes' target, unmasked (E93)", swap={"td_target": "etude.rl.parts.nulls.unmasked_target"}),
+        ),
+    ),
+    Experiment(
+        "double", preset="lake", metric="overestimation", bar=0.15, better="lower", flags={"double": True},
+        published="less overestimation than DQN in 6 of 6 Atari games (van Hasselt 2015, fig. 3)",
+        notes="a table (one-hot states, no hidden layer) with steps so large that its values are noise for the maximum to "
+        "pick from; no value of this world is above 1",
+        controls=(Control("plain DQN", {"double": False}),),
     ),
 )  # fmt: skip
 
@@ -184,24 +213,6 @@ class QNetwork(nn.Module):
         return activations(layers, x)[-1].view(-1, self.actions)
 
 
-def activations(layers: list[tuple[Tensor, Tensor]], x: Tensor) -> list[Tensor]:
-    """Input, every hidden layer after ReLU, and output of the MLP: (N, width) each."""
-    kept = [x]
-    for weight, bias in layers[:-1]:
-        kept.append(torch.addmm(bias, kept[-1], weight.t()).relu_())
-    weight, bias = layers[-1]
-    return [*kept, torch.addmm(bias, kept[-1], weight.t())]
-
-
-def backward(layers: list[tuple[Tensor, Tensor]], kept: list[Tensor], delta: Tensor, out: list[tuple[Tensor, Tensor]]):
-    """Write ∂L/∂φ into `out` (same views as `layers`), given ∂L/∂output `delta` (N, outputs) and the activations."""
-    for index in reversed(range(len(layers))):
-        torch.mm(delta.t(), kept[index], out=out[index][0])
-        torch.sum(delta, 0, out=out[index][1])
-        if index:
-            delta = torch.mm(delta, layers[index][0]).mul_(kept[index].sign())  # sign of a ReLU's output is its slope
-
-
 def slope(error: Tensor, huber: bool) -> Tensor:
     """Derivative of Huber₁ (error clipped to ±1) or of ½ error²; (*,)."""
     return error.clamp(-1.0, 1.0) if huber else error
@@ -234,7 +245,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
     spec = Spec(extra={"env": config.env, "size": worlds.size, "actions": worlds.actions})
     if config.exploration == "notes_epsilon_greedy":
         spread(0.0, worlds.actions)
-    _afford(config, worlds)
+    afford_learning([worlds.size + worlds.actions, *config.widths, worlds.actions], config.updates * config.batch)
     run.describe(spec)
     model = run.place(build(config, spec)["model"])
     target = copy.deepcopy(model)
@@ -250,6 +261,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
     for name, note in _notes(config, rounds, worlds.note, env.note).items():
         run.say(note)
         run.artifact(name, note)
+    run.say(f"{env.name}: {worlds.size} numbers observed, {worlds.actions} actions; {model.phi.numel():,} parameters")
 
     # views of φ, φ' and the gradient: nothing below is recorded by autograd
     gradient = model.phi.grad = torch.zeros_like(model.phi)
@@ -328,11 +340,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
     fresh = (config.final_episodes, run.seed, "final evaluation")
     returns, discounted = play(env, greedy, *fresh), play(env, greedy, *fresh, gamma=config.gamma)
     value = q_of(Worlds.make(env, *fresh).observation).max(1)
-    pictures, total, reason = film(env, greedy, run.seed)
-    if pictures:
-        run.artifact("episode", pictures, caption=f"One greedy episode of {env.name}: return {total:g}")
-    else:
-        run.artifact("episode", reason)
+    show(run, env, greedy)
     worlds.close()
     lately = {"training_return": float(np.mean(box.recent))} if box.recent else {}  # no episode may have ended
     return {
@@ -355,15 +363,6 @@ def _notes(config: Config, rounds: int, *said: str) -> dict[str, str]:
         notes["no_updates"] = f"no update will be made, for {why if config.updates else '--updates is 0'}"
         notes["no_updates"] += "; the scores are those of an untrained network"
     return {name: note for name, note in notes.items() if note}
-
-
-def _afford(config: Config, worlds: Worlds) -> None:
-    """Refuse a network or minibatches that no memory could hold."""
-    widths = [worlds.size + worlds.actions, *config.widths, worlds.actions]
-    weights = sum((a + 1) * b for a, b in pairwise(widths))
-    afford(f"a network of {weights:,} parameters (--widths)", 4 * 6 * weights)  # φ, φ', best, gradient, Adam's two
-    rows = config.updates * config.batch
-    afford(f"{rows:,} transitions a round (--updates times --batch)", 4 * rows * (2 * sum(widths) + 8))
 
 
 @dataclass(frozen=True)

@@ -42,11 +42,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from etude.blocks.acting.environments import environment
-from etude.blocks.acting.episodes import Copies, film, play
+from etude.blocks.acting.episodes import Copies, play, show
 from etude.blocks.acting.memory import afford
 from etude.blocks.acting.tables import expected_return, optimal_q, tables
 from etude.blocks.acting.worlds import Worlds
-from etude.catalog import Experiment, method
+from etude.blocks.plots import INK, PALETTE, PAPER
+from etude.catalog import Control, Experiment, Idle, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, Fraction, NonNegative, Positive, Probability, Range, Whole
 from etude.core.errors import RunError, UserError
@@ -98,15 +99,28 @@ PRESETS = {
     "taxi": Config(env="Taxi-v4", episodes=20_000, learning_rate_power=0.0),
 }
 
+SETTINGS = {
+    "env": "CliffWalking-v1",
+    "temperature": {"exploration": "boltzmann", "temperature": 0.01},
+    "max_episode_steps": 10,
+    "evaluate_every": 300,
+    "evaluation_episodes": Idle("a world with tables is scored exactly; a test runs one without"),
+}
+
 EXPERIMENTS = (
     Experiment(
-        "frozen_lake", preset="default", metric="greedy_return", bar=0.70, seeds=(0, 1, 2, 3, 4),
+        "frozen_lake", preset="default", metric="greedy_return", bar=0.70,
         published="0.74016 is the best possible in 100 steps (value iteration)",
         notes="exact success probability of the greedy policy within 100 steps",
+        controls=(
+            Control("steps that do not shrink (α = 1)", {"learning_rate_power": 0.0}),
+            Control("no exploration", {"epsilon_start": 0.0, "epsilon_end": 0.0}),
+        ),
     ),
     Experiment(
-        "cliff_walking", preset="cliff", metric="greedy_return", bar=-13.0, seeds=(0, 1, 2, 3, 4),
+        "cliff_walking", preset="cliff", metric="greedy_return", bar=-13.0,
         published="-13 is the shortest way (Sutton & Barto, example 6.6)",
+        controls=(Control("nothing is bootstrapped (γ = 0)", {"gamma": 0.0}),),
     ),
 )  # fmt: skip
 
@@ -279,6 +293,8 @@ def train(config: Config, run: Run) -> dict[str, float]:
     model = build(config, spec)["model"]
     box = Box(env_steps=0, recent=[])
     run.track(model=model, box=box)
+    how = "its transition table is read" if world else "it is stepped itself"
+    run.say(f"{kind.name}: {probe.size:,} states, {probe.actions:,} actions; {how}")
     if kind.note:
         run.say(kind.note)
         run.artifact("environment", kind.note)
@@ -323,11 +339,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
         if due or step + 1 == rounds:
             run.log(greedy_return=score(f"evaluation {step}"))
 
-    pictures, total, reason = film(kind, greedy, run.seed, limit=limit)
-    if pictures:
-        run.artifact("episode", pictures, caption=f"One greedy episode of {kind.name}: return {total:g}")
-    else:
-        run.artifact("episode", reason)
+    show(run, kind, greedy, limit)
     shape = getattr(env.unwrapped, "shape", getattr(getattr(env.unwrapped, "desc", None), "shape", ()))
     if len(shape) == 2 and int(np.prod(shape)) == len(q):
         run.artifact("values", _map(q, visits, shape), caption="max Q(s, ·) of each cell; never visited ones are blank")
@@ -343,16 +355,17 @@ def train(config: Config, run: Run) -> dict[str, float]:
 
 def _map(q: NDArray, visits: NDArray, shape: tuple[int, int]) -> Any:
     """A grid world's values, max Q(s, ·) in each visited cell."""
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1 + 0.7 * shape[1], 1 + 0.7 * shape[0]), layout="tight")
+    figure = Figure(figsize=(0.52 * shape[1], 0.52 * shape[0]), layout="tight", facecolor=PAPER)
     axes = figure.subplots()
     seen = visits.sum(1) > 0
-    image = axes.imshow(np.where(seen, q.max(1), np.nan).reshape(shape), cmap="viridis")
+    shades = LinearSegmentedColormap.from_list("etude", (PAPER, PALETTE[0]))
+    image = axes.imshow(np.where(seen, q.max(1), np.nan).reshape(shape), cmap=shades)
     for cell in np.flatnonzero(seen):
         value = q[cell].max()
-        colour = "k" if image.norm(value) > 0.6 else "w"  # what can be read on this cell
-        axes.text(cell % shape[1], cell // shape[1], f"{value:.2g}", ha="center", va="center", color=colour, fontsize=8)
-    axes.set(xticks=[], yticks=[])
-    figure.colorbar(image, ax=axes)
+        colour = PAPER if image.norm(value) > 0.5 else INK  # what can be read on this cell
+        axes.text(cell % shape[1], cell // shape[1], f"{value:.2g}", ha="center", va="center", color=colour, fontsize=9)
+    axes.set(xticks=[], yticks=[], facecolor=PAPER)
     return figure

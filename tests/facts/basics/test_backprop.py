@@ -1,15 +1,23 @@
 """Our reverse-mode engine against torch.autograd, finite differences and the adjoint identity (E14)."""
 
+import copy
+import json
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import etude
+from etude import data as room
 from etude.basics.backprop import engine
 from etude.basics.backprop.engine import Node, backward, cross_entropy, fold, log_softmax, topological
 from etude.basics.backprop.train import Config, backpropagate, build, example, forward
+from etude.basics.parts.training_nulls import straight_through
+from etude.core import randomness
+from etude.core.errors import UserError
 from etude.core.spec import Spec
+from etude.data.batches import Stream
 
 
 def normal(*shape, seed=0):
@@ -322,3 +330,95 @@ def test_drawn_example():
     assert gradients["w"] == pytest.approx((slope * value["x"]).item(), rel=1e-12)
     assert gradients["b"] == pytest.approx(slope.item(), rel=1e-12)
     assert gradients["tanh"] == pytest.approx((2 * h * (1 + value["v"]) ** 2).item(), rel=1e-12)
+
+
+@pytest.fixture
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+SMALL = {"widths": (7, 5), "steps": 6, "batch": 20, "compare": 4, "evaluate_every": 2}
+TORCHS = {
+    "adam": lambda p: torch.optim.Adam(p, lr=1e-3),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+}
+
+
+def score(model, split):
+    with torch.no_grad():
+        logits = model(split.x)
+    return F.cross_entropy(logits, split.y).item(), (logits.argmax(1) == split.y).double().mean().item()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "extra"),
+    [
+        ("adam", {}),
+        ("sgd", {"learning_rate": 0.1, "widths": (), "batch": 700}),
+        ("momentum", {"learning_rate": 0.02, "compare": 0, "evaluate_every": 0}),
+        ("adamw", {"learning_rate": 0.01, "compare": 50}),
+    ],
+)
+def test_loop_equals_a_plain_one(optimizer, extra, tmp_path, double):
+    """autograd and torch.optim on the same batches, in float64: both networks, every logged number, the test scores."""
+    flags = SMALL | {"optimizer": optimizer} | extra
+    done = etude.run("basics/backprop", out=tmp_path / "run", quiet=True, seed=3, **flags)
+    data = room.images("digits")
+    torch.manual_seed(randomness.fold(3, 0, 0, "init"))
+    model = build(Config(**flags), data.spec)["model"]
+    stream, rule = Stream(len(data.train), flags["batch"], 3), TORCHS[optimizer](model.parameters())
+    rows = [json.loads(line) for line in (done.folder / "metrics.jsonl").read_text().splitlines()]
+    compared, twin = min(flags["compare"], 6), copy.deepcopy(model)
+    for step, row in enumerate(rows):
+        index = stream.indices(step)
+        loss = F.cross_entropy(model(data.train.x[index]), data.train.y[index])
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-10)
+        assert ("autograd_loss" in row) == (step < compared)
+        if step < compared:
+            assert row["autograd_loss"] == pytest.approx(loss.item(), rel=1e-10)
+        rule.zero_grad()
+        loss.backward()
+        rule.step()
+        if step == compared - 1:
+            twin = copy.deepcopy(model)
+        every = flags["evaluate_every"]
+        assert ("validation_accuracy" in row) == (step == 5 or (bool(every) and step % every == every - 1))
+        if "validation_accuracy" in row:
+            assert (row["validation_loss"], row["validation_accuracy"]) == pytest.approx(score(model, data.validation))
+    assert len(rows) == 6
+    got = etude.load(done.folder)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(got.model.state_dict()[name], parameter.detach(), rtol=1e-9, atol=1e-12)
+    for name, parameter in twin.named_parameters():
+        torch.testing.assert_close(got.state["twin"][name], parameter.detach(), rtol=1e-9, atol=1e-12)
+    assert (done.metrics["test_loss"], done.metrics["test_accuracy"]) == pytest.approx(score(model, data.test))
+    assert ("largest_difference" in done.metrics) == (compared > 0)
+
+
+def test_reported_numbers_are_those_of_the_kept_network_and_the_two_curves(tmp_path):
+    done = etude.run(
+        "basics/backprop", out=tmp_path / "run", quiet=True, seed=3, **SMALL | {"steps": 40, "compare": 40}
+    )
+    rows = [json.loads(line) for line in (done.folder / "metrics.jsonl").read_text().splitlines()]
+    apart = [abs(row["loss"] - row["autograd_loss"]) for row in rows]
+    assert done.metrics["largest_difference"] == pytest.approx(max(apart), rel=1e-3)
+    assert max(apart) < 1e-5
+    got = score(etude.load(done.folder).model, room.images("digits").test)
+    assert (done.metrics["test_loss"], done.metrics["test_accuracy"]) == pytest.approx(got, rel=1e-5)
+
+
+def test_a_gradient_that_is_wrong_shows_as_a_difference(tmp_path, monkeypatch):
+    """What the largest difference is for: a ReLU without its Jacobian (the control of the experiments)."""
+    monkeypatch.setattr("etude.basics.backprop.train.relu", straight_through)
+    done = etude.run("basics/backprop", out=tmp_path / "run", quiet=True, seed=3, **SMALL)
+    assert done.metrics["largest_difference"] > 1e-3
+
+
+def test_newton_is_refused(tmp_path):
+    with pytest.raises(UserError, match="newton needs second derivatives"):
+        etude.run("basics/backprop", out=tmp_path / "run", quiet=True, optimizer="newton")
+    assert not (tmp_path / "run").exists()

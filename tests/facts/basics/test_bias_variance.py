@@ -7,8 +7,19 @@ from numpy.polynomial import legendre
 from sklearn.linear_model import Ridge
 
 import etude
-from etude.basics.bias_variance import closed_form, decompose, even, features, fit, target
+from etude.basics import bias_variance
+from etude.basics.bias_variance import Config, closed_form, decompose, even, features, fit, target
+from etude.basics.parts.statistics_nulls import unbiased_variance
 from etude.core.errors import UserError
+from etude.core.randomness import generator
+from etude.core.record import read_metrics
+from etude.core.run import Run
+
+
+@pytest.fixture(autouse=True)
+def _unseen(monkeypatch):
+    """Pictures are not written: they cost nine tenths of a tiny run, and the contract tests look at them."""
+    monkeypatch.setattr(Run, "artifact", lambda *_, **__: None)
 
 
 def normal(*shape, seed=0):
@@ -122,3 +133,124 @@ def test_identity_is_not_one_of_the_0_1_loss():
 def test_more_parameters_than_points_are_refused_without_a_penalty(tmp_path):
     with pytest.raises(UserError, match="which 8 samples do not determine"):
         etude.run("basics/bias_variance", out=tmp_path / "run", quiet=True, samples=8, degrees=(1, 8))
+
+
+# ---------------------------------------------------------------------------------------------------- the whole run
+
+TINY = {"degrees": (1, 3, 5), "rounds": 4, "datasets": 50}
+
+
+def basis(x, degree):
+    return legendre.legvander(2 * x - 1, degree) * np.sqrt(2 * np.arange(degree + 1) + 1)
+
+
+def replayed(config, seed):
+    """Coefficients (degrees, all datasets, widest), training and validation errors (rounds, degrees), in numpy."""
+    grid, widest = (np.arange(config.grid) + 0.5) / config.grid, max(config.degrees) + 1
+    theta = np.zeros((len(config.degrees), config.rounds * config.datasets, widest))
+    train, validation = (np.zeros((config.rounds, len(config.degrees))) for _ in range(2))
+    for step in range(config.rounds):
+        stream, shape = generator(seed, step, 0, "datasets"), (config.datasets, config.samples)
+        x = np.tile((np.arange(config.samples) + 0.5) / config.samples, (config.datasets, 1))
+        if config.inputs == "uniform":
+            x = torch.rand(shape, dtype=torch.float64, generator=stream).numpy()
+        y = np.sin(2 * np.pi * x) + config.noise * torch.randn(shape, dtype=torch.float64, generator=stream).numpy()
+        stream, shape = generator(seed, step, 0, "validation"), (config.datasets, config.grid)
+        seen = (
+            np.sin(2 * np.pi * grid) + config.noise * torch.randn(shape, dtype=torch.float64, generator=stream).numpy()
+        )
+        for place, degree in enumerate(config.degrees):
+            fitted, missed = [], []
+            for i in range(config.datasets):
+                phi = basis(x[i], degree)
+                ridge = config.l2 * np.eye(degree + 1)
+                t = np.linalg.solve(phi.T @ phi + ridge, phi.T @ y[i])
+                theta[place, step * config.datasets + i, : degree + 1] = t
+                fitted.append(((y[i] - phi @ t) ** 2).mean())
+                missed.append(((seen[i] - basis(grid, degree) @ t) ** 2).mean())
+            train[step, place], validation[step, place] = np.mean(fitted), np.mean(missed)
+    return theta, train, validation
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"inputs": "uniform"},
+        {"l2": 0.7},
+        {"noise": 1.0},
+        {"samples": 9},
+        {"degrees": (5, 0, 2)},
+        {"rounds": 2, "datasets": 9},
+        {"grid": 17},
+    ],
+    ids=str,
+)
+def test_loop_equals_fits_one_by_one(changed, tmp_path):
+    done = etude.run("basics/bias_variance", preset="tiny", out=tmp_path / "run", seed=3, quiet=True, **changed)
+    config = Config(**TINY | changed)
+    theta, train, validation = replayed(config, 3)
+    found = etude.load(done.folder).state["found"]
+    for name, values in (("theta", theta), ("train", train), ("validation", validation)):
+        np.testing.assert_allclose(found[name], values, atol=1e-7)
+    rows = read_metrics(done.folder)
+    assert len(rows) == config.rounds
+    for step, row in enumerate(rows):
+        errors = validation[: step + 1].mean(0)
+        assert row["best_degree"] == config.degrees[errors.argmin()]
+        assert row["validation_error"] == pytest.approx(errors.min(), abs=1e-7)
+
+
+NOISY = {"rounds": 2, "datasets": 3, "noise": 2.0, "grid": 5}  # training chooses degree 5, validation 1, the truth 3
+
+
+@pytest.mark.parametrize("changed", [{}, {"inputs": "uniform"}, {"l2": 0.7, "degrees": (9, 3, 1)}, NOISY], ids=str)
+def test_reported_numbers_are_those_of_the_saved_fits(changed, tmp_path):
+    done = etude.run("basics/bias_variance", preset="tiny", out=tmp_path / "run", seed=8, quiet=True, **changed)
+    config = Config(**TINY | changed)
+    found = {name: np.asarray(values) for name, values in etude.load(done.folder).state["found"].items()}
+    grid = (np.arange(config.grid) + 0.5) / config.grid
+    truth, at = np.sin(2 * np.pi * grid), basis(grid, max(config.degrees))
+    shape = (config.rounds * config.datasets, config.grid)
+    noise = config.noise * torch.randn(shape, dtype=torch.float64, generator=generator(8, 0, 0, "observations")).numpy()
+    wanted, errors, worst, apart = {}, [], 0.0, 0.0
+    for theta, degree in zip(found["theta"], config.degrees):
+        fits = theta @ at.T
+        wanted[f"bias_squared_{degree}"] = ((fits.mean(0) - truth) ** 2).mean()
+        wanted[f"variance_{degree}"] = fits.var(0).mean()
+        errors.append(((fits - truth) ** 2).mean())
+        worst = max(worst, abs((wanted[f"bias_squared_{degree}"] + wanted[f"variance_{degree}"]) / errors[-1] - 1))
+        phi = basis((np.arange(20) + 0.5) / 20, degree)
+        smoother = at[:, : degree + 1] @ np.linalg.inv(phi.T @ phi + config.l2 * np.eye(degree + 1)) @ phi.T
+        bias = smoother @ np.sin(2 * np.pi * (np.arange(20) + 0.5) / 20) - truth
+        apart = max(apart, abs(errors[-1] / (bias**2 + config.noise**2 * (smoother**2).sum(1)).mean() - 1))
+    best = found["validation"].mean(0).argmin()
+    fits = found["theta"][best] @ at.T
+    wanted |= {
+        "identity_error": worst,
+        "noise_term": ((fits - truth - noise) ** 2).mean() - errors[best],
+        "train_noise_term": found["train"][:, best].mean() - errors[best],
+        "best_degree": config.degrees[best],
+        "train_best_degree": config.degrees[found["train"].mean(0).argmin()],
+        "error": errors[best],
+    }
+    if config.inputs == "even":
+        wanted["closed_form_error"] = apart
+    assert done.metrics == pytest.approx(wanted, rel=1e-9, abs=1e-12)
+    assert done.metrics["train_best_degree"] == max(config.degrees)
+    if changed == NOISY:
+        assert (config.degrees[best], config.degrees[int(np.argmin(errors))]) == (1, 3)
+
+
+def test_reported_identity_is_measured(tmp_path, monkeypatch):
+    """A decomposition whose variance divides by D − 1 breaks the identity, and the run says by how much."""
+    monkeypatch.setattr(bias_variance, "decompose", unbiased_variance)
+    done = etude.run("basics/bias_variance", preset="tiny", out=tmp_path / "run", quiet=True)
+    worst = max(
+        done.metrics[f"variance_{d}"]
+        / 200
+        / (done.metrics[f"bias_squared_{d}"] + done.metrics[f"variance_{d}"] * 199 / 200)
+        for d in (1, 3, 5)
+    )
+    assert done.metrics["identity_error"] == pytest.approx(worst, rel=1e-6)
+    assert worst > 1e-4

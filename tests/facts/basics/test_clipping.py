@@ -68,6 +68,9 @@ def test_what_clipping_keeps():
     assert [t.flatten().tolist() for t in by_value] == [pytest.approx([0.05, -0.001]), pytest.approx([0.05])]
     assert clipped(gradients, "unclipped", config) is gradients
     assert global_norm(clipped([torch.zeros(3)], "norm", config)).item() == 0
+    beyond = Config(clip_norm=1e300, clip_value=1e300)  # no float32 is that large: nothing is clipped
+    for name in ("norm", "value"):
+        assert all(map(torch.equal, clipped(gradients, name, beyond), gradients))
 
 
 def test_the_end_is_noted_where_it_happens_and_the_network_left_there(tmp_path):

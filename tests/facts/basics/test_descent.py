@@ -228,3 +228,8 @@ def test_a_damping_that_cancels_the_curvature_is_named(tmp_path):
     """At the ridge the curvature along y is −2: with λ = 2 there is no step."""
     with pytest.raises(RunError, match="step 0 of damped Newton was not made: the Hessian is singular"):
         etude.run("basics/descent", preset="tiny", out=tmp_path / "run", quiet=True, damping=2.0)
+
+
+@pytest.mark.parametrize("extra", [{"saddle_learning_rate": 5.0}, {"adagrad_learning_rate": 1e200}, {"kappa": 1.0}])
+def test_what_flies_off_is_drawn_without_a_warning(extra, tmp_path):
+    etude.run("basics/descent", preset="tiny", out=tmp_path / "run", quiet=True, steps=40, frames=2, **extra)

@@ -1,4 +1,4 @@
-"""The L2 penalty and its MAP reading: scikit-learn, weight decay, priors and posteriors (E04, E05, E06)."""
+"""The L2 penalty and its MAP reading: scikit-learn, weight decay, priors and posteriors (E04, E05, E06); the whole run."""
 
 import math
 from itertools import pairwise
@@ -6,12 +6,17 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_breast_cancer, load_diabetes
 from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.preprocessing import StandardScaler
 from torch.distributions import Bernoulli, Normal
 
 import etude
+from etude.basics import regularization
 from etude.basics.regularization import (
+    Config,
     bernoulli,
+    choose,
     descend,
     gaussian,
     load,
@@ -21,9 +26,18 @@ from etude.basics.regularization import (
     prior_scale,
     standardised,
 )
-from etude.core.errors import UserError
+from etude.core.errors import RunError, UserError
+from etude.core.randomness import generator
+from etude.core.record import read_metrics
+from etude.core.run import Run
 from etude.optim import Adam, AdamW
 from etude.optim.newton import newton_step
+
+
+@pytest.fixture(autouse=True)
+def _unseen(monkeypatch):
+    """Pictures are not written: they cost nine tenths of a tiny run, and the contract tests look at them."""
+    monkeypatch.setattr(Run, "artifact", lambda *_, **__: None)
 
 
 def whole(name):
@@ -144,7 +158,7 @@ def test_sgd_with_penalty_is_sgd_with_weight_decay_twice_as_large(small, likelih
     loss = lambda t: likelihood(t, x, seen)  # noqa: E731
     start = torch.tensor([2.0, 1.0, -1.0]).double()
     penalty = 0.8
-    added = descend(loss, start, 0.01, 400, penalty=penalty)
+    added = descend(loss, start, 0.01, 400, l2=penalty)
     decayed = descend(loss, start, 0.01, 400, decay=2 * penalty)
     torch.testing.assert_close(added, decayed, rtol=1e-13, atol=1e-13)
     solution, _ = minimise(posterior(likelihood, x, seen, penalty), start)
@@ -210,7 +224,172 @@ def test_only_training_examples_set_the_scale():
 
 
 def test_unusable_settings_are_refused(tmp_path):
-    with pytest.raises(UserError, match="between 2 and 441"):
-        etude.run("basics/regularization", out=tmp_path / "a", quiet=True, examples=442)
+    with pytest.raises(UserError, match="a fifth of them for testing .* so give between 2 and 353"):
+        etude.run("basics/regularization", out=tmp_path / "a", quiet=True, examples=354)
     with pytest.raises(UserError, match="below --largest"):
         etude.run("basics/regularization", out=tmp_path / "b", quiet=True, smallest=2.0, largest=1.0)
+    for field in ("l2", "smallest", "largest"):
+        with pytest.raises(UserError, match=f"--{field} is 1e-300; it must be a number between 1e-06 and 1e"):
+            etude.run("basics/regularization", out=tmp_path / "c", quiet=True, **{field: 1e-300})
+
+
+def test_newtons_failures_are_one_sentence(small):
+    x, _, classes = small
+    with pytest.raises(RunError, match="has not converged after 3 steps"):
+        minimise(posterior(bernoulli, x, classes, 1e-3), torch.zeros(3, dtype=torch.float64), most=3)
+    with pytest.raises(RunError, match="stops after 0 steps: the Hessian is singular"):
+        minimise(lambda theta: theta.sum(), torch.zeros(3, dtype=torch.float64))
+
+
+# ---------------------------------------------------------------------------------------------------- the whole run
+
+TINY = {"preset": "tiny", "quiet": True}
+CANCER = {"data": "breast_cancer", "examples": 60, "values": 4, "smallest": 0.1}
+
+
+def parts_of(config, seed):
+    """x, y, the test examples and (training, validation) of each split, drawn from the documented streams."""
+    bunch = load_diabetes() if config.data == "diabetes" else load_breast_cancer()
+    x, y = bunch.data, bunch.target if config.data == "diabetes" else 2.0 * bunch.target - 1
+    order = torch.randperm(len(y), generator=generator(seed, 0, 0, "test")).numpy()
+    test, others = np.split(order, [len(y) // 5])
+    splits = []
+    for i in range(config.splits):
+        mixed = others[torch.randperm(len(others), generator=generator(seed, i, 0, "split")).numpy()]
+        splits.append((mixed[: config.examples], mixed[config.examples :]))
+    return x, y, test, splits
+
+
+def scaled_by(rows, x, y, regression):
+    x = StandardScaler().fit(x[rows]).transform(x)
+    return x, (y - y[rows].mean()) / y[rows].std() if regression else y
+
+
+def solved(x, y, penalty, regression):
+    """θ by normal equations, or by scikit-learn's Newton method."""
+    if regression:
+        return np.linalg.solve(x.T @ x + 2 * penalty * np.eye(x.shape[1]), x.T @ y)
+    found = LogisticRegression(C=1 / (2 * penalty), fit_intercept=False, tol=1e-12, solver="newton-cholesky").fit(x, y)
+    return found.coef_[0]
+
+
+def error_of(theta, x, y, regression):
+    return ((y - x @ theta) ** 2).mean() if regression else np.logaddexp(0, -y * (x @ theta)).mean()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{}, {"splits": 3}, {"examples": 50}, {"values": 5}, {"smallest": 0.1}, {"largest": 100.0}, CANCER],
+    ids=str,
+)
+def test_loop_equals_closed_forms_and_scikit_learn(changed, tmp_path):
+    """Every θ of the path, its training and validation error, and each row of the log."""
+    done = etude.run("basics/regularization", out=tmp_path / "run", seed=3, **TINY, **changed)
+    config = Config(**{"values": 8, "splits": 2, "sgd_steps": 30} | changed)
+    x, y, test, splits = parts_of(config, 3)
+    regression, found = config.data == "diabetes", etude.load(done.folder).state["found"]
+    path = np.geomspace(config.largest, config.smallest, config.values)
+    rows = read_metrics(done.folder)
+    assert [row["step"] for row in rows] == list(range(1, config.values + 1))
+    for step, penalty in enumerate(path):
+        errors, norms = [], []
+        for i, (inside, outside) in enumerate(splits):
+            assert not set(test) & {*inside, *outside}
+            data, target = scaled_by(inside, x, y, regression)
+            theta = solved(data[inside], target[inside], penalty, regression)
+            np.testing.assert_allclose(found["theta"][step, i], theta, atol=1e-7)
+            errors.append([error_of(theta, data[part], target[part], regression) for part in (inside, outside)])
+            norms.append(np.linalg.norm(theta))
+        np.testing.assert_allclose(found["error"][step], errors, rtol=1e-6)
+        train_error, validation_error = np.mean(errors, 0)
+        wanted = {
+            "l2": penalty,
+            "norm": np.mean(norms),
+            "train_error": train_error,
+            "validation_error": validation_error,
+        }
+        assert {name: rows[step][name] for name in wanted} == pytest.approx(wanted, rel=1e-6)
+        assert 1 <= rows[step]["newton_steps"] <= 12
+
+
+@pytest.mark.parametrize("changed", [{}, {"l2": 3.0}, CANCER], ids=str)
+def test_reported_numbers_are_those_of_the_saved_path(changed, tmp_path):
+    done = etude.run("basics/regularization", out=tmp_path / "run", seed=5, **TINY, **changed)
+    config = Config(**{"values": 8, "splits": 2, "sgd_steps": 30} | changed)
+    x, y, test, splits = parts_of(config, 5)
+    regression = config.data == "diabetes"
+    found = {name: np.asarray(value) for name, value in etude.load(done.folder).state["found"].items()}
+    best = found["error"][:, :, 1].mean(1).argmin()  # by validation
+    path = np.geomspace(config.largest, config.smallest, config.values)
+
+    def scored(place):
+        errors = []
+        for theta, (inside, _) in zip(found["theta"][place], splits):
+            data, target = scaled_by(inside, x, y, regression)
+            errors.append(error_of(theta, data[test], target[test], regression))
+        return np.mean(errors)
+
+    norms = np.linalg.norm(found["theta"], axis=2)
+    whole, target = scaled_by(np.arange(len(y)), x, y, regression)
+    theta = solved(whole, target, config.l2, regression)
+    summed = error_of(theta, whole, target, regression) * len(y) / (2 if regression else 1)
+    assert done.metrics == pytest.approx(
+        {
+            "test_error": scored(best),
+            "test_gain": 1 - scored(best) / min(scored(0), scored(-1)),
+            "validation_error": found["error"][best, :, 1].mean(),
+            "best_l2": path[best],
+            "norm_ratio": (norms[:-1] / norms[1:]).max(),
+            "objective": summed + config.l2 * theta @ theta,
+            "newton_steps": 1 if regression else 9,
+            "decay_gap": 0.0,
+        },
+        rel=1e-9,
+        abs=1e-12,
+    )
+
+
+def test_reported_gap_is_that_of_two_runs_of_gradient_descent(tmp_path, monkeypatch):
+    """With another weight decay than 2λ the gap is what torch.optim.SGD gives, not 0; and it grows with the steps."""
+    monkeypatch.setattr(regularization, "weight_decay", lambda l2: 0.5 * l2)
+    x, y = (torch.from_numpy(part) for part in scaled_by(np.arange(442), *load_diabetes(return_X_y=True), True))
+    rate = 1 / (float(torch.linalg.eigvalsh(x.T @ x)[-1]) + 2 * 0.5)
+    gaps = []
+    for steps in (7, 30):
+        done = etude.run("basics/regularization", out=tmp_path / str(steps), **TINY, sgd_steps=steps)
+        apart, thetas = [], [torch.zeros(10, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+        optimizers = [torch.optim.SGD([t], rate, weight_decay=decay) for t, decay in zip(thetas, (0, 0.25))]
+        for _ in range(steps):
+            for theta, optimizer, penalty in zip(thetas, optimizers, (0.5, 0)):
+                optimizer.zero_grad()
+                ((y - x @ theta).square().sum() / 2 + penalty * theta.square().sum()).backward()
+                optimizer.step()
+            apart.append((thetas[0] - thetas[1]).abs().max().item())
+        assert done.metrics["decay_gap"] == pytest.approx(max(apart), rel=1e-9)
+        gaps.append(max(apart))
+    assert gaps[1] > gaps[0] > 1e-6
+
+
+def test_no_choice_looks_at_the_test_examples(tmp_path, monkeypatch):
+    """Their targets exchanged: the log, every θ, the chosen λ and the validation error stay; only the test score moves."""
+    before = etude.run("basics/regularization", out=tmp_path / "a", seed=1, **TINY)
+    test = parts_of(Config(splits=1), 1)[2]
+
+    def exchanged(name):
+        data = load(name)
+        data.y[test] = data.y[test].flip(0)
+        return data
+
+    monkeypatch.setattr(regularization, "load", exchanged)
+    after = etude.run("basics/regularization", out=tmp_path / "b", seed=1, **TINY)
+    assert (before.folder / "metrics.jsonl").read_bytes() == (after.folder / "metrics.jsonl").read_bytes()
+    states = [etude.load(done.folder).state["found"] for done in (before, after)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in ("theta", "error"))
+    for name in ("best_l2", "validation_error", "norm_ratio"):
+        assert before.metrics[name] == after.metrics[name]
+    assert before.metrics["test_error"] != after.metrics["test_error"]
+
+
+def test_the_choice_is_by_validation_error():
+    errors = torch.tensor([[[0.1, 0.9], [0.1, 0.9]], [[0.2, 0.3], [0.2, 0.7]], [[0.3, 0.1], [0.3, 1.0]]])
+    assert choose(errors) == 1  # the training error is least at 0; validation at 2, but in one split only

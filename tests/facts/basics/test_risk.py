@@ -6,6 +6,7 @@ import torch
 
 import etude
 from etude.basics.risk import (
+    Config,
     empirical_risk,
     expected_train_risk,
     expected_true_risk,
@@ -14,6 +15,15 @@ from etude.basics.risk import (
     true_risk,
 )
 from etude.core.errors import UserError
+from etude.core.randomness import generator
+from etude.core.record import read_metrics
+from etude.core.run import Run
+
+
+@pytest.fixture(autouse=True)
+def _unseen(monkeypatch):
+    """Pictures are not written: they cost nine tenths of a tiny run, and the contract tests look at them."""
+    monkeypatch.setattr(Run, "artifact", lambda *_, **__: None)
 
 
 def seeded(seed=0):
@@ -112,3 +122,98 @@ def test_train_risk_against_true_risk_of_single_fits(five):
 def test_too_few_samples_are_refused(tmp_path):
     with pytest.raises(UserError, match="at least 12 samples"):
         etude.run("basics/risk", out=tmp_path / "run", quiet=True, sizes=(11, 20))
+
+
+# ---------------------------------------------------------------------------------------------------- the whole run
+
+TINY = {"rounds": 8, "datasets": 50, "fresh": 20_000, "sizes": (14, 25, 80)}
+
+
+def world(config, seed):
+    """w, Σ and `draw` of the run's problem, written out from its streams in numpy."""
+    d = config.features
+    weight = torch.randn(d, dtype=torch.float64, generator=generator(seed, 0, 0, "problem")).numpy()
+    covariance = np.array([[config.correlation ** abs(i - j) for j in range(d)] for i in range(d)])
+    root = np.linalg.cholesky(covariance)
+
+    def draw(shape, stream):
+        x = torch.randn(*shape, d, dtype=torch.float64, generator=stream).numpy() @ root.T
+        return x, x @ weight + config.noise * torch.randn(*shape, dtype=torch.float64, generator=stream).numpy()
+
+    return weight, covariance, draw
+
+
+def forms(config):
+    """E[R̂(θ̂)] and E[R(θ̂)] by the number of samples."""
+    n, d, least = np.array(config.sizes), config.features, config.noise**2
+    return np.stack([least * (1 - d / n), least * (1 + d / (n - d - 1))])
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{}, {"rounds": 3}, {"datasets": 7}, {"fresh": 100}, {"sizes": (30, 12)}, {"features": 4}, {"noise": 2.0}, {"correlation": 0.0}],
+    ids=str,
+)  # fmt: skip
+def test_loop_equals_least_squares_one_by_one(changed, tmp_path):
+    """Each risk of each dataset, and each row of the log."""
+    done = etude.run("basics/risk", preset="tiny", out=tmp_path / "run", seed=3, quiet=True, **changed)
+    config = Config(**TINY | changed)
+    weight, covariance, draw = world(config, 3)
+
+    def risk(theta):
+        return config.noise**2 + (weight - theta) @ covariance @ (weight - theta)
+
+    fixed = np.linalg.lstsq(*draw((min(config.sizes),), generator(3, 0, 0, "fixed fit")), rcond=None)[0]
+    train, true = (np.zeros((len(config.sizes), config.rounds, config.datasets)) for _ in range(2))
+    fresh, rows = [], read_metrics(done.folder)
+    assert len(rows) == config.rounds
+    for step, row in enumerate(rows):
+        stream = generator(3, step, 0, "datasets")
+        for place, n in enumerate(config.sizes):
+            x, y = draw((config.datasets, n), stream)
+            for i in range(config.datasets):
+                theta = np.linalg.lstsq(x[i], y[i], rcond=None)[0]
+                train[place, step, i] = ((y[i] - x[i] @ theta) ** 2).mean()
+                true[place, step, i] = risk(theta)
+        x, y = draw((config.fresh,), stream)
+        fresh.append(((y - x @ fixed) ** 2).mean())
+        means = np.stack([values[:, : step + 1].mean((1, 2)) for values in (train, true)])
+        errors = np.abs(means / forms(config) - 1).max(1)
+        wanted = [abs(np.mean(fresh) / risk(fixed) - 1), *errors]
+        assert [row[f"{name}_error"] for name in ("monte_carlo", "train_risk", "true_risk")] == pytest.approx(
+            wanted, abs=1e-9
+        )
+    found = etude.load(done.folder).state["found"]
+    for name, values in (("train", train), ("true", true), ("fresh", fresh)):
+        np.testing.assert_allclose(found[name], values, rtol=1e-9)
+
+
+def test_reported_numbers_are_those_of_the_saved_risks(tmp_path):
+    """The fewest samples stand last here, so that a place is not taken for them."""
+    done = etude.run("basics/risk", preset="tiny", out=tmp_path / "run", seed=4, quiet=True, sizes=(80, 25, 14))
+    config = Config(**TINY | {"sizes": (80, 25, 14)})
+    weight, covariance, draw = world(config, 4)
+    x, y = draw((14,), generator(4, 0, 0, "fixed fit"))
+    fixed = np.linalg.lstsq(x, y, rcond=None)[0]
+    risk = 0.25 + (weight - fixed) @ covariance @ (weight - fixed)
+    found = {name: np.asarray(values) for name, values in etude.load(done.folder).state["found"].items()}
+    means = np.stack([found[name].reshape(3, -1).mean(1) for name in ("train", "true")])
+    errors = np.abs(means / forms(config) - 1).max(1)
+    assert done.metrics == pytest.approx(
+        {
+            "monte_carlo_error": abs(found["fresh"].mean() / risk - 1),
+            "own_samples_error": abs(((y - x @ fixed) ** 2).mean() / risk - 1),
+            "train_risk_error": errors[0],
+            "true_risk_error": errors[1],
+            "overfitted": (found["train"][2] < found["true"][2]).mean(),
+            "gap": means[1, 2] - means[0, 2],
+        },
+        rel=1e-9,
+        abs=1e-12,
+    )
+
+
+def test_reported_share_of_overfitted_fits_is_not_always_one(tmp_path):
+    done = etude.run("basics/risk", preset="tiny", out=tmp_path / "run", quiet=True, sizes=(400,), rounds=2)
+    found = etude.load(done.folder).state["found"]
+    assert done.metrics["overfitted"] == float((found["train"] < found["true"]).double().mean()) < 0.9

@@ -62,8 +62,14 @@ def here(tmp_path, monkeypatch):
     """A working folder with walk.py in it."""
     (tmp_path / "walk.py").write_text(SOURCE)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ETUDE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", str(tmp_path))])
     yield tmp_path
+    forget()
+
+
+def forget():
+    """As a new process would know none of it."""
     for name in ("walk", "etude_user_walk", "registers"):
         sys.modules.pop(name, None)
     gymnasium.registry.pop("MyWalk-v0", None)
@@ -131,9 +137,8 @@ def test_a_run_in_an_object_cannot_be_resumed_and_says_so(here):
 
 @pytest.mark.parametrize("env", ["walk.py:Walk", "registers:MyWalk-v0"])
 def test_a_resumed_run_does_not_execute_a_file_that_its_folder_names(env, here):
-    (here / "registers.py").write_text(
-        "import gymnasium\nfrom walk import Walk\ngymnasium.register('MyWalk-v0', entry_point=Walk)\n"
-    )
+    registers = SOURCE + "\ngymnasium.register('MyWalk-v0', entry_point=Walk)\n"  # what it imports from here wants trust
+    (here / "registers.py").write_text(registers)
     run = etude.run("rl/q_learning", env=env, out=here / "run", **TABLE)
     _unfinish(run.folder)
     name = env.partition(":")[0].removesuffix(".py") + ".py"
@@ -143,13 +148,24 @@ def test_a_resumed_run_does_not_execute_a_file_that_its_folder_names(env, here):
         sys.modules.pop(module, None)
     with pytest.raises(UserError, match=rf"the environment file {here / name} \(.*would be run"):
         etude.resume(run.folder)
+    (here / "walk.py").write_text(SOURCE)  # the very code that has been run here before
+    (here / "registers.py").write_text(registers)
+    forget()
+    assert etude.resume(run.folder).metrics == run.metrics
+    changed = (here / name).read_text() + "\n"
+    (here / name).write_text(changed)
+    _unfinish(run.folder)
+    forget()
+    with pytest.raises(UserError, match="--trust"):
+        etude.resume(run.folder)
+    assert etude.resume(run.folder, trust=True).metrics == run.metrics
 
 
 BROKEN = {
     "observation": ("return self.place, float(over)", "return [self.place, 0], float(over)", "observes the shape"),
     "outside": ("min(max(self.place, 0), 4)", "7", "step observes 7, which is not in its space Discrete"),
     "four": ("over, False, {}", "over, {}", r"step must return \(observation, reward.*a tuple of 4"),
-    "reset": ("return self.place, {}", "return self.place", r"reset must return \(observation, info\), it returns a int"),
+    "reset": ("return self.place, {}", "return self.place", r"reset must return \(observation, info\), it returns one int"),
     "reward": ("float(over), over", "float('nan'), over", "step gives the reward nan"),
     "words": ("float(over), over", "'much', over", "step gives the reward 'much'"),
     "seed": ("def reset(self, *, seed=None, options=None):\n        super().reset(seed=seed)", "def reset(self):\n        pass", "its reset takes no seed and no options"),
@@ -188,7 +204,7 @@ def test_mistakes_in_it_are_answered_in_one_sentence_before_a_folder_is_left(wha
         ("walk.py", r"name the environment class in it too, as in walk.py:MyEnv"),
         ("walk.py:Wolk", r"walk.py has no 'Wolk'; did you mean 'Walk'"),
         ("wilk.py:Walk", r"there is no file wilk.py"),
-        ("walk.py:NUMBER", r"is a int; it must be an environment class, a function"),
+        ("walk.py:NUMBER", r"has the type int; it must be an environment class, a function"),
         ("nothing:MyWalk-v0", "the module 'nothing' cannot be imported"),
         ("walk:MyWalk-v0", "is not a registered Gymnasium environment"),
     ],

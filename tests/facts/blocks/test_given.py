@@ -181,9 +181,10 @@ def test_methods_examine_what_they_are_given(method: str, tmp_path: Path) -> Non
     done = etude.run(method, **TINY, source=theirs, data=TensorDataset(test.x.float() / 255, test.y))
     assert "Sequential object on 360 images given in Python" in (done.folder / "artifacts" / "index.json").read_text()
     fresh = etude.run(method, **TINY, data=(test.x, test.y))
-    assert "trained for 30 steps on 360 images given in Python, 72 test images" in (
-        fresh.folder / "artifacts" / "index.json"
-    ).read_text()
+    assert (
+        "trained for 30 steps on 360 images given in Python, 72 test images"
+        in (fresh.folder / "artifacts" / "index.json").read_text()
+    )
     (by_hand.folder / "done").unlink()
     with pytest.raises(UserError, match=r"the data object tuple, which ended with its Python session.*data=…"):
         etude.resume(by_hand.folder)

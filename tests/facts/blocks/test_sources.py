@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -108,11 +111,15 @@ def test_sentences(run: Run, tmp_path: Path) -> None:
         resolve(again(), str(folder), "")
     done = etude.run("basics/mlp", **TINY)
     shapes(tmp_path / "pictures", sides=(8,))
-    with pytest.raises(UserError, match=r"pictures has the class 'bar', which the network of .* does not know.* 0, 1, 2"):
+    with pytest.raises(
+        UserError, match=r"pictures has the class 'bar', which the network of .* does not know.* 0, 1, 2"
+    ):
         resolve(again(), str(done.folder), str(tmp_path / "pictures"))
     for file in (tmp_path / "pictures").glob("*/*.png"):
         Image.open(file).convert("RGB").save(file)
-    with pytest.raises(UserError, match=r"has images \(3, 8, 8\) of 2 classes; the network of .* takes \(1, 8, 8\) of 10"):
+    with pytest.raises(
+        UserError, match=r"has images \(3, 8, 8\) of 2 classes; the network of .* takes \(1, 8, 8\) of 10"
+    ):
         resolve(again(), str(done.folder), str(tmp_path / "pictures"))
 
 
@@ -143,7 +150,9 @@ def test_labels_go_by_the_names_of_classes(run: Run, tmp_path: Path) -> None:
 def test_a_folder_that_has_moved_is_named(run: Run, tmp_path: Path) -> None:
     trained = etude.run("basics/mlp", **TINY, data=shapes(tmp_path / "shapes"), size=12)
     (tmp_path / "shapes").rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=r"learnt from .*/shapes, and .* does not exist.* name other images with --data"):
+    with pytest.raises(
+        UserError, match=r"learnt from .*/shapes, and .* does not exist.* name other images with --data"
+    ):
         resolve(run, str(trained.folder), "")
     moved = Run("test", None, run.common, tmp_path / "that")
     assert "elsewhere" in resolve(moved, str(trained.folder), str(tmp_path / "elsewhere")).label
@@ -172,6 +181,28 @@ def test_methods_take_a_run(tmp_path: Path) -> None:
             done = etude.run(name, **TINY, source=source)
             assert "vision/lenet" in said(done)
             assert etude.load(done.folder).step == 0  # nothing is trained
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_interrupted_examination_comes_to_the_same_numbers(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the middle of it: the state is saved, and the resumed run examines all images again."""
+    trained = etude.run("basics/mlp", **TINY)
+    whole = etude.run(method, **TINY, source=trained)
+
+    def interrupted(*words: object) -> Iterator[object]:
+        yield next(iter(real(*words)))
+        os.kill(os.getpid(), signal.SIGINT)
+        yield from ()
+
+    module = etude.catalog.load_method(etude.catalog.find(method))
+    real = module.rounds
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "rounds", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            etude.run(method, **TINY, source=trained, out=tmp_path / "halted")
+    assert etude.resume(tmp_path / "halted").metrics == whole.metrics
 
 
 class Theirs(nn.Module):
@@ -207,7 +238,11 @@ def test_methods_take_a_model_object(tmp_path: Path) -> None:
     ("model", "settings", "sentence"),
     [
         (nn.Flatten(), {}, "source is a Flatten object, so say what to examine it on"),
-        (nn.Flatten(), {"data": "digits"}, r"returns \(2, 64\) for 2 images of digits; it must return logits \(2, 10\)"),
+        (
+            nn.Flatten(),
+            {"data": "digits"},
+            r"returns \(2, 64\) for 2 images of digits; it must return logits \(2, 10\)",
+        ),
         (
             nn.Linear(3, 10),
             {"data": "digits"},

@@ -18,6 +18,7 @@ import etude
 from etude.core.errors import UserError
 from etude.core.randomness import fold
 from etude.core.record import read_metrics
+from etude.core.run import Run
 from etude.games import cfr
 from etude.games.parts.rules import Kuhn, Leduc, LiarsDice, Matrix
 from etude.games.parts.strategies import expected_value, exploitability, normalised
@@ -222,8 +223,9 @@ def average_of(book):
     ],
     ids=str,
 )
-def test_loop_equals_the_recursion_of_the_paper(changed, tmp_path):
+def test_loop_equals_the_recursion_of_the_paper(changed, tmp_path, monkeypatch):
     """The state after the tiny run, and each row of its log, from a recursion over histories and brute force."""
+    monkeypatch.setattr(Run, "artifact", lambda *_, **__: None)  # pictures cost most of a tiny run
     done = etude.run("games/cfr", preset="tiny", out=tmp_path / "run", quiet=True, **changed)
     config = cfr.Config(**{"iterations": 50} | changed)
     book, rows = TextbookCFR(Kuhn(), config.variant == "cfr_plus", config.alternating, config.delay), []

@@ -5,6 +5,7 @@ import json
 import math
 
 import numpy as np
+import pytest
 import torch
 from scipy.linalg import sqrtm
 from scipy.optimize import linear_sum_assignment
@@ -34,6 +35,10 @@ def small(monkeypatch):
         torch.set_default_dtype(torch.float32)
 
 
+def run(name, folder, settings):
+    return etude.run(name, out=folder / "run", seed=SEED, quiet=True, threads=1, **settings)
+
+
 def start(module, config):
     """The data's spec (and images), and what `build` makes at the run's first moment."""
     images = None if config.data == "ring" else data.images(config.data, config.size)
@@ -43,7 +48,11 @@ def start(module, config):
 
 def twin(ours, layers):
     """The same weights in torch's own layers."""
-    plain = nn.Sequential(*layers, nn.Flatten(0)) if layers[-1].__class__ in (nn.Linear, nn.Conv2d) else nn.Sequential(*layers)
+    plain = (
+        nn.Sequential(*layers, nn.Flatten(0))
+        if layers[-1].__class__ in (nn.Linear, nn.Conv2d)
+        else nn.Sequential(*layers)
+    )
     plain.load_state_dict({name.removeprefix("main."): value for name, value in ours.state_dict().items()})
     return plain.train()
 
@@ -85,7 +94,11 @@ def batches(images, config, step, count):
 
 
 def rate(config, step):
-    falls = {"constant": 1, "linear": 1 - step / config.steps, "cosine": (1 + math.cos(math.pi * step / config.steps)) / 2}
+    falls = {
+        "constant": 1,
+        "linear": 1 - step / config.steps,
+        "cosine": (1 + math.cos(math.pi * step / config.steps)) / 2,
+    }
     return config.learning_rate * falls[config.schedule]
 
 
@@ -171,7 +184,9 @@ def reported(module, result):
     images, fresh = start(module, config)
     untrained, found = fresh["generator"].eval(), {}
     with torch.no_grad():
-        for kind, count in (("validation", 300), ("test", 300)) if images is None else (("validation", 120), ("test", 120)):
+        for kind, count in (
+            (("validation", 300), ("test", 300)) if images is None else (("validation", 120), ("test", 120))
+        ):
             made, first = G(noise(kind, count, config)), untrained(noise("validation", count, config))
             if images is None:
                 scores = point_scores(made.numpy(), first.numpy())
@@ -183,6 +198,18 @@ def reported(module, result):
                     scores["judge_accuracy"] = right.mean()
             found |= {f"{kind}_{name}": float(value) for name, value in scores.items()}
     return found
+
+
+def check_reported(module, result, critic=""):
+    """All that the run returned, and logged at its last step, is `reported` and, on the ring, `distances`."""
+    found, last = reported(module, result), rows(result.folder)[-1]
+    curves = {name: value for name, value in last.items() if name.startswith("validation_")}
+    returned = {name: value for name, value in found.items() if name.startswith("test_")}
+    if critic and etude.load(result.folder).config.data == "ring":
+        returned |= distances(result, critic)
+    assert result.metrics == pytest.approx(returned, rel=1e-5)
+    assert len(curves) >= 3
+    assert curves == pytest.approx({name: value for name, value in found.items() if name in curves}, rel=1e-5)
 
 
 def distances(result, critic):

@@ -1,15 +1,24 @@
 """The Wasserstein critic against SciPy's distance in one dimension, and what clipping holds."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import wasserstein_distance
 from torch import nn
 
+import etude
 from etude.blocks.nn.init import initialise
+from etude.core.randomness import fold
 from etude.core.spec import Spec
+from etude.gans import wgan
 from etude.gans.wgan import Config, build, clip, gap
 from etude.optim import RMSProp, flatten
+
+sys.path.insert(0, str(Path(__file__).parent))
+import gan_oracle as oracle
 
 
 def clipped_critic(real, fake, c=0.5, steps=500, layers=None):
@@ -81,3 +90,55 @@ def test_clipping_reaches_every_parameter(spec):
     clip(w, 0.01)
     assert all(p.abs().max() <= 0.01 for p in f.parameters())
     assert max(p.abs().max().item() for p in f.parameters()) == pytest.approx(0.01)
+
+
+# ----------------------------------------------------------------------------------------------------- the whole run
+
+TINY = {"steps": 4, "batch": 8, "width": 6}
+DIGITS = {"data": "digits", "size": 16, "steps": 3, "batch": 6, "width": 3, "latent": 5, "learning_rate": 1e-3}
+RUNS = {
+    "ring": TINY | {"evaluate_every": 1},
+    "one critic step": TINY | {"critic_steps": 1, "weight_clip": 0.5, "schedule": "cosine", "latent": 3},
+    "digits": DIGITS | {"critic_steps": 2, "weight_clip": 0.02, "schedule": "constant", "evaluate_every": 1},
+}
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_loop_is_the_plain_one(case, tmp_path, monkeypatch):
+    config = wgan.Config(**RUNS[case])
+    with oracle.small(monkeypatch):
+        result = oracle.run("gans/wgan", tmp_path, RUNS[case])
+        images, built = oracle.start(wgan, config)
+        G = oracle.plain_generator(built["generator"], config)
+        f = oracle.plain_critic(built["critic"], config, bias=False)
+        G_rms, f_rms = (torch.optim.RMSprop(net.parameters()) for net in (G, f))
+        seen = []
+        for step in range(config.steps):
+            torch.manual_seed(fold(oracle.SEED, step, 0, "step"))
+            oracle.set_rate((G_rms, f_rms), config, step)
+            samples = G(torch.randn(config.critic_steps * config.batch, config.latent)).detach()
+            real = oracle.batches(images, config, step, config.critic_steps)
+            for x, y in zip(real, samples.split(config.batch), strict=True):
+                loss = f(x).mean().neg() + f(y).mean()
+                f_rms.zero_grad()
+                loss.backward()
+                f_rms.step()
+                with torch.no_grad():
+                    for p in f.parameters():
+                        p.clamp_(-config.weight_clip, config.weight_clip)
+            G_loss = -f(G(torch.randn(config.batch, config.latent))).mean()
+            G_rms.zero_grad()
+            G_loss.backward()
+            G_rms.step()
+            seen.append((-loss.item(), G_loss.item()))
+        oracle.agree(etude.load(result.folder), generator=G, critic=f)
+        torch.testing.assert_close(oracle.logged(result.folder, "distance", "generator"), torch.tensor(seen).T)
+        clipped = [(p.abs() == config.weight_clip).any() for p in f.parameters()]
+        assert any(clipped), "no weight has come to the bound: the case shows nothing of clipping"
+
+
+@pytest.mark.parametrize("case", ["ring", "digits"])
+def test_reported_numbers_are_those_of_the_saved_state(case, tmp_path, monkeypatch):
+    with oracle.small(monkeypatch):
+        result = oracle.run("gans/wgan", tmp_path, RUNS[case])
+        oracle.check_reported(wgan, result, critic="critic")

@@ -1,15 +1,24 @@
 """The gradient penalty against critics whose slope is known, finite differences, and the distance of two Gaussians."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from scipy.stats import wasserstein_distance
 from torch import nn
 
+import etude
 from etude.blocks.nn.norm import BatchNorm
+from etude.core.randomness import fold
 from etude.core.spec import Spec
+from etude.gans import wgan_gp
 from etude.gans.parts.networks import PointCritic
 from etude.gans.wgan_gp import Config, build, gradient_penalty, interpolates
 from etude.optim import Adam, flatten
+
+sys.path.insert(0, str(Path(__file__).parent))
+import gan_oracle as oracle
 
 
 def linear(w):
@@ -144,3 +153,64 @@ def test_estimate_of_the_distance_of_shifted_gaussians_within_5_percent():
     W = wasserstein_distance((x @ along).numpy(), (y @ along).numpy())  # a shift is moved along itself
     assert pytest.approx(1.5, rel=1e-3) == W
     assert estimate == pytest.approx(W, rel=0.05)  # measured +2.6 %
+
+
+# ----------------------------------------------------------------------------------------------------- the whole run
+
+TINY = {"steps": 4, "batch": 8, "width": 6}
+DIGITS = {"data": "digits", "size": 16, "steps": 3, "batch": 6, "width": 3, "latent": 5, "learning_rate": 1e-3}
+RUNS = {
+    "ring": TINY | {"evaluate_every": 1},
+    "one critic step": TINY | {"critic_steps": 1, "gradient_penalty": 4.0, "beta1": 0.5, "beta2": 0.99, "latent": 3}
+    | {"schedule": "cosine"},
+    "digits": DIGITS | {"critic_steps": 2, "gradient_penalty": 10.0, "schedule": "constant", "evaluate_every": 1},
+    "digits, layer norm": DIGITS | {"critic_steps": 2, "normalizer": "layer"},
+}  # fmt: skip
+
+
+def plain_penalty(f, x, y):
+    """The mean over pairs of (‖∇f‖ − 1)² at a random place between the two, one pair at a time."""
+    epsilon, terms = torch.rand(len(x)), []
+    for e, a, b in zip(epsilon, x, y, strict=True):
+        place = (e * a + (1 - e) * b)[None].requires_grad_()
+        (slope,) = torch.autograd.grad(f(place)[0], place, create_graph=True)
+        terms.append((torch.linalg.vector_norm(slope) - 1) ** 2)
+    return sum(terms) / len(terms)
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_loop_is_the_plain_one(case, tmp_path, monkeypatch):
+    config = wgan_gp.Config(**RUNS[case])
+    with oracle.small(monkeypatch):
+        result = oracle.run("gans/wgan_gp", tmp_path, RUNS[case])
+        images, built = oracle.start(wgan_gp, config)
+        G = oracle.plain_generator(built["generator"], config)
+        f = oracle.plain_critic(built["critic"], config, bias=False, normalizer=config.normalizer)
+        G_adam, f_adam = (torch.optim.Adam(net.parameters(), betas=(config.beta1, config.beta2)) for net in (G, f))
+        seen = []
+        for step in range(config.steps):
+            torch.manual_seed(fold(oracle.SEED, step, 0, "step"))
+            oracle.set_rate((G_adam, f_adam), config, step)
+            samples = G(torch.randn(config.critic_steps * config.batch, config.latent)).detach()
+            real = oracle.batches(images, config, step, config.critic_steps)
+            for x, y in zip(real, samples.split(config.batch), strict=True):
+                distance, penalty = f(x).mean() - f(y).mean(), plain_penalty(f, x, y)
+                loss = -distance + config.gradient_penalty * penalty
+                f_adam.zero_grad()
+                loss.backward()
+                f_adam.step()
+            G_loss = -f(G(torch.randn(config.batch, config.latent))).mean()
+            G_adam.zero_grad()
+            G_loss.backward()
+            G_adam.step()
+            seen.append((loss.item(), distance.item(), penalty.item(), G_loss.item()))
+        oracle.agree(etude.load(result.folder), generator=G, critic=f)
+        names = ("critic", "distance", "gradient_penalty", "generator")
+        torch.testing.assert_close(oracle.logged(result.folder, *names), torch.tensor(seen).T)
+
+
+@pytest.mark.parametrize("case", ["ring", "digits"])
+def test_reported_numbers_are_those_of_the_saved_state(case, tmp_path, monkeypatch):
+    with oracle.small(monkeypatch):
+        result = oracle.run("gans/wgan_gp", tmp_path, RUNS[case])
+        oracle.check_reported(wgan_gp, result, critic="critic")

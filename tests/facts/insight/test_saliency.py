@@ -66,12 +66,14 @@ def test_explain_takes_any_module() -> None:
 
 
 def test_a_run_on_a_linear_network_shows_the_weights(tmp_path: Path) -> None:
-    """`--network softmax`: the map loses all likeness with all weights shuffled, and the pictures are written."""
+    """`--network softmax`: the map says exactly how far the logit falls, and loses all likeness with all weights shuffled."""
     done = etude.run(
         "insight/saliency", preset="tiny", out=tmp_path / "run", seed=0, quiet=True, network="softmax", train_steps=400
     )
     assert abs(done.metrics["sanity_all"]) < 0.3
-    assert done.metrics["accuracy"] > 0.8
+    assert done.metrics["faithfulness"] == pytest.approx(1, abs=1e-2)  # ties are broken by rounding
+    assert done.metrics["faithfulness_centre"] < 0.6
+    assert done.metrics["test_accuracy"] > 0.8
     assert {"maps"} <= {item["name"] for item in json.loads((done.folder / "artifacts" / "index.json").read_text())}
 
 

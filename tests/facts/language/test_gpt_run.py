@@ -171,10 +171,10 @@ def test_the_test_part_is_seen_by_the_last_two_numbers_only(tmp_path):
 
 def test_byte_pairs_are_learned_from_the_training_part(tmp_path):
     pytest.importorskip("tokenizers", reason="tokenizers is not installed (extra text)")
-    result = run(tmp_path, "abcd efgh " * 270 + "xyzw uvst " * 30, tokens="bpe", vocabulary=262)
+    result = run(tmp_path, "abcd efgh " * 270 + "xyzw uvst " * 30, tokens="bpe", vocabulary=280)
     vocabulary = json.loads(etude.load(result.folder).spec.extra["tokenizer"]["definition"])["model"]["vocab"]
     made = {token for token in vocabulary if len(token) > 1}
-    assert len(made) == 6
+    assert 6 <= len(made) < 24, "more could be learned only from the words that come later"
     assert set("".join(made)) <= {*"abcdefgh", "\u0120"}  # which is how a space is written
 
 

@@ -176,12 +176,12 @@ def agree(got, want):
 
 @pytest.fixture
 def no_film(monkeypatch):
-    monkeypatch.setattr(dqn, "film", lambda *arguments, **options: ([], math.nan, "not drawn"))
+    monkeypatch.setattr(dqn, "show", lambda *arguments: None)
 
 
 CHANGES = (
     {},
-    {"double": True, "target_every": 64},
+    {"double": True, "target_every": 64, "learning_rate": 0.05},
     {"target_every": 64},
     {"action_outputs": False, "huber": False},
     {"huber": False},

@@ -193,7 +193,7 @@ def ours(settings, folder, **given):
 
 @pytest.fixture
 def no_film(monkeypatch):
-    monkeypatch.setattr(q_learning, "film", lambda *arguments, **options: ([], math.nan, "not drawn"))
+    monkeypatch.setattr(q_learning, "show", lambda *arguments: None)
 
 
 CHANGES = (

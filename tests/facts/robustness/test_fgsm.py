@@ -183,5 +183,7 @@ def test_a_run_counts_what_it_says(tmp_path: Path) -> None:
         etude.run("robustness/fgsm", out=tmp_path / "no", **{**options, "epsilon": ()})
     with pytest.raises(UserError, match="--epsilon 8 is more than a pixel's whole range"):
         etude.run("robustness/fgsm", out=tmp_path / "no", **{**options, "epsilon": (0.1, 8.0)})
-    wide = etude.run("robustness/fgsm", out=tmp_path / "wide", **{**options, "epsilon": (0.5, 3.0), "norm": "l2"}).metrics
+    wide = etude.run(
+        "robustness/fgsm", out=tmp_path / "wide", **{**options, "epsilon": (0.5, 3.0), "norm": "l2"}
+    ).metrics
     assert wide["accuracy_at_3"] < wide["accuracy_at_0.5"]  # a Euclidean length may exceed 1

@@ -20,7 +20,8 @@ from etude.language.gpt.train import Sample, sample
 def learn(tmp_path, text: str, **settings):
     file = tmp_path / "text.txt"
     file.write_text(text, encoding="utf-8")
-    small = {"layers": 2, "heads": 2, "width": 32, "context": 32, "batch": 16, "learning_rate": 5e-3, "warmup_steps": 20}
+    small = {"layers": 2, "heads": 2, "width": 32, "context": 32, "batch": 16}
+    small |= {"learning_rate": 5e-3, "warmup_steps": 20}
     return etude.run(
         "language/gpt", preset="default", out=tmp_path / "run", seed=0, threads=1, quiet=True, data=str(file),
         evaluate_every=10_000, **{**small, **settings},
@@ -28,9 +29,9 @@ def learn(tmp_path, text: str, **settings):
 
 
 def test_a_repeated_alphabet_is_learned_and_written(tmp_path):
-    """Measured: 0.011 nats after 200 steps; the greedy text continues the alphabet without an error."""
+    """Measured: 0.029 nats after 120 steps; the greedy text continues the alphabet without an error."""
     alphabet = "abcdefghijklmnopqrstuvwxyz"
-    result = learn(tmp_path, alphabet * 200, steps=200)
+    result = learn(tmp_path, alphabet * 200, steps=120)
     assert result.metrics["test_nats_per_character"] < 0.05
     loaded = etude.load(result.folder)
     (tmp_path / "samples").mkdir()
@@ -45,10 +46,10 @@ def test_a_repeated_alphabet_is_learned_and_written(tmp_path):
 
 
 def test_random_tokens_cannot_beat_log_v(tmp_path):
-    """Independent uniform characters: test stays at log 8 = 2.0794 or above; measured 2.0801."""
+    """Independent uniform characters: test stays at log 8 = 2.0794 or above; measured 2.0805."""
     draw = torch.randint(8, (30_000,), generator=torch.Generator().manual_seed(0))
     text = "".join("abcdefgh"[i] for i in draw.tolist())
-    result = learn(tmp_path, text, steps=150)
+    result = learn(tmp_path, text, steps=60)
     nats = result.metrics["test_nats_per_character"]
     assert math.log(8) - 0.005 < nats < math.log(8) + 0.05
 

@@ -1,4 +1,4 @@
-"""DQN on worlds whose answer is known."""
+"""DQN on worlds whose answer is known; that it balances a pole is the experiment `cartpole`."""
 
 from typing import ClassVar
 
@@ -54,11 +54,3 @@ def test_finds_the_values_of_a_chain_with_or_without_a_time_limit(limit, extra, 
         got = etude.load(result.folder).model(torch.eye(5)).numpy()
     # measured 3.2e-7 in all four, which is where q ← 1 + 0.7 q itself stops in float32
     np.testing.assert_allclose(got, chain_q(0.7), atol=1e-2)
-
-
-def test_learns_to_balance(tmp_path):
-    settings = {"steps": 9000, "evaluate_every": 256, "final_episodes": 50}
-    result = etude.run("rl/dqn", out=tmp_path / "run", seed=0, quiet=True, **settings)
-    # measured 176 to 500 on seeds 0-9, half of them above 225 (evaluating every third round left 147 once); random
-    # actions get 22 and a constant one 9
-    assert result.metrics["greedy_return"] >= 120

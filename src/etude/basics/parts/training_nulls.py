@@ -5,12 +5,16 @@ What they build on is imported by name, so that it stays what it was while the f
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from etude.basics.backprop.engine import Node
 from etude.basics.descent import NAMES, curvatures, settings, starts
+from etude.basics.gradient_noise import draw
+from etude.basics.initialization import deviation, passes
 from etude.optim import momentum
 from etude.optim.clipping import clip_by_norm
 
@@ -40,3 +44,38 @@ def beside_the_ridge(angle: float) -> Tensor:
     points = starts(angle)
     points[2, 1] = 1e-3
     return points
+
+
+def always_with(total: int, size: int, count: int, replacement: bool, generator: torch.Generator) -> Tensor:
+    """basics/gradient_noise: every batch drawn with replacement."""
+    return draw(total, size, count, True, generator)
+
+
+def always_without(total: int, size: int, count: int, replacement: bool, generator: torch.Generator) -> Tensor:
+    """basics/gradient_noise: every batch drawn without replacement, as in an epoch."""
+    return draw(total, size, count, False, generator)
+
+
+def half_the_rate(learning_rate: float) -> float:
+    """basics/gradient_noise: α/2, which is the stationary variance to first order only."""
+    return learning_rate / 2
+
+
+def variance(function: str) -> float:
+    """basics/initialization: Var relu(z) = (½ − 1/2π) Var z followed through the layers, in place of E relu(z)² = ½ E z²."""
+    return 0.5 - 1 / (2 * math.pi) if function == "relu" else passes(function)
+
+
+def squared(name: str, width: int) -> float:
+    """basics/initialization: the notes' N(0, .0001) taken for a standard deviation (E16)."""
+    return 0.0001 if name == "small" else deviation(name, width)
+
+
+def wall(a: Node) -> Node:
+    """basics/backprop: a ReLU that passes nothing back, so that only the last layer learns."""
+    return Node(a.value.clamp(min=0), "relu", (a, torch.zeros_like))
+
+
+def straight_through(a: Node) -> Node:
+    """basics/backprop: a ReLU that passes δ back as it is, without its Jacobian."""
+    return Node(a.value.clamp(min=0), "relu", (a, lambda d: d))

@@ -142,7 +142,7 @@ def _entry(thing: Any, name: str) -> Callable[..., Any]:
         return lambda render_mode=None: _copied(thing, name, render_mode)
     if not callable(thing):
         raise UserError(
-            f"--env {name} is a {type(thing).__name__}; it must be an environment class, a function that makes one, or "
+            f"--env {name} has the type {type(thing).__name__}; it must be an environment class, a function that makes one, or "
             "a gymnasium.Env"
         )
     return thing

@@ -17,6 +17,7 @@ from etude.blocks.acting.worlds import Worlds
 from etude.core.config import Range
 from etude.core.errors import RunError, UserError
 from etude.core.randomness import fold
+from etude.core.run import Run
 
 Policy = Callable[[NDArray[np.float32]], NDArray[np.int64]]
 """states (N, D) → actions (N,)"""
@@ -82,6 +83,15 @@ def film(
         return [], float("nan"), f"{env.name} cannot be drawn here ({error if known else spot(error)})"
     keep = np.unique(np.linspace(0, len(shots) - 1, min(frames, len(shots))).round().astype(int))
     return [shots[i] for i in keep], total, ""
+
+
+def show(run: Run, env: Environment, policy: Policy, limit: int | None = None) -> None:
+    """Leave a film of one episode in the run's folder, or the reason why there is none."""
+    pictures, total, reason = film(env, policy, run.seed, limit=limit)
+    if pictures:
+        run.artifact("episode", pictures, caption=f"One greedy episode of {env.name}: return {total:g}")
+    else:
+        run.artifact("episode", reason)
 
 
 def _filmed(env: Environment, policy: Policy, seed: int, steps: int, width: int) -> tuple[list[Any], float]:

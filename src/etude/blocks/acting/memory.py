@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from itertools import pairwise
 
 from etude.core.errors import UserError
 
@@ -13,6 +15,13 @@ def afford(what: str, size: float) -> None:
         have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if size > have:
             raise UserError(f"{what} asks for {_written(size)} of memory, and this machine has {_written(have)}")
+
+
+def afford_learning(widths: Sequence[int], rows: int) -> None:
+    """The same for an MLP of these widths, its copies, and the `rows` transitions that it learns from in a round."""
+    weights = sum((a + 1) * b for a, b in pairwise(widths))
+    afford(f"a network of {weights:,} parameters (--widths)", 4 * 6 * weights)  # φ, φ', best, gradient, Adam's two
+    afford(f"{rows:,} transitions a round (--updates times --batch)", 4 * rows * (2 * sum(widths) + 8))
 
 
 def _written(size: float) -> str:

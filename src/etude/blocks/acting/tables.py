@@ -106,9 +106,11 @@ def expected_return(world: Tables, policy: NDArray[np.int64], steps: int) -> flo
     flow = np.zeros((len(here), len(here)))
     np.add.at(flow, (here[:, None], world.next_state[here, policy]), probability * ~terminated)
     occupied, total = world.start.copy(), 0.0
-    for _ in range(steps):
+    for step in range(steps):
         total += float(occupied @ gain)
-        occupied = occupied @ flow
+        before, occupied = occupied, occupied @ flow
+        if (before == occupied).all():  # all is over, or stands still for ever
+            return total + (steps - step - 1) * float(occupied @ gain)
     return total
 
 

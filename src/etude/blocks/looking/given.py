@@ -99,8 +99,9 @@ def words(given: Given) -> str:
 
 
 def unit(x: Tensor) -> Tensor:
-    """uint8 images as float32 in [0, 1]; floating ones as they are, in float32."""
-    return x.float() / 255 if x.dtype == torch.uint8 else x.float()
+    """uint8 images divided by 255, floating ones as they are; in torch's default dtype."""
+    values = x.to(torch.get_default_dtype())
+    return values / 255 if x.dtype == torch.uint8 else values
 
 
 def resize(x: Tensor, size: int) -> Tensor:

@@ -63,7 +63,7 @@ class Source:
     def choose(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
         """`count` images (or all) in an order drawn by `seed`: float (N, C, H, W) in [0, 1], int64 (N,).
 
-        Where the caller gave no labels, what the network says counts as true: ask when it is trained.
+        Where the caller gave no labels (which a fresh network needs), what the trained network says counts as true.
         """
         x, y = self.images.x, self.images.y
         order = torch.randperm(len(x), generator=generator(seed, -1, 0, "examined images"))[:count]
@@ -75,10 +75,15 @@ class Source:
         return chosen, torch.cat(said)
 
 
-def rounds(x: Tensor, y: Tensor, batch: int, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """The examination: a number from 0, `batch` images and their labels on the device, until all have been seen."""
+def rounds(run: Run, x: Tensor, y: Tensor, batch: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The examination: a number from 0, `batch` images and their labels on the run's device, until all have been seen.
+
+    It comes after the run's clock has ended. What is drawn in it depends on the number of the round alone, so an interrupted
+    examination begins again and comes to the same numbers.
+    """
+    run.say(f"examining {len(y):,} images")
     for number, (image, true) in enumerate(zip(x.split(batch), y.split(batch))):
-        yield number, image.to(device), true.to(device)
+        yield number, image.to(run.device), true.to(run.device)
 
 
 def resolve(run: Run, source: str, data: str, network: str = "lenet", steps: int = 300, batch: int = 128) -> Source:

@@ -36,12 +36,10 @@ from etude.core.report.words import (
 def compose(record: Record, contract: Contract) -> str:
     """The whole page; a file that could not be read is named at its foot."""
     drawn = any(a.get("kind", "image") in ("image", "animation") for a in record.artifacts)
-    shown = [("pictures", "Pictures" if drawn or not record.artifacts else "Samples", pictures(record))]
     sections = [
         ("headline", "Result", headline(record, contract)),
-        *(shown if drawn else ()),
+        ("pictures", "Pictures" if drawn or not record.artifacts else "Samples", pictures(record)),
         ("curves", "Curves", _curves(record, contract)),
-        *(() if drawn else shown),
         ("run", "What was run", _what_was_run(record)),
         ("config", "Settings", _settings(record, contract)),
         ("contract", "The method", _contract(record, contract)),

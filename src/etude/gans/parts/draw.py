@@ -47,7 +47,7 @@ def scatter(samples: Tensor) -> Figure:
     axes = figure.add_axes((0, 0, 1, 1))
     real = ring(len(samples), torch.Generator().manual_seed(0))
     for points, colour in ((real, plots.PALETTE[7]), (samples, plots.PALETTE[1])):
-        axes.plot(*points.T.cpu().numpy(), ".", color=colour, markersize=6, markeredgewidth=0, alpha=0.4)
+        axes.plot(*points.T.cpu().numpy(), ".", color=colour, markersize=6, markeredgewidth=0, alpha=0.5)
     axes.set(xlim=(-2.7, 2.7), ylim=(-2.7, 2.7), aspect="equal")
     axes.set_axis_off()
     return figure

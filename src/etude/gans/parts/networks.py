@@ -38,7 +38,7 @@ class Generator(nn.Module):
 
     def __init__(self, channels: int, size: int, latent: int, width: int) -> None:
         super().__init__()
-        maps = width * _doublings(size)
+        maps = width * doublings(size)
         layers: list[nn.Module] = [nn.ConvTranspose2d(latent, maps, 4, 1, 0, bias=False), BatchNorm(maps), nn.ReLU()]
         while maps > width:
             layers += [nn.ConvTranspose2d(maps, maps // 2, 4, 2, 1, bias=False), BatchNorm(maps // 2), nn.ReLU()]
@@ -60,7 +60,7 @@ class Critic(nn.Module):
 
     def __init__(self, channels: int, size: int, width: int, normalizer: Normalizer = "batch") -> None:
         super().__init__()
-        maps, last = width, width * _doublings(size)
+        maps, last = width, width * doublings(size)
         layers: list[nn.Module] = [nn.Conv2d(channels, maps, 4, 2, 1, bias=normalizer != "batch"), nn.LeakyReLU(0.2)]
         while maps < last:
             maps *= 2
@@ -94,8 +94,13 @@ class PointCritic(nn.Module):
 def players(
     spec: Spec, latent: int, width: int, normalizer: Normalizer, bias: bool = False
 ) -> tuple[nn.Module, nn.Module]:
-    """Generator and critic for this data: perceptrons for points, DCGAN's networks for images."""
+    """Generator and critic for this data: perceptrons for points, DCGAN's networks for images.
+
+    Points know no layer normalisation, so that is refused; they take "batch" for none, as DCGAN's first layers do.
+    """
     if spec.shape == (2,):
+        if normalizer == "layer":
+            raise UserError("--normalizer layer is for images; the critic of points has no layer that it would change")
         return mlp(latent, width, 2), PointCritic(width, bias)
     channels, size, _ = spec.shape
     return Generator(channels, size, latent, width), Critic(channels, size, width, normalizer)
@@ -116,7 +121,7 @@ def dcgan_init(module: nn.Module) -> None:
             layer.bias.zero_()
 
 
-def _doublings(size: int) -> int:
+def doublings(size: int) -> int:
     """How many times as many maps the 4×4 layer has as the one next to the image: size / 8."""
     if size < 8 or size & (size - 1):
         raise UserError(f"--size {size} cannot be reached by doubling 4 pixels; take 8, 16, 32, 64, …")

@@ -21,6 +21,7 @@ from etude.data.batches import Stream
 from etude.gans.parts import judge as judging
 from etude.gans.parts.draw import SHOWN, drawn, scatter, unit
 from etude.gans.parts.judge import frechet, gaussian, judgement
+from etude.gans.parts.networks import doublings
 from etude.gans.parts.ring import ENOUGH, moments, ring, ring_scores
 from etude.gans.parts.transport import wasserstein
 
@@ -84,6 +85,7 @@ class ImageStage:
 
     def __init__(self, run: Run, name: str, size: int) -> None:
         self.run = run
+        doublings(size)  # refuses a size that no network here can have, before a dataset is resized to it
         self.data = room.images(name, size)
         self.spec = self.data.spec
         self.stream: Stream | None = None

@@ -50,6 +50,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from etude import data
 from etude.blocks.tokens import decoding
 from etude.blocks.tokens.text import UNKNOWN, BytePairs, Characters, Tokenizer, pieces, starts, tokenizer, windows
 from etude.catalog import Control, Experiment, Idle, method
@@ -58,7 +59,6 @@ from etude.core.config import Count, NonNegative, Positive, Probability, Whole
 from etude.core.errors import UserError
 from etude.core.run import Loaded, Run
 from etude.core.spec import Spec
-from etude.data import text
 from etude.data.texts import split
 from etude.language.gpt.network import GPT, Architecture, next_token_loss, total_nats
 from etude.language.gpt.nulls import bigram_nats
@@ -163,7 +163,7 @@ def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
 
 @method("language/gpt", paper="arXiv:2005.14165", section="6.9.3", threads=1, shards=True)
 def train(config: Config, run: Run) -> dict[str, float]:
-    content = text(config.data)
+    content = data.text(config.data)
     parts = split(content.text)  # line 1
     published = None
     if config.init:
