@@ -6,6 +6,7 @@ import html
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -38,7 +39,7 @@ class Finished:
         """What was logged, one dictionary a step: ``{"step": 1, "loss": 2.3}``. `pandas.DataFrame` takes it as it is."""
         return record.read_metrics(self.folder)
 
-    def sample(self, **options: object) -> Sampled:
+    def sample(self, **options: Any) -> Sampled:
         """Draw from the trained model, as `etude.sample` does."""
         return self.load().sample(**options)
 
