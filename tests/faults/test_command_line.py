@@ -348,8 +348,23 @@ def test_completion(etude, tmp_path) -> None:
     assert offered("data", "g") == ["get"]
     assert offered("data", "get", "mni") == ["mnist"]
     assert etude("run", etude.piece, *WARM).code == 0
-    assert offered("show", "la") == ["latest"]
-    assert len(offered("show", str(tmp_path / "runs"))) == 1
+    for verb in ("show", "resume", "compare", "predict", "sample", "export"):
+        assert offered(verb, "la") == ["latest"]
+        assert len(offered(verb, str(tmp_path / "runs"))) == 1
+    # choices after a flag, also those of a type that the file imports
+    assert offered("run", "vision/lenet", "--style", "") == ["modern", "1998"]
+    assert "rmsprop" in offered("run", "vision/lenet", "--optimizer", "r")
+    assert offered("run", "vision/lenet", "--precision", "") == ["fp32", "bf16"]
+    assert offered("run", "vision/lenet", "--steps", "") == []
+    assert {"fresh", "latest"} <= set(offered("run", "robustness/fgsm", "--source", ""))
+    assert offered("run", "./piece.py", "--") == []
+    assert {"--fault", "--seeds", "--json"} <= set(offered("run", etude.piece, "--"))
+    assert offered("resume", "latest", "--st") == ["--steps"]
+    assert offered("show", "latest", "--j") == ["--json"]
+    assert offered("predict", "latest", "") == ["--json", "--trust"]
+    assert offered("runs", "vision/") == ["vision/lenet"]
+    for words in json.loads(json.dumps([[verb, *rest] for verb in VERBS for rest in ([], ["x"], ["x", "--y"])])):
+        assert etude("__complete", *words, "").code == 0
     for shell in ("bash", "zsh", "fish"):
         done = etude("completion", shell)
         assert done.code == 0

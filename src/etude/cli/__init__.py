@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 the run or a verification failed; 2 the input was wrong; 1
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -44,8 +45,11 @@ def main(arguments: list[str] | None = None) -> int:
     # read when torch is loaded: threads that wait for each other soon give up their core, which costs nothing where
     # the cores are free, and where they are not a GAN on two threads took 47 s instead of 75
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    _streams()
     try:
-        return _dispatch(words)
+        code = _dispatch(words)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         return _say_error(error, 2)
     except RunError as error:
@@ -53,10 +57,39 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         return getattr(interrupt, "code", 130)
     except BrokenPipeError:  # `etude list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 0
     except OSError as error:
-        return _say_error(f"{error.filename}: {error.strerror}" if error.filename else error, 1)
+        code = _say_error(f"{error.filename}: {error.strerror}" if error.filename else error, 1)
+        with contextlib.suppress(OSError, ValueError):  # what could not be written cannot be written at the end either
+            sys.stdout.flush()
+        return code
+    except Exception as error:
+        from etude.core.errors import shortage
+
+        if memory := shortage(error):
+            return _say_error(memory, 1)
+        raise
+
+
+def _streams() -> None:
+    """Make the three streams usable, however this process was started.
+
+    A closed one becomes the null device, before a file of ours gets its number; what its encoding cannot write (a
+    Greek letter in ASCII, a file name that is no UTF-8) becomes a question mark.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+        stream = getattr(sys, name)
+        if stream is None or stream.closed:
+            setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115, PTH123
+        elif number and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def _dispatch(words: list[str]) -> int:
@@ -83,5 +116,6 @@ def _overview() -> str:
 
 
 def _say_error(error: Exception | str, code: int) -> int:
-    print(f"etude: {error}".replace("\n", " "), file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):  # nobody listens
+        print(f"etude: {error}".replace("\n", " "), file=sys.stderr)
     return code

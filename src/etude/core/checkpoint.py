@@ -122,7 +122,9 @@ def read(path: Path) -> dict[str, Any]:
         return _decode(json.loads((path / "state.json").read_bytes()), tensors)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+    except (
+        OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, MemoryError, safetensors.SafetensorError
+    ) as error:  # fmt: skip
         raise UserError(f"checkpoint {path} is damaged or not a checkpoint of etude ({error})") from error
 
 
@@ -133,7 +135,8 @@ def step_of(path: Path) -> int:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, oldest first (half-written ones have another name and are not among them)."""
-    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit())
+    names = {path: path.name.removeprefix(PREFIX) for path in folder.glob(f"{PREFIX}*")}
+    return sorted(path for path, digits in names.items() if digits.isascii() and digits.isdigit() and len(digits) < 20)
 
 
 def state_of(thing: Any) -> Any:
@@ -152,7 +155,13 @@ def restore(thing: Any, state: Any) -> None:
     """Put a saved state back into a tracked object, in place. Raises UserError when it does not fit."""
     try:
         _restore(thing, state)
-    except (RuntimeError, KeyError, IndexError, ValueError) as error:  # torch says in several lines which shapes differ
+    except (
+        RuntimeError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:  # torch says which shapes differ
         if isinstance(error, UserError):
             raise
         what = f"the checkpoint does not fit this {type(thing).__name__} ({' '.join(str(error).split())})"

@@ -15,6 +15,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from etude.core.errors import UserError, nearest
 
+WHOLE = 2**63
+SMALL, LARGE = 1e-38, 1e38
+
 
 class Range(NamedTuple):
     """An interval of allowed values; ``open_low`` excludes the lower end, ``open_high`` the upper."""
@@ -27,7 +30,7 @@ class Range(NamedTuple):
     def holds(self, value: float) -> bool:
         above = value > self.low if self.open_low else value >= self.low
         below = value < self.high if self.open_high else value <= self.high
-        return above and below and not math.isinf(value)
+        return above and below and value not in (math.inf, -math.inf)
 
     def __str__(self) -> str:
         if self.high == math.inf:
@@ -56,7 +59,31 @@ def check(config: Any) -> None:
     for field in fields(config):
         value = getattr(config, field.name)
         if not _fits(value, hints[field.name]):
-            raise UserError(f"{flag(field.name)} is {value!r}; it must be {describe(hints[field.name])}")
+            raise UserError(f"{flag(field.name)} is {_short(value)}; it must be {describe(hints[field.name])}")
+        for number in value if isinstance(value, tuple) else (value,):
+            if extreme := _extreme(number):
+                raise UserError(f"{flag(field.name)} is {_short(value)}; {extreme}")
+
+
+def _extreme(value: Any) -> str:
+    """Why no computation could hold this number, whatever its range: one place for what would overflow later."""
+    if isinstance(value, bool):
+        return ""
+    if isinstance(value, int) and abs(value) >= WHOLE:
+        return "a whole number must be smaller than 2^63"
+    if isinstance(value, float) and value != 0 and not SMALL < abs(value) < LARGE:
+        return f"a number other than 0 must lie between {SMALL:g} and {LARGE:g} in size, as single precision does"
+    return ""
+
+
+def _short(value: Any) -> str:
+    """A value as it was written, cut where it is long."""
+    text = (
+        repr(value)
+        if not isinstance(value, int) or abs(value) < 10**40
+        else f"a number of {len(hex(value)) * 6 // 5} digits"
+    )
+    return text if len(text) <= 80 else f"{text[:80]} …"
 
 
 def replace(config: Any, values: dict[str, Any], owner: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -24,3 +25,35 @@ def nearest(word: str, known: Iterable[str]) -> str:
         tails = {name.rpartition("/")[2]: name for name in names}
         found = [tails[tail] for tail in difflib.get_close_matches(word.rpartition("/")[2], tails, n=1, cutoff=0.5)]
     return f"; did you mean '{found[0]}'?" if found else ""
+
+
+_LACKS = "the settings ask for more memory than there is ({} at once)"
+_BYTES = re.compile(r"allocate (?:memory: you tried to allocate )?([\d.]+) ?(bytes|[KMGTPE]i?B)")
+_UNITS = {unit: 1024**power for power, unit in enumerate(("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"))}
+
+
+def shortage(error: BaseException) -> str:
+    """One sentence where this error means that memory was asked for in vain, with the bytes; empty for any other error.
+
+    NumPy, torch and Python say it each in its own way.
+    """
+    text = " ".join(str(error).split())
+    mine = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if not mine and not (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
+    ):
+        overflow = isinstance(error, (RuntimeError, ValueError, OverflowError, TypeError)) and _TOO_BIG.search(text)
+        return _LACKS.format("a size beyond counting") if overflow else ""
+    found = _BYTES.search(text)
+    if not found:
+        return _LACKS.format("a size that was not said")
+    count = float(found[1]) * _UNITS.get(found[2].replace("bytes", "B"), 1)
+    return _LACKS.format(f"{count:,.0f} bytes")
+
+
+_TOO_BIG = re.compile(
+    r"Storage size calculation overflowed|numel: integer multiplication overflow|invalid dimension|"
+    r"Maximum allowed (?:dimension|size) exceeded|array is too big|too large to convert to C|"
+    r"cannot fit 'int' into an index-sized|"
+    r"Overflow when unpacking long|out of range for .*int|negative dimensions|int too (big|large) to convert"
+)

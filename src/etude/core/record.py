@@ -6,6 +6,7 @@ Times live in environment.json, so metrics.jsonl of a resumed run equals the uni
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import importlib.metadata
@@ -22,6 +23,7 @@ import numpy as np
 
 from etude.core.checkpoint import write_text
 from etude.core.errors import UserError
+from etude.core.folder import read_json
 
 try:
     import resource
@@ -50,9 +52,9 @@ class Record:
         if self.writes:
             (self.folder / "failed").unlink(missing_ok=True)
             self._cut()
-        try:
-            self._environment = json.loads((self.folder / "environment.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        self._environment = self._known("environment.json", dict)
+        sessions = self._environment.get("sessions")
+        if not isinstance(sessions, list) or not all(isinstance(session, dict) for session in sessions):
             self._environment = {
                 "started": _now(),
                 "hardware": hardware(),
@@ -97,7 +99,9 @@ class Record:
         stem = name if step is None else f"{name}-{step:07d}"
         path, kind = _write_artifact(self.artifacts, stem, thing)
         index = self.artifacts / "index.json"
-        known = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else []
+        known = [
+            item for item in self._known("artifacts/index.json", list) if isinstance(item, dict) and "file" in item
+        ]
         entry = {"file": path.name, "name": name, "step": step, "caption": caption, "kind": kind}
         known = [item for item in known if item["file"] != path.name] + [entry]
         write_text(index, json.dumps(known, indent=1) + "\n")
@@ -117,19 +121,31 @@ class Record:
         if self.writes:
             write_text(self.folder / "failed", reason.rstrip() + "\n")
 
+    def _known(self, name: str, kind: type) -> Any:
+        """What a file of this folder holds; an empty value where it is missing, damaged or of another kind."""
+        try:
+            found = read_json(self.folder / name)
+        except (OSError, ValueError):  # a UserError is a ValueError
+            return kind()
+        return found if isinstance(found, kind) else kind()
+
     def _write_json(self, name: str, value: Any) -> None:
         if self.writes:
             write_text(self.folder / name, json.dumps(value, indent=1) + "\n")
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run's metrics.jsonl; a line cut short by a kill is left out."""
+    """The rows of a run's metrics.jsonl; a line that is damaged or cut short by a kill is left out."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return []
-    return [
-        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
-    ]
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        with contextlib.suppress(ValueError, RecursionError):  # a damaged line is no row
+            row = json.loads(line) if line.endswith("\n") else None
+            if isinstance(row, dict) and isinstance(row.get("step"), (int, float)):
+                rows.append({name: value for name, value in row.items() if isinstance(value, (int, float))})
+    return rows
 
 
 def to_tensorboard(folder: Path) -> Path:

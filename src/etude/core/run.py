@@ -112,8 +112,12 @@ class Run:
             self._seeders.append(torch.cuda.default_generators[self.device.index or 0])
         if resume and checkpoint.list_checkpoints(folder / "checkpoints"):  # without one, step 0 is where it stands
             self.step, self._saved, self.complaints = checkpoint.load(folder / "checkpoints")
-            clock = self._saved.pop("~run")
-            self._over, self.record.rows = clock["over"], clock["rows"]
+            clock = self._saved.pop("~run", None)
+            if not isinstance(clock, dict) or not isinstance(clock.get("rows"), int) or "over" not in clock:
+                raise UserError(
+                    f"the checkpoint of step {self.step} in {folder} is not one of etude's (it holds no clock)"
+                )
+            self._over, self.record.rows = bool(clock["over"]), clock["rows"]
             others = clock.get("ranks", [])
             if self.rank and self.rank <= len(others):
                 self._saved |= others[self.rank - 1]
@@ -192,6 +196,7 @@ class Run:
         self.flush()
         if self._state_step == self.step:
             return
+        self._refuse_to_keep()
         state = {name: checkpoint.state_of(thing) for name, thing in self._tracked.items()}
         clock = {"over": self._over, "rows": self.record.rows}
         if self.world > 1:
@@ -386,6 +391,21 @@ class Run:
             raise Interrupted(signum)
         with contextlib.suppress(RuntimeError):  # the signal came in the middle of another print
             self.progress.say("stopping after this step (once more stops at once)")
+
+    def _refuse_to_keep(self) -> None:
+        """A state that is not finite replaces no checkpoint: whatever diverged, what is kept can be gone on from."""
+        for name, thing in self._tracked.items():
+            if isinstance(thing, nn.Module):
+                values = [*thing.parameters(), *_statistics((thing,))]
+            elif isinstance(thing, torch.optim.Optimizer):
+                values = [value for slot in thing.state.values() for value in slot.values()]
+            else:
+                continue
+            tensors = [
+                _local(value) for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()
+            ]
+            if not all(bool(value.isfinite().all()) for value in tensors):
+                raise RunError(f"{name} is not finite after step {max(self.step - 1, 0)}; {self._kept()}")
 
     def _seed(self, key: int) -> None:
         for seeder in self._seeders:

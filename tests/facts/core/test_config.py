@@ -36,11 +36,11 @@ class Config:
 GOOD = {
     "count": [1, 10**9],
     "whole": [0],
-    "positive": [1e-300, 5],
+    "positive": [1e-37, 5],
     "non_negative": [0.0, 0],
     "probability": [0, 1, 1.0],
     "fraction": [0, 0.999],
-    "number": [-1e300, 3],
+    "number": [-1e37, 3],
     "switch": [True],
     "style": ["1998"],
     "size": [32],

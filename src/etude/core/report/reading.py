@@ -130,7 +130,7 @@ class Record:
             return empty
         try:
             value = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):  # damaged, or nested beyond all reason
             value = None
         if not isinstance(value, type(empty)):
             self.unreadable.append(name)
@@ -155,12 +155,12 @@ def read_metrics(path: Path) -> tuple[list[Series], int]:
         while chunk := stream.readlines(1 << 20):
             try:  # one call for the whole chunk is twice as fast as one call a line
                 rows = json.loads("[" + ",".join(chunk) + "]")
-            except ValueError:
+            except (ValueError, RecursionError):
                 rows = []
                 for line in chunk:
                     try:
                         rows.append(json.loads(line))
-                    except ValueError:
+                    except (ValueError, RecursionError):
                         damaged += bool(line.strip()) and line.endswith("\n")
             for row in rows:
                 step: Any = row.get("step") if isinstance(row, dict) else None

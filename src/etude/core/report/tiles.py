@@ -115,7 +115,7 @@ def _data(record: Record, name: str, group: list[dict[str, Any]]) -> _Tile:
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
         found = as_table(json.loads(text))
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     tall = None
     if found is None:
