@@ -89,7 +89,8 @@ def _streams() -> None:
         if stream is None or stream.closed:
             setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115, PTH123
         elif number and hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            with contextlib.suppress(OSError):  # a terminal has no position to be asked for
+                stream.reconfigure(errors="replace")
 
 
 def _dispatch(words: list[str]) -> int:
