@@ -84,7 +84,7 @@ class Config:
 
 
 PRESETS = {
-    "tiny": Config(kappa=20.0, steps=300, frames=12),  # 1 s
+    "tiny": Config(kappa=20.0, steps=160, frames=12),  # 1 s
     "default": Config(),  # 7 s → momentum arrives 8 times sooner than gradient descent
     "upright": Config(angle=0.0),  # 7 s → AdaGrad arrives as early as momentum
 }

@@ -22,8 +22,9 @@ Differences:
 - `--ensemble` and `--combine` train several networks at once; `etude.blocks.classifying.ensembles` says how they
   differ.
 
-Expect: one core: 0.975 on the bundled digits; MNIST 784-256-128-10: 0.978 in 6 s (5 epochs); softmax regression by 150
-    steps of gradient descent on all of MNIST 0.913; 2,000 images, 512-512 units: 0.932 with dropout, 0.930 without.
+Expect: one core: 0.978 on the bundled digits (64-64-10); MNIST 784-256-128-10: 0.974 in 6 s (5 epochs); softmax
+    regression by 60 steps of gradient descent on all of MNIST 0.90 in 30 s; 2,000 images, 512-512 units: 0.934 with
+    dropout, 0.926 without, in 7 s.
 Command: `etude run basics/mlp --preset mnist`
 """
 
@@ -106,7 +107,7 @@ PRESETS = {
     "tiny": Config(widths=(32,), steps=30, batch=32),  # 1 s
     "default": Config(evaluate_every=100),  # → 0.975
     "digits": Config(widths=(64,), dropout=0.2, steps=2000, batch=32, learning_rate=1e-2, schedule="one_cycle"),
-    "mnist": Config(data="mnist", steps=2110, evaluate_every=422),  # 5 epochs, 6 s → 0.977
+    "mnist": Config(data="mnist", steps=2110, evaluate_every=422),  # 5 epochs, 6 s → 0.974
     # softmax regression by gradient descent on all 54,000 images at once
     "softmax": Config(
         data="mnist",
@@ -120,7 +121,17 @@ PRESETS = {
     ),
     # all digits at once: loss 2.3 → 0.21 in the first step, 0.036 in seven
     "newton": Config(widths=(), initializer="small", steps=8, batch=1293, optimizer="newton", learning_rate=1.0),
-    "dropout": Config(data="mnist", examples=2000, widths=(512, 512), dropout=0.5, steps=625, evaluate_every=125),
+    # 51 epochs of 2,000 images: 0.934 against 0.926 with --dropout 0 (means of seeds 0-2)
+    "dropout": Config(
+        data="mnist",
+        examples=2000,
+        widths=(512, 512),
+        dropout=0.5,
+        steps=800,
+        learning_rate=2e-3,
+        schedule="one_cycle",
+        evaluate_every=200,
+    ),
 }
 
 EXPERIMENTS = (
@@ -128,7 +139,7 @@ EXPERIMENTS = (
         "mnist",
         preset="mnist",
         metric="test_accuracy",
-        bar=0.973,
+        bar=0.97,
         published="0.984 (2 hidden layers of 800 units, all 60,000 images, Srivastava 2014)",
         notes="784-256-128-10, 5 epochs of 54,000 images",
         controls=(Control("no hidden layer", flags={"widths": ()}),),
@@ -151,11 +162,12 @@ EXPERIMENTS = (
         controls=(Control("one update", flags={"steps": 1}),),
     ),
     Experiment(
-        "dropout",
+        "dropout 0.5, 2,000 images",
         preset="dropout",
         metric="test_accuracy",
-        bar=0.925,
+        bar=0.93,
         published="0.9894 (3 × 1024 units, dropout and max-norm, all 60,000 images, Srivastava 2014)",
+        notes="784-512-512-10; what dropout gains over the same run without it, the control",
         controls=(Control("no dropout", flags={"dropout": 0.0}),),
     ),
 )

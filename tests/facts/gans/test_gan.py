@@ -14,6 +14,7 @@ import etude
 from etude.core.randomness import fold
 from etude.gans import gan
 from etude.gans.gan import OBJECTIVES, anneal, blur, log_not, minus_log, minus_log_not
+from etude.gans.parts.ring import ring, ring_scores
 
 sys.path.insert(0, str(Path(__file__).parent))
 import gan_oracle as oracle
@@ -289,3 +290,13 @@ def test_reported_numbers_are_those_of_the_saved_state(case, tmp_path, monkeypat
     with oracle.small(monkeypatch):
         result = oracle.run("gans/gan", tmp_path, RUNS[case])
         oracle.check_reported(gan, result)
+
+
+def test_reported_modes_and_share_are_counts():
+    """Of points that lie near the ring, as those of a short run do not."""
+    x = ring(500) + 0.05 * torch.randn(500, 2)
+    x[:50] = x[0]  # so that a mode or two get less than a quarter of their share
+    scores = ring_scores(x[:60])
+    assert scores == pytest.approx({k: oracle.point_scores(x[:60].numpy(), x.numpy())[k] for k in scores}, rel=1e-6)
+    assert 1 <= scores["modes"] < 8
+    assert 0.3 < ring_scores(x)["share"] < 0.95

@@ -13,17 +13,17 @@ from etude.optim import SGD
 pytestmark = pytest.mark.skipif("ETUDE_DATA" not in os.environ, reason="ETUDE_DATA is not set: MNIST is needed")
 
 
-def test_full_batch_gradient_descent_reaches_ninety_per_cent_in_three_hundred_steps():
-    """On the first 20,000 images: measured 0.9155."""
+def test_full_batch_gradient_descent_reaches_ninety_per_cent_in_150_steps():
+    """On the first 6,000 training images: measured 0.9033; the experiment "softmax regression" takes all."""
     data = room.images("mnist")
     scale = Standardise(data.spec.mean, data.spec.std)
-    x, y = scale(data.train.x[:20_000]).flatten(1), data.train.y[:20_000]
+    x, y = scale(data.train.x[:6000]).flatten(1), data.train.y[:6000]
     model = torch.nn.Linear(784, 10)
     torch.nn.init.zeros_(model.weight)
     torch.nn.init.zeros_(model.bias)
     optimizer = SGD(model.parameters(), lr=0.1)
     losses = []
-    for _ in range(300):
+    for _ in range(150):
         optimizer.zero_grad()
         loss = torch.nn.functional.cross_entropy(model(x), y)
         loss.backward()
@@ -36,7 +36,7 @@ def test_full_batch_gradient_descent_reaches_ninety_per_cent_in_three_hundred_st
 
 
 def test_adam_in_five_epochs(tmp_path):
-    """The recorded 0.9196 within half a per cent: measured 0.9219."""
+    """The recorded 0.9196 within half a per cent: measured 0.9224."""
     flags = {"preset": "mnist", "widths": (), "evaluate_every": 0}
     found = etude.run("basics/mlp", out=tmp_path / "run", quiet=True, seed=0, **flags).metrics["test_accuracy"]
     assert 0.9145 <= found <= 0.93

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import json
 import tempfile
 import types
@@ -23,6 +22,7 @@ import torch
 from etude import catalog
 from etude.catalog import Entry, Idle
 from etude.core import checkpoint, launch
+from etude.core import run as running
 from etude.core.config import Range
 from etude.core.errors import RunError, UserError
 
@@ -150,11 +150,10 @@ def _common(entry: Entry, before: Any) -> dict[str, dict[str, str]]:
     found["--save-every"] = _seen({"save_every": 1}, len(saves) > 2, "checkpoints")
     with _counted(torch, "set_num_threads") as asked:
         _left(entry, {}, threads=2)
-    found["--threads"] = _seen({"threads": 2}, (2,) in asked, "threads of torch")
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
+    found["--threads"] = _seen({"threads": 2}, ((2,), {}) in asked, "threads of torch")
+    with _counted(running, "Progress") as bars:
         _left(entry, {}, quiet=False)
-    found["--quiet"] = _seen({"quiet": False}, bool(said.getvalue()), "the terminal")
+    found["--quiet"] = _seen({"quiet": False}, any(named.get("enabled") for _, named in bars), "the terminal")
     return found
 
 
@@ -167,13 +166,13 @@ def _seen(change: dict[str, Any], differs: bool, where: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _counted(owner: Any, name: str) -> Iterator[list[tuple[Any, ...]]]:
-    """The positional arguments of every call of a function, which goes on working."""
-    calls: list[tuple[Any, ...]] = []
+def _counted(owner: Any, name: str) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """The arguments of every call of a function, which goes on working."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     function = getattr(owner, name)
 
     def counting(*words: Any, **named: Any) -> Any:
-        calls.append(words)
+        calls.append((words, named))
         return function(*words, **named)
 
     setattr(owner, name, counting)

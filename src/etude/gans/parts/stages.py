@@ -8,6 +8,8 @@ classes of the images; one counts as covered when it gets at least a quarter of 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -38,6 +40,10 @@ class RingStage:
 
     def __init__(self, run: Run) -> None:
         self.run = run
+
+    def about(self) -> dict[str, Any]:
+        """What a report says of the data."""
+        return {"name": "ring", "source": "eight Gaussians on a circle, drawn anew for every batch"}
 
     def real(self, step: int, count: int) -> Tensor:
         """(count, 2), a function of (seed, step, rank)."""
@@ -90,6 +96,10 @@ class ImageStage:
         self.spec = self.data.spec
         self.stream: Stream | None = None
         run.use_threads(None)  # convolutions, unlike the ring's perceptrons
+
+    def about(self) -> dict[str, Any]:
+        """What a report says of the data."""
+        return self.data.about()
 
     def real(self, step: int, count: int) -> Tensor:
         """(count, C, H, W) in [−1, 1]: the training images of `step`, every image once an epoch."""

@@ -216,7 +216,8 @@ def train(config: Config, run: Run) -> dict[str, float]:
             optimizers[name].step()  # line 4
             run.log(**{"loss" if name == "model" else f"{name}_loss": value})
         if run.every(config.evaluate_every):
-            run.log(**_named(config, "validation", errors(config, run, nets["model"], validation, "validation", alpha)))
+            seen = errors(config, run, nets["model"], validation, "validation", alpha)
+            run.log(**_named(config, "validation", {k: seen[k] for k in (1, config.test_steps)}))
     found, rates = errors(config, run, nets["model"], test, "test", alpha), {"model": alpha}
     scores = _named(config, "test", found)
     if config.joint:
