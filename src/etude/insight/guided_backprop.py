@@ -164,7 +164,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
     names, model = source.spec.classes, source.model
     if config.target is not None and config.target >= len(names):
         raise UserError(f"--target {config.target} is no class; {source.label} has 0 to {len(names) - 1}")
-    run.describe(source.spec)
+    run.describe(source.spec, source)
     mean = torch.tensor(source.spec.mean, device=run.device).view(1, -1, 1, 1)
     x, y = source.choose(config.images, run.seed)
     if not source.steps:

@@ -244,7 +244,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
     names, radii = source.spec.classes, sorted(config.epsilon)
     if config.target is not None and config.target >= len(names):
         raise UserError(f"--target {config.target} is no class; {source.label} has 0 to {len(names) - 1}")
-    run.describe(source.spec)
+    run.describe(source.spec, source)
     x, y = source.choose(config.images, run.seed)
     if config.target is not None:
         x, y = x[y != config.target], y[y != config.target]

@@ -33,6 +33,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
+    (tmp_path / "this").mkdir()
     return Run("test", None, Common(quiet=True, device="cpu"), tmp_path / "this")
 
 
@@ -137,6 +138,10 @@ def test_a_network_trained_on_a_folder_of_mixed_sizes(method: str, tmp_path: Pat
         assert spec == json.loads((etude.core.launch.find_run(source) / "spec.json").read_text())  # its mean, too
         assert str(folder) in said(done)
         assert "digits" not in said(done)
+        about = json.loads((done.folder / "about.json").read_text())["data"]
+        assert about["name"] == str(folder)
+        assert set(about["splits"]) == {"test"}  # what is examined; nothing is learnt
+        assert set(about["splits"]["test"]["by class"]) == {"bar", "disc"}
 
 
 def test_labels_go_by_the_names_of_classes(run: Run, tmp_path: Path) -> None:
@@ -264,6 +269,7 @@ def test_a_resumed_run_keeps_its_source(tmp_path: Path) -> None:
     """A newer run of the same method does not take the place of the one that an interrupted run began with."""
     first = etude.run("basics/mlp", **TINY, seed=1)
     common = Common(quiet=True, device="cpu", save_every=1)
+    (tmp_path / "this").mkdir()
     run = Run("test", None, common, tmp_path / "this")
     resolve(run, "basics/mlp", "")
     for _ in run.steps(2):

@@ -11,6 +11,7 @@ names and its data; `data` may name other ones. In Python `source` may be a mode
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,16 @@ class Source:
     """Training steps on the run's clock; 0 for a network that is trained already."""
     learn: Callable[[int], Tensor]
     """One of these steps: updates the model and returns the loss, 0-dim."""
+    told: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Name and source of the images and, where a fresh network learns from them, the counts of all splits."""
+
+    def about(self) -> dict[str, Any]:
+        """What a report says of the images: those that are learnt from, and those that are examined."""
+        if "splits" in self.told:
+            return self.told
+        counts = self.images.y.bincount(minlength=len(self.spec.classes)).tolist()
+        by_class = dict(zip(self.spec.classes, counts)) if len(self.images.y) else {}
+        return self.told | {"splits": {"test": {"images": len(self.images.x), "by class": by_class}}}
 
     def choose(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
         """`count` images (or all) in an order drawn by `seed`: float (N, C, H, W) in [0, 1], int64 (N,).
@@ -125,14 +136,19 @@ def resolve(run: Run, source: str, data: str, network: str = "lenet", steps: int
     if run.data is not None:
         found = hands.given(run.data)
         images, on = hands.images(found, spec, len(spec.classes)), hands.words(found)
+        told = {"name": on, "source": "handed over in Python"}
     else:
-        images, on = _named(loaded, source, data)
+        images, read = _named(loaded, source, data)
+        on, told = _tested(read), {"name": read.name, "source": read.source}
     run.suit_threads(loaded.model)
-    return Source(loaded.model.to(run.device), spec, images, f"{loaded.name} ({folder}) on {on}", 0, _trained)
+    return Source(loaded.model.to(run.device), spec, images, f"{loaded.name} ({folder}) on {on}", 0, _trained, told)
 
 
-def _named(loaded: Loaded, source: str, data: str) -> tuple[Split, str]:
-    """The test images that `data`, or the run itself, names, in the size and with the class numbers of its network."""
+def _named(loaded: Loaded, source: str, data: str) -> tuple[Split, Images]:
+    """The test images that `data`, or the run itself, names, in the size and with the class numbers of its network.
+
+    With the set they are from.
+    """
     spec, own = loaded.spec, str(getattr(loaded.config, "data", ""))
     _, height, width = spec.shape
     try:
@@ -155,7 +171,7 @@ def _named(loaded: Loaded, source: str, data: str) -> tuple[Split, str]:
             f"are {', '.join(spec.classes[:12])}{', …' if len(spec.classes) > 12 else ''}"
         )
     number = torch.tensor([spec.classes.index(one) for one in found.spec.classes])
-    return Split(found.test.x, number[found.test.y]), _tested(found)
+    return Split(found.test.x, number[found.test.y]), found
 
 
 def _tested(images: Images) -> str:
@@ -200,8 +216,9 @@ def _object(run: Run, model: nn.Module, data: str) -> Source:
     count = logits.shape[1]
     names = own.classes if len(own.classes) == count else tuple(map(str, range(count)))
     spec = Spec(tuple(own.x.shape[1:]), names, *hands.moments(own.x)) if found is None else found.spec
-    on = of if found is None else _tested(found)
-    return Source(model, spec, hands.images(own, spec, count), f"{kind} object on {on}", 0, _trained)
+    on, read = (of, "handed over in Python") if found is None else (_tested(found), found.source)
+    told = {"name": of, "source": read}
+    return Source(model, spec, hands.images(own, spec, count), f"{kind} object on {on}", 0, _trained, told)
 
 
 def _fresh(run: Run, data: str, network: str, steps: int, batch: int) -> Source:
@@ -239,4 +256,4 @@ def _fresh(run: Run, data: str, network: str, steps: int, batch: int) -> Source:
         return loss.detach()
 
     label = f"{network} trained for {steps} steps on {_tested(found)}"
-    return Source(model, found.spec, found.test, label, steps, learn)
+    return Source(model, found.spec, found.test, label, steps, learn, found.about())
