@@ -39,8 +39,8 @@ from etude import data as room
 from etude.blocks.classifying.scores import evaluate
 from etude.blocks.nn.init import initialise
 from etude.blocks.nn.norm import BatchNorm, Standardise
-from etude.blocks.panels import label, legend, panels
-from etude.blocks.plots import PALETTE, SOFT
+from etude.blocks.pictures.panels import label, legend, panels
+from etude.blocks.pictures.plots import PALETTE, SOFT
 from etude.catalog import Control, Experiment, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, Positive, Range, Whole
