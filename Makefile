@@ -29,7 +29,7 @@ sabotage: .venv/.installed-dev
 
 # thousands of legal and illegal settings and damaged files: no traceback, no hang
 fuzz: .venv/.installed-dev
-	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/fuzz -n $(WORKERS)
+	@OMP_NUM_THREADS=1 $(PY) tests/fuzz/run.py
 
 check: .venv/.installed-dev
 	@$(PY) -m ruff check .
