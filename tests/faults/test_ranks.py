@@ -19,6 +19,7 @@ FILES = {
     "config.json",
     "source.py",
     "environment.json",
+    "about.json",
     "metrics.jsonl",
     "result.json",
     "report.html",

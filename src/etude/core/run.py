@@ -154,7 +154,7 @@ class Run:
             for name, thing in self._tracked.items()
             if isinstance(thing, nn.Module)
         }
-        if self.rank == 0:
+        if self.rank == 0 and self.folder.is_dir():
             about = self._about | {"parameters": sizes}
             checkpoint.write_text(self.folder / "about.json", json.dumps(about, indent=1) + "\n")
 
