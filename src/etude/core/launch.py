@@ -26,6 +26,7 @@ from etude.catalog import Entry
 from etude.core import checkpoint, longer, own, ranks
 from etude.core import trust as permission
 from etude.core.config import check, flag, replace
+from etude.core.digest import sources
 from etude.core.errors import RunError, UserError, nearest
 from etude.core.finished import Finished
 from etude.core.folder import find_run, read_result, runs_folder
@@ -133,7 +134,7 @@ def start(
         raise UserError(f"{entry.name} cannot split its parameters over ranks; leave out --shard")
     if common.compile and "run.compile(" not in entry.source:
         raise UserError(f"{entry.name} has no part that torch.compile is used for; leave out --compile")
-    if common.precision != "fp32" and ".autocast(" not in entry.source:
+    if common.precision != "fp32" and not any(".autocast(" in path.read_text("utf-8") for path in sources(entry.path)):
         raise UserError(f"{entry.name} computes in one precision only; leave out --precision {common.precision}")
     described = _command(entry, module, config, common, preset)
     with (
