@@ -173,7 +173,7 @@ def test_wrong_way_is_noticed(file: str, source: str) -> None:
         ("games/cfr.py", "from etude.games.parts.tree import Tree\nfrom etude.games.parts import rules"),
         ("games/alphazero/train.py", "from etude.games.parts.tree import Tree\nfrom etude.blocks.nn import norm"),
         ("games/parts/showing.py", "from etude.games.parts.tree import Tree\nfrom ..parts import rules"),
-        ("blocks/plots.py", "from etude.data import images"),
+        ("blocks/pictures/plots.py", "from etude.data import images"),
         ("core/launch.py", "from etude import catalog\nimport etude"),
         ("__init__.py", "from etude.core.launch import run"),
     ],

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from etude.blocks.classifying.scores import accuracy
 from etude.catalog import method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, Whole
-from etude.core.fit import accuracy
 from etude.core.run import Run
 from etude.core.spec import Spec
 from etude.data.batches import Stream

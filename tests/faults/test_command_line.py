@@ -451,7 +451,7 @@ def test_progress_on_a_terminal(etude) -> None:
     os.close(theirs)
     listener.join()
     os.close(ours)
-    assert code == 0
+    assert code == 0, seen.decode()
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode())
     assert re.search(r"mine/piece \S+ \d+/60 20/s \ds left .*loss \d", shown), shown
     assert seen.decode().rstrip("\n\r").endswith("\x1b[2K"), "the line was left behind"

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
-import queue
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
-import threading
 import time
 import tomllib
+import traceback
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,34 +74,66 @@ def tests_of(method: str, root: Path) -> list[str]:
     return [*facts, str(root / "tests" / "contract" / "test_methods.py"), *learns]
 
 
-def attempt(method: str, root: Path) -> tuple[bool, str]:
-    """Run the tests of a method in a copy of the checkout: whether they pass, and the first failure."""
-    words = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        *tests_of(method, root),
-    ]
-    environment = os.environ | {"PYTHONPATH": str(root / "src"), "ETUDE_ONLY": method, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONDONTWRITEBYTECODE"] = (
-        "1"  # a source changed twice in a second would be taken for its cached form
-    )
-    try:
-        done = subprocess.run(
-            words, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=TIMEOUT
-        )
-    except subprocess.TimeoutExpired:
-        return False, f"no end within {TIMEOUT} s"
-    if done.returncode not in (0, 1, 2):
-        raise RuntimeError(f"pytest could not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return done.returncode == 0, (failed or [""])[0].partition(" - ")[0].removeprefix("FAILED ")
+def warm() -> None:
+    """Import what the tests import, once, so that every attempt can begin as a fork of this process."""
+    import matplotlib.pyplot  # noqa: F401
+    import numba  # noqa: F401
+    import pytest  # noqa: F401
+    import scipy.stats  # noqa: F401
+    import sklearn.datasets  # noqa: F401
+    import torch
+    import torch.optim.lr_scheduler
+
+    torch.set_num_threads(1)
+
+
+def attempt(method: str, root: Path, kind: str = "") -> tuple[bool, str]:
+    """Run the tests of a method in a copy of the checkout, in a fork: whether they pass, and the first failure.
+
+    Of a method's facts the whole-run tests come first for a fault in the loop.
+    """
+    log = root / "attempt.log"
+    files = sorted(tests_of(method, root), key=lambda path: not (kind == "loop" and path.endswith("_run.py")))
+    child = os.fork()
+    if not child:
+        code = 3
+        try:
+            os.setsid()
+            handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(handle, 1)
+            os.dup2(handle, 2)
+            os.chdir(root)
+            changed = {"PYTHONPATH": str(root / "src"), "ETUDE_ONLY": method, "OMP_NUM_THREADS": "1"}
+            os.environ.update(changed, PYTHONDONTWRITEBYTECODE="1")
+            sys.dont_write_bytecode = True  # a source changed twice in a second would be taken for its cached form
+            for name in [name for name in sys.modules if name.partition(".")[0] == "etude"]:
+                del sys.modules[name]
+            sys.path[:] = [str(root / "src"), *(path for path in sys.path if path != str(ROOT / "src"))]
+            import pytest
+
+            code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files]))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    began = time.monotonic()
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        if time.monotonic() - began > TIMEOUT:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return False, f"no end within {TIMEOUT} s"
+        time.sleep(0.05)
+    said = log.read_text(encoding="utf-8", errors="replace")
+    code = os.waitstatus_to_exitcode(status)
+    if code in (3, 4, 5):
+        raise RuntimeError(f"pytest could not run:\n{said[-2000:]}")
+    failed = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return code == 0, (failed or [""])[0].partition(" - ")[0].removeprefix("FAILED ")
 
 
 def copy(target: Path) -> Path:
@@ -118,33 +151,32 @@ def copy(target: Path) -> Path:
     return target
 
 
-def work(
-    jobs: queue.SimpleQueue[tuple[int, Fault | str]], done: dict[int, tuple[bool, str]], lock: threading.Lock
-) -> None:
-    """One worker with a copy of its own: takes faults until there are none; a name alone is the unbroken method."""
-    with tempfile.TemporaryDirectory() as scratch:
-        root = copy(Path(scratch))
-        while True:
-            try:
-                number, job = jobs.get_nowait()
-            except queue.Empty:
-                return
-            began = time.perf_counter()
-            if isinstance(job, str):
-                passed, where = attempt(job, root)
-                said = f"{job}: unbroken, its tests {'pass' if passed else f'FAIL: {where}'}"
-            else:
-                path = root / job.path
-                source = path.read_text(encoding="utf-8")
-                path.write_text(job.put(source), encoding="utf-8")
-                try:
-                    passed, where = attempt(job.method, root)
-                finally:
-                    path.write_text(source, encoding="utf-8")
-                said = f"{job.method} ({job.kind}) {job.breaks}: {'SURVIVED' if passed else 'caught'}"
-            with lock:
-                done[number] = (passed, where)
-                print(f"{said}  ({time.perf_counter() - began:.0f} s)", flush=True)
+def work(job: Fault | str) -> tuple[bool, str]:
+    """One attempt in this worker's own copy; a name alone is the unbroken method."""
+    root = HOME["root"]
+    began = time.perf_counter()
+    if isinstance(job, str):
+        passed, where = attempt(job, root)
+        said = f"{job}: unbroken, its tests {'pass' if passed else f'FAIL: {where}'}"
+    else:
+        path = root / job.path
+        source = path.read_text(encoding="utf-8")
+        path.write_text(job.put(source), encoding="utf-8")
+        try:
+            passed, where = attempt(job.method, root, job.kind)
+        finally:
+            path.write_text(source, encoding="utf-8")
+        said = f"{job.method} ({job.kind}) {job.breaks}: {'SURVIVED' if passed else 'caught'}"
+    print(f"{said}  ({time.perf_counter() - began:.0f} s)", flush=True)
+    return passed, where
+
+
+HOME: dict[str, Path] = {}
+
+
+def settle(folder: str) -> None:
+    """A worker's beginning: a copy of the checkout of its own."""
+    HOME["root"] = copy(Path(tempfile.mkdtemp(dir=folder)))
 
 
 def score(faults: list[Fault], survived: list[bool]) -> dict[str, Any]:
@@ -169,19 +201,12 @@ def main() -> int:
         print(f"there is no fault for '{options.room}'")
         return 2
     methods = sorted({fault.method for fault in chosen})
-    jobs: queue.SimpleQueue[tuple[int, Fault | str]] = queue.SimpleQueue()
-    for number, job in enumerate([*methods, *chosen]):
-        jobs.put((number, job))
-    done: dict[int, tuple[bool, str]] = {}
-    lock = threading.Lock()
-    workers = [threading.Thread(target=work, args=(jobs, done, lock)) for _ in range(options.workers)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    if len(done) < len(methods) + len(chosen):
-        print("a worker ended early; its message stands above")
-        return 1
+    jobs: list[Fault | str] = [*methods, *chosen]
+    warm()
+    with tempfile.TemporaryDirectory() as scratch:
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(options.workers, context, settle, (scratch,)) as pool:
+            done = list(pool.map(work, jobs))
     broken = [name for number, name in enumerate(methods) if not done[number][0]]
     if broken:  # what fails unbroken proves nothing about faults
         print(f"the tests of {', '.join(broken)} fail without a fault, so nothing is written")

@@ -40,8 +40,8 @@ import torch
 from torch import Tensor, nn
 
 from etude.blocks.nn.init import orthogonal
-from etude.blocks.panels import label, legend, panels
-from etude.blocks.plots import PALETTE, SOFT
+from etude.blocks.pictures.panels import label, legend, panels
+from etude.blocks.pictures.plots import PALETTE, SOFT
 from etude.catalog import Control, Experiment, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, Positive

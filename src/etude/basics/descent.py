@@ -45,8 +45,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from etude.blocks.panels import film, label, panels
-from etude.blocks.plots import INK, PALETTE, SOFT
+from etude.blocks.pictures.panels import film, label, panels
+from etude.blocks.pictures.plots import INK, PALETTE, SOFT
 from etude.catalog import Control, Experiment, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, NonNegative, Positive, Range, Whole

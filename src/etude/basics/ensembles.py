@@ -66,8 +66,8 @@ from etude.blocks.classifying.recipe import Recipe
 from etude.blocks.classifying.scores import evaluate
 from etude.blocks.classifying.updates import clip, clipped_together, losses, take_snapshot
 from etude.blocks.metrics import accuracy, nll
-from etude.blocks.panels import panels
-from etude.blocks.plots import INK, PALETTE, WIDTH, bars
+from etude.blocks.pictures.panels import panels
+from etude.blocks.pictures.plots import INK, PALETTE, WIDTH, bars
 from etude.catalog import Control, Experiment, method
 from etude.core.config import Count, replace
 from etude.core.errors import UserError, nearest

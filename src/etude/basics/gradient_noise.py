@@ -36,8 +36,8 @@ from torch import Tensor, nn
 
 from etude import data as room
 from etude.blocks.nn.norm import Standardise
-from etude.blocks.panels import label, legend, panels
-from etude.blocks.plots import INK, PALETTE, SOFT
+from etude.blocks.pictures.panels import label, legend, panels
+from etude.blocks.pictures.plots import INK, PALETTE, SOFT
 from etude.catalog import Control, Experiment, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, Positive, Range, Whole

@@ -45,8 +45,8 @@ from torch import Tensor, nn
 from etude import data as room
 from etude.blocks.nn.init import Init, active_fraction, dead_fraction, initialise
 from etude.blocks.nn.norm import Standardise
-from etude.blocks.panels import label, legend, panels
-from etude.blocks.plots import INK, PALETTE, SOFT
+from etude.blocks.pictures.panels import label, legend, panels
+from etude.blocks.pictures.plots import INK, PALETTE, SOFT
 from etude.catalog import Control, Experiment, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, Range
@@ -248,20 +248,17 @@ def census(images: Tensor, width: int, run: Run) -> dict[str, float]:
 
 def depth_figure(seen: Box) -> Any:
     """rms of z (above) and of its gradient (below) against the layer, one plot an activation function."""
-    figure, axes = panels(3, rows=2, width=10, height=6.4)
+    figure, axes = panels(3, rows=2, width=10, height=6.0, sharex=True, sharey=True)
     layers = np.arange(1, seen.rms.shape[1] + 1)
+    axes[0].set_yscale("log")
+    axes[0].set_xticks(_ticks(len(layers)))
     for column, function in enumerate(FUNCTIONS):
         for row, (values, title) in enumerate(((seen.rms, "rms of z"), (seen.gradient, "rms of ∂L/∂z"))):
             here = axes[3 * row + column]
             for i, name in enumerate(DRAWS):
                 line = values[CASES.index((function, name))]
-                here.semilogy(layers, line, color=INKS[i], linewidth=THICK[i], label=LABELS[i])
-            here.set_xticks(_ticks(len(layers)))
-            label(here, f"{function}: {title}", "layer", title if column == 0 else "")
-    low = min(axis.get_ylim()[0] for axis in axes)
-    high = max(axis.get_ylim()[1] for axis in axes)
-    for axis in axes:
-        axis.set_ylim(low, high)
+                here.plot(layers, line, color=INKS[i], linewidth=THICK[i], label=LABELS[i])
+            label(here, f"{function}: {title}", "layer" if row else "", title if column == 0 else "")
     lines, names = axes[0].get_legend_handles_labels()
     figure.legend(lines, names, loc="outside lower center", ncols=6, frameon=False, fontsize=8.5, labelcolor=INK)
     return figure
@@ -278,25 +275,28 @@ def histogram_figure(seen: Box) -> Any:
     depth = seen.rms.shape[1]
     layers = sorted({1, (depth + 1) // 2, depth})
     shown = ("small", "glorot", "he")
-    columns = [(function, layer) for function in ("tanh", "relu") for layer in layers]
-    figure, axes = panels(len(columns), rows=len(shown), width=10, height=4.6)
-    for place, here in enumerate(axes):
-        (function, layer), name = columns[place % len(columns)], shown[place // len(columns)]
-        case, reach = CASES.index((function, name)), 1.0 if function == "tanh" else 5.0
-        counts = seen.histogram[case, layer - 1]
-        here.stairs(counts, np.linspace(-reach, reach, BINS + 1), fill=True, color=INKS[list(DRAWS).index(name)])
-        here.set(ylim=(0, 1.25 * max(1, counts.max())), yticks=[], xlim=(-1.03 * reach, 1.03 * reach))
-        here.set_xticks([-reach, 0, reach])
-        here.grid(False)
-        here.spines["left"].set_visible(False)
-        spread = f"rms z = {seen.rms[case, layer - 1]:.2g}"
-        here.text(0.98, 0.99, spread, transform=here.transAxes, ha="right", va="top", fontsize=7.5, color=SOFT)
-        if place < len(columns):
-            here.set_title(f"{function}, layer {layer}", fontsize=9.5, color=INK)
-        if place >= len(axes) - len(columns):
-            here.set_xlabel("a = tanh(z)" if function == "tanh" else "z")
-        if place % len(columns) == 0:
-            here.set_ylabel(LABELS[list(DRAWS).index(name)])
+    figure, both = panels(2, width=10, height=4.2)
+    for axes, function, what in zip(
+        both, ("tanh", "relu"), ("tanh: a = tanh(z), from −1 to 1", "relu: z, from −5 to 5")
+    ):
+        for row, name in enumerate(shown):
+            case, i = CASES.index((function, name)), list(DRAWS).index(name)
+            for column, layer in enumerate(layers):
+                counts = seen.histogram[case, layer - 1]
+                heights = 0.68 * counts / max(1, counts.max()) - row
+                edges = column + np.linspace(0.04, 0.96, BINS + 1)
+                axes.stairs(heights, edges, baseline=-row, fill=True, color=INKS[i])
+                axes.plot(edges[[0, -1]], [-row, -row], color=SOFT, linewidth=0.6)
+                spread = f"rms z = {seen.rms[case, layer - 1]:.2g}"
+                axes.text(column + 0.96, 0.74 - row, spread, ha="right", fontsize=7.5, color=SOFT)
+        axes.set_xticks(np.arange(len(layers)) + 0.5, [f"layer {layer}" for layer in layers])
+        axes.set_yticks(0.3 - np.arange(len(shown)), [LABELS[list(DRAWS).index(name)] for name in shown])
+        axes.set_ylim(0.98 - len(shown), 0.95)
+        axes.tick_params(length=0)
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+        label(axes, what)
+    both[1].set_yticks([])
     return figure
 
 

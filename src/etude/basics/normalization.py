@@ -39,8 +39,8 @@ from etude import data as room
 from etude.blocks.classifying.scores import evaluate
 from etude.blocks.nn.init import initialise
 from etude.blocks.nn.norm import BatchNorm, Standardise
-from etude.blocks.panels import label, legend, panels
-from etude.blocks.plots import INK, PALETTE, SOFT
+from etude.blocks.pictures.panels import label, legend, panels
+from etude.blocks.pictures.plots import PALETTE, SOFT
 from etude.catalog import Control, Experiment, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, Positive, Range, Whole
@@ -234,22 +234,20 @@ def histogram_figure(before: dict[str, dict[str, np.ndarray]]) -> Any:
     """Histograms of the activations, a row for each network and a column for each of five layers."""
     depth = len(before["with"]["histogram"])
     layers = sorted({round(t) for t in np.linspace(1, depth, 5)})
-    figure, axes = panels(len(layers), rows=2, width=10, height=3.4)
-    edges = np.linspace(0, 1, BINS + 1)
+    figure, (axes,) = panels(width=10, height=3.4)
     for row, name in enumerate(NAMES):
         for column, layer in enumerate(layers):
-            here = axes[row * len(layers) + column]
             counts = before[name]["histogram"][layer - 1]
-            here.stairs(counts, edges, fill=True, color=INKS[name])
-            here.set(ylim=(0, 1.25 * counts.max()), yticks=[], xlim=(0, 1), xticks=[0, 0.5, 1])
-            here.grid(False)
-            here.spines["left"].set_visible(False)
+            edges = column + np.linspace(0.04, 0.96, BINS + 1)
+            axes.stairs(0.68 * counts / counts.max() - row, edges, baseline=-row, fill=True, color=INKS[name])
+            axes.plot(edges[[0, -1]], [-row, -row], color=SOFT, linewidth=0.6)
             spread = f"spread over images {before[name]['spread'][layer - 1]:.1g}"
-            here.text(0.99, 1.0, spread, transform=here.transAxes, ha="right", va="top", fontsize=7.5, color=SOFT)
-            if row == 0:
-                here.set_title(f"layer {layer}", fontsize=9.5, color=INK)
-            else:
-                here.set_xlabel("activation a")
-            if column == 0:
-                here.set_ylabel(f"{name} batch norm")
+            axes.text(column + 0.96, 0.74 - row, spread, ha="right", fontsize=7.5, color=SOFT)
+    axes.set_xticks(np.arange(len(layers)) + 0.5, [f"layer {layer}" for layer in layers])
+    axes.set_yticks(0.3 - np.arange(len(NAMES)), [f"{name} batch norm" for name in NAMES])
+    axes.set_ylim(0.98 - len(NAMES), 0.95)
+    axes.tick_params(length=0)
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    label(axes, "activations a, from 0 to 1")
     return figure

@@ -43,8 +43,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from etude.blocks.panels import label, legend, panels
-from etude.blocks.plots import INK, PALETTE, PAPER, SOFT
+from etude.blocks.pictures.panels import label, legend, panels
+from etude.blocks.pictures.plots import INK, PALETTE, PAPER, SOFT
 from etude.catalog import Control, Experiment, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, Range

@@ -34,8 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from etude.blocks.nn.norm import Standardise
-from etude.blocks.panels import label, legend, panels
-from etude.blocks.plots import PALETTE, SOFT
+from etude.blocks.pictures.panels import label, legend, panels
+from etude.blocks.pictures.plots import PALETTE, SOFT
 from etude.catalog import Control, Experiment, method
 from etude.core.checkpoint import Box
 from etude.core.config import Positive, Range

@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 0
     except OSError as error:
-        code = _say_error(f"{error.filename}: {error.strerror}" if error.filename else error, 1)
+        code = _say_error(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error), 1)
         with contextlib.suppress(OSError, ValueError):  # what could not be written cannot be written at the end either
             sys.stdout.flush()
         return code
@@ -89,7 +89,8 @@ def _streams() -> None:
         if stream is None or stream.closed:
             setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115, PTH123
         elif number and hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            with contextlib.suppress(OSError):  # a terminal has no position to be asked for
+                stream.reconfigure(errors="replace")
 
 
 def _dispatch(words: list[str]) -> int:

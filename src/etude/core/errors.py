@@ -27,6 +27,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean '{found[0]}'?" if found else ""
 
 
+_BEYOND = "the settings lead to a size or a number beyond 2^63, which nothing can hold"
 _LACKS = "the settings ask for more memory than there is ({} at once)"
 _BYTES = re.compile(r"allocate (?:memory: you tried to allocate )?([\d.]+) ?(bytes|[KMGTPE]i?B)")
 _UNITS = {unit: 1024**power for power, unit in enumerate(("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"))}
@@ -43,7 +44,7 @@ def shortage(error: BaseException) -> str:
         isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
     ):
         overflow = isinstance(error, (RuntimeError, ValueError, OverflowError, TypeError)) and _TOO_BIG.search(text)
-        return _LACKS.format("a size beyond counting") if overflow else ""
+        return _BEYOND if overflow else ""
     found = _BYTES.search(text)
     if not found:
         return _LACKS.format("a size that was not said")

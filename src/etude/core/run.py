@@ -505,6 +505,6 @@ def pick_device(name: str) -> torch.device:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"--device {name} cannot be used here; 'etude doctor' lists the devices of this machine"
+            f"--device {name[:60]} cannot be used here; 'etude doctor' lists the devices of this machine"
         ) from error
     return device

@@ -85,7 +85,7 @@ PRESETS = {
     "tiny": Config(steps=10, batch=32, width=32),
     "default": Config(),  # 12 s → 7-8 modes, 0.57-0.88
     "digits": Config(data="digits", size=16, steps=1000, evaluate_every=250, **IMAGES),
-    "mnist": Config(data="mnist", steps=1000, evaluate_every=100, **IMAGES),  # 2 min
+    "mnist": Config(data="mnist", steps=500, evaluate_every=100, **IMAGES),  # 60 s
 }
 
 SETTINGS = {

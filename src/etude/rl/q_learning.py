@@ -46,7 +46,7 @@ from etude.blocks.acting.episodes import Copies, play, show
 from etude.blocks.acting.memory import afford
 from etude.blocks.acting.tables import expected_return, optimal_q, tables
 from etude.blocks.acting.worlds import Worlds
-from etude.blocks.plots import INK, PALETTE, PAPER
+from etude.blocks.pictures.plots import INK, PALETTE, PAPER
 from etude.catalog import Control, Experiment, Idle, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, Fraction, NonNegative, Positive, Probability, Range, Whole

@@ -47,7 +47,7 @@ from torch import Tensor, nn
 
 from etude.blocks.looking.attribution import chosen, input_gradient, panel, probabilities, verdicts
 from etude.blocks.looking.sources import Network, resolve, rounds
-from etude.blocks.plots import curves
+from etude.blocks.pictures.plots import curves
 from etude.catalog import Control, Experiment, Idle, method
 from etude.core.config import Count, NonNegative, Whole
 from etude.core.errors import UserError

@@ -452,20 +452,6 @@ def test_killed_and_resumed_is_bit_exact(flags, tmp_path, monkeypatch):
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
-def test_averaged_weights_answer_with_statistics_of_their_own(tmp_path):
-    flags = {**TINY, "steps": 30, "normalizer": "batch", "ensemble": "snapshots", "members": 3, "combine": "weights"}
-    model = etude.load(etude.run("basics/mlp", **flags, out=tmp_path / "run").folder).model
-    (average,) = model.networks()
-    data = images("digits")
-    expected = copy.deepcopy(average)
-    reestimate(expected, lambda: data.train.x.split([647, 646]))  # two batches, as equal as can be
-    norm, again = average.layers[2], expected.layers[2]
-    assert torch.equal(norm.running_mean, again.running_mean)
-    assert not torch.allclose(norm.running_mean, model.live.layers[2].running_mean, rtol=1e-2)
-    x = data.test.x[:9]
-    assert torch.equal(model(x), average(x))
-
-
 def test_statistics_of_one_image_more_than_fill_the_batches():
     """1,001 images: two batches of nearly one size, where a last batch of one image would have no variance."""
     split = images("digits").train

@@ -1,5 +1,6 @@
 """Signal and gradient through depth: autograd parity, whole runs, closed forms, dead and inactive (E16-E20)."""
 
+import contextlib
 import json
 import math
 
@@ -9,14 +10,32 @@ import torch
 
 import etude
 from etude import data as room
+from etude.basics import initialization
 from etude.basics.initialization import CASES, FUNCTIONS, backward, deviation, forward, histogram, passes, rms
 from etude.core.randomness import generator
 
 
+@contextlib.contextmanager
+def without_pictures():
+    """They cost more than all else here."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("depth_figure", "histogram_figure", "dead_figure"):
+            patch.setattr(initialization, name, lambda *_: "")
+        yield
+
+
+@pytest.fixture
+def undrawn():
+    with without_pictures():
+        yield
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """Metrics and tables (18, 20) of the default run; its last layer by name."""
-    run = etude.run("basics/initialization", out=tmp_path_factory.mktemp("init") / "run", quiet=True, seed=3, batch=96)
+    """Metrics and tables (18, 20) of the default run; the last layer by name."""
+    flags = {"batch": 96, "quiet": True, "seed": 3}
+    with without_pictures():
+        run = etude.run("basics/initialization", out=tmp_path_factory.mktemp("init") / "run", **flags)
     seen = etude.load(run.folder).state["seen"]
     found = {f"rms_{f}_{name}": seen["rms"][i, -1] for i, (f, name) in enumerate(CASES)}
     found |= {f"gradient_{f}_{name}": seen["gradient"][i, 0] for i, (f, name) in enumerate(CASES)}
@@ -120,7 +139,7 @@ def plain(name, width, stream):
 
 
 @pytest.mark.parametrize("extra", [{}, {"layers": 1}, {"width": 7, "batch": 3}])
-def test_loop_equals_a_plain_one(extra, tmp_path):
+def test_loop_equals_a_plain_one(extra, tmp_path, undrawn):
     """Each network drawn by its formula, sent through torch's functions, its gradient by autograd."""
     flags = SMALL | extra
     run = etude.run("basics/initialization", out=tmp_path / "run", quiet=True, seed=5, **flags)
@@ -150,7 +169,7 @@ def test_loop_equals_a_plain_one(extra, tmp_path):
 
 
 @pytest.mark.parametrize("extra", [{}, {"layers": 1, "images": 3}])
-def test_reported_numbers_follow_from_the_tables_and_the_images(extra, tmp_path):
+def test_reported_numbers_follow_from_the_tables_and_the_images(extra, tmp_path, undrawn):
     flags = SMALL | extra
     run = etude.run("basics/initialization", out=tmp_path / "run", quiet=True, seed=5, **flags)
     seen, width, layers = etude.load(run.folder).state["seen"], flags["width"], flags["layers"]

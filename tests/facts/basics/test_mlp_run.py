@@ -1,5 +1,7 @@
 """The whole run of the feed-forward network against the same training written out with torch, in float64."""
 
+import contextlib
+import copy
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +12,9 @@ from torch.nn import functional as F
 
 import etude
 from etude.basics.mlp import Config, build
+from etude.blocks.classifying.ensembles import reestimate
 from etude.blocks.classifying.recipe import DAMPING
+from etude.blocks.classifying.scores import accuracy
 from etude.core.randomness import fold
 from etude.core.run import Run
 from etude.data import images
@@ -157,3 +161,28 @@ def test_loop_trains_on_the_subset_only(tmp_path):
     losses = [row["loss"] for row in plain.log(done.folder)]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_loop_gives_averaged_weights_statistics_of_their_own(tmp_path):
+    flags = {**TINY, "steps": 30, "normalizer": "batch", "ensemble": "snapshots", "members": 3, "combine": "weights"}
+    model = etude.load(etude.run("basics/mlp", **flags, out=tmp_path / "run").folder).model
+    (average,) = model.networks()
+    data = images("digits")
+    expected = copy.deepcopy(average)
+    reestimate(expected, lambda: data.train.x.split([647, 646]))  # two batches, as equal as can be
+    norm, again = average.layers[2], expected.layers[2]
+    assert torch.equal(norm.running_mean, again.running_mean)
+    assert not torch.allclose(norm.running_mean, model.live.layers[2].running_mean, rtol=1e-2)
+    x = data.test.x[:9]
+    assert torch.equal(model(x), average(x))
+
+
+def test_reported_scores_count_every_image_once():
+    """In batches that do not divide the number of images, whatever the mode before; a network of chance weights."""
+    run = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), autocast=contextlib.nullcontext)
+    part = images("digits").validation
+    model = plain.networks(1, images("digits").spec, (12,), dropout=0.5)[0].train()
+    for batch in (7, 50, len(part.y), 1000):
+        found = accuracy(run, model, part.x, part.y, batch)
+        assert (found["loss"], found["accuracy"]) == pytest.approx(plain.score([model], part), rel=1e-6)
+        model.train()

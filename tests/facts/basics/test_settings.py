@@ -13,7 +13,11 @@ from etude.core.errors import UserError
         ("bias_variance", {"degrees": ()}, "--degrees names none"),
         ("descent", {"tolerance": 7.0}, r"--tolerance is 7, but the valley's start is only 2\.01 from its minimum"),
         ("gradient_noise", {"learning_rates": ()}, "--learning-rates names none"),
-        ("gradient_noise", {"learning_rates": (0.1, 2.0)}, "--learning-rates is .*; it must be a list, each a number between"),
+        (
+            "gradient_noise",
+            {"learning_rates": (0.1, 2.0)},
+            "--learning-rates is .*; it must be a list, each a number between",
+        ),
         ("descent", {"kappa": 0.5}, "--kappa is 0.5; it must be a number at least 1"),
         ("gradient_noise", {"examples": 2}, "--examples is 2; it must be a whole number at least 16"),
         ("gradient_noise", {"walkers": 1}, "--walkers is 1; it must be a whole number at least 2"),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from etude.blocks.panels import film, label, legend, panels
+from etude.blocks.pictures.panels import film, label, legend, panels
 
 
 def test_panels_are_styled_axes_row_by_row():

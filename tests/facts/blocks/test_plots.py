@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
-from etude.blocks import plots
+from etude.blocks.pictures import plots
 
 
 def pixels(image: Image.Image) -> np.ndarray:

@@ -42,8 +42,8 @@ from etude.basics.backprop.engine import Node, backward, cross_entropy, relu, ta
 from etude.basics.mlp import MLP
 from etude.blocks.classifying.scores import evaluate
 from etude.blocks.nn.init import initialise
-from etude.blocks.panels import label, legend, panels
-from etude.blocks.plots import INK, PALETTE, PAPER, SOFT
+from etude.blocks.pictures.panels import label, legend, panels
+from etude.blocks.pictures.plots import INK, PALETTE, PAPER, SOFT
 from etude.catalog import Control, Experiment, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, Positive, Whole

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from etude.blocks.plots import classifier_pictures
+from etude.blocks.pictures.plots import classifier_pictures
 from etude.core import checkpoint
 from etude.core.run import Run
 from etude.data.sets import Images

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from etude.blocks.looking.lens import Folding, Lens, Norm, Unfold
-from etude.blocks.plots import INK, PALETTE, PAPER, SOFT, WIDTH
+from etude.blocks.pictures.plots import INK, PALETTE, PAPER, SOFT, WIDTH
 
 
 class Known(NamedTuple):

@@ -95,6 +95,8 @@ def replay(entry: Entry) -> tuple[dict[str, Any] | None, str]:
         told = ("metric", "bar", "better", "tolerance", "published", "notes", "within_seconds")
         row |= {name: getattr(experiment, name) for name in told} | {"command": spoken(part(entry, experiment))}
         rows.append(row | judged(experiment, row["values"], row["controls"], slow))
+    if not _matter(card["settings"]):  # what did nothing, or could not be tried, may be mended now
+        card["settings"] = check_settings(entry)
     card |= {
         "title": entry.title,
         "badge": _badge(card["oracle"], rows, card["settings"]),
@@ -133,8 +135,13 @@ def _badge(oracle: dict[str, Any], rows: list[dict[str, Any]], settings: dict[st
     """verified: oracle, every bar, every control and every setting; broken: the oracle or a run failed; else runs."""
     if not oracle["passed"] or any(value is None for row in rows for value in row["values"]):
         return "broken"
-    matter = all(row["state"] in ("matters", "idle") for row in settings.values())
-    return "verified" if oracle["tests"] and matter and all(row["passed"] for row in rows) else "runs"
+    proved = oracle["tests"] and _matter(settings) and all(row["passed"] for row in rows)
+    return "verified" if proved else "runs"
+
+
+def _matter(settings: dict[str, dict[str, str]]) -> bool:
+    """Whether every setting changes something or the file says why it cannot be seen."""
+    return all(row["state"] in ("matters", "idle") for row in settings.values())
 
 
 def _other(experiment: Experiment, row: dict[str, Any] | None) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from etude.blocks.panels import label, legend, panels
-from etude.blocks.plots import INK, PALETTE, SOFT
+from etude.blocks.pictures.panels import label, legend, panels
+from etude.blocks.pictures.plots import INK, PALETTE, SOFT
 from etude.games.parts.rules import CHANCE, OVER, Game
 from etude.games.parts.strategies import policy, reach
 from etude.games.parts.tree import Tree

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from etude.blocks import plots
+from etude.blocks.pictures import plots
 from etude.core.config import Count, Whole
 from etude.core.run import Loaded
 from etude.gans.parts.judge import judgement

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from etude import data as room
-from etude.blocks import plots
+from etude.blocks.pictures import plots
 from etude.core.checkpoint import Box
 from etude.core.run import Run
 from etude.core.spec import Spec

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from etude.blocks.panels import label, panels
-from etude.blocks.plots import INK, PALETTE, PAPER, SOFT
+from etude.blocks.pictures.panels import label, panels
+from etude.blocks.pictures.plots import INK, PALETTE, PAPER, SOFT
 from etude.meta.maml.adaptation import Predict, adapt, batched, plain
 from etude.meta.maml.tasks import Task, sinusoids
 

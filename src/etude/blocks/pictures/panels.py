@@ -1,4 +1,4 @@
-"""Several plots in one picture, and smooth animations of a plot, in the style of `etude.blocks.plots`.
+"""Several plots in one picture, and smooth animations of a plot, in the style of `etude.blocks.pictures.plots`.
 
 `panels` gives styled axes to draw on; `film` redraws only what moves, so a hundred frames take about a second.
 """
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from etude.blocks.plots import INK, PAPER, RULE, SOFT, WIDTH
+from etude.blocks.pictures.plots import INK, PAPER, RULE, SOFT, WIDTH
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,0 +1,1 @@
+"""Pictures: one palette, plots, panels and films."""
