@@ -248,7 +248,9 @@ def _fresh(run: Run, data: str, network: str, steps: int, batch: int) -> Source:
             group["lr"] = rate(step)
         index = stream.indices(step)
         model.train()
-        loss = F.cross_entropy(model(found.train.x[index].to(run.device)), found.train.y[index].to(run.device))
+        x, y = found.train.x[index].to(run.device), found.train.y[index].to(run.device)
+        with run.autocast():
+            loss = F.cross_entropy(model(x), y)
         optimizer.zero_grad()
         loss.backward()
         run.average(model, loss=loss)
