@@ -95,6 +95,8 @@ def replay(entry: Entry) -> tuple[dict[str, Any] | None, str]:
         told = ("metric", "bar", "better", "tolerance", "published", "notes", "within_seconds")
         row |= {name: getattr(experiment, name) for name in told} | {"command": spoken(part(entry, experiment))}
         rows.append(row | judged(experiment, row["values"], row["controls"], slow))
+    if not card["oracle"]["passed"]:
+        card["oracle"] = _oracle(entry)
     if not _matter(card["settings"]):  # what did nothing, or could not be tried, may be mended now
         card["settings"] = check_settings(entry)
     card |= {
