@@ -74,7 +74,7 @@ def replay(entry: Entry) -> tuple[dict[str, Any] | None, str]:
     card = entry.card
     if card is None:
         return None, f"it has no card yet: etude verify {entry.name}"
-    if not entry.stale:
+    if not entry.stale and card["oracle"]["passed"] and _matter(card["settings"]):
         return card, "its card is of this code"
     _may_write()
     stage = Stage(None, say)
