@@ -12,6 +12,7 @@ import etude
 from etude import data as room
 from etude.basics import initialization
 from etude.basics.initialization import CASES, FUNCTIONS, backward, deviation, forward, histogram, passes, rms
+from etude.basics.parts.training_nulls import Raw
 from etude.core.randomness import generator
 
 
@@ -187,9 +188,9 @@ def test_reported_numbers_follow_from_the_tables_and_the_images(extra, tmp_path,
             off += [math.log2(z[-1] / math.sqrt(width * s2) / down), math.log2(slope[0] / slope[-1] / down)]
         expected[f"{function}_error"] = max(map(abs, off))
     expected["dead_last_layer"] = table["relu", "he"][2][-1]
-    x = room.images("digits").train.x[: flags["images"]].flatten(1).float() / 255
+    x = room.images("digits").train.x.flatten(1).float() / 255
     std = x.std(0, correction=0)
-    x = torch.where(std > 0, (x - x.mean(0)) / std, 0.0)
+    x = torch.where(std > 0, (x - x.mean(0)) / std, 0.0)[: flags["images"]]
     weight = torch.empty(width, 64).normal_(0, math.sqrt(2 / 64), generator=generator(5, 0, 0, "census"))
     for name, bias in (("", 0.0), ("_with_bias", 0.1)):
         off = x @ weight.T + bias <= 0
@@ -206,3 +207,13 @@ def test_what_the_closed_forms_are_made_of():
     for name in ("small", "lecun", "glorot", "he", "orthogonal", "orthogonal2"):
         weight = plain(name, 100, torch.Generator().manual_seed(0))
         assert weight.std().item() == pytest.approx(deviation(name, 100), rel=0.03)
+
+
+def test_standardised_pixels_leave_no_unit_dead_and_raw_ones_do(tmp_path, undrawn, monkeypatch):
+    """E19: z has mean 0 over the images it was standardised by; positive pixels push some units down for all of them."""
+    flags = {"width": 512, "layers": 1, "batch": 2, "images": 2000, "quiet": True, "seed": 0}
+    run = etude.run("basics/initialization", out=tmp_path / "one", **flags)
+    assert run.metrics["dead_images"] == 0
+    monkeypatch.setattr(initialization, "Standardise", Raw)
+    raw = etude.run("basics/initialization", out=tmp_path / "two", **flags)
+    assert 0.01 < raw.metrics["dead_images"] < 0.05  # measured 0.025

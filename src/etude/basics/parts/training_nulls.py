@@ -15,6 +15,7 @@ from etude.basics.backprop.engine import Node
 from etude.basics.descent import NAMES, curvatures, settings, starts
 from etude.basics.gradient_noise import draw
 from etude.basics.initialization import deviation, passes
+from etude.blocks.nn.norm import Standardise
 from etude.optim import momentum
 from etude.optim.clipping import clip_by_norm
 
@@ -79,3 +80,11 @@ def wall(a: Node) -> Node:
 def straight_through(a: Node) -> Node:
     """basics/backprop: a ReLU that passes δ back as it is, without its Jacobian."""
     return Node(a.value.clamp(min=0), "relu", (a, lambda d: d))
+
+
+class Raw(Standardise):
+    """basics/initialization: pixels in [0, 1] as they are."""
+
+    @classmethod
+    def fit(cls, x: Tensor) -> Raw:
+        return cls(torch.zeros(x.shape[1]), torch.ones(x.shape[1]))
