@@ -8,18 +8,21 @@ each file with `ast` and never imports torch; `load_method` imports the one file
 from __future__ import annotations
 
 import ast
-import dataclasses
 import functools
 import importlib
 import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from etude.core.claims import Control as Control  # what a method's file takes from here
+from etude.core.claims import Experiment as Experiment
+from etude.core.claims import Idle as Idle
+from etude.core.claims import called, literal
 from etude.core.digest import digest, files_digest
 from etude.core.errors import UserError, nearest
 
@@ -32,76 +35,6 @@ EXTRAS = {
     "export": ("onnx", "onnxscript", "onnxruntime"),
 }
 SECTIONS = ("Paper", "Equation", "Algorithm", "Differences", "Expect", "Command")
-
-
-@dataclass(frozen=True)
-class Control:
-    """A fault or a null that must *fail* the bar of its experiment, or the bar proves nothing.
-
-    It runs on the experiment's seeds, with one change: other settings, another returned metric of the very same run, or
-    a function of the method's file replaced by a null one. A control whose run ends in a failure (a divergence) has failed
-    the bar too.
-    """
-
-    name: str
-    """What is wrong or missing: "no clipping", "an untrained network", "the map is a blob in the centre"."""
-    flags: dict[str, Any] = field(default_factory=dict)
-    """Config fields that differ from the experiment's."""
-    preset: str = ""
-    """Preset to start from, where it is not the experiment's."""
-    metric: str = ""
-    """Key of the returned metrics that is held against the bar, where it is not the experiment's."""
-    swap: dict[str, str] = field(default_factory=dict)
-    """Name in the method's file → dotted path of what stands there instead (``etude.insight.parts.nulls.centre_blob``)."""
-
-
-@dataclass(frozen=True)
-class Idle:
-    """In SETTINGS: why changing a field of the Config changes neither the numbers nor the pictures of a run."""
-
-    why: str
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """One recorded experiment of a method and the bar it must clear; `etude verify` runs it for every seed."""
-
-    name: str
-    """Short name, unique in the method."""
-    preset: str
-    """Preset it starts from."""
-    metric: str
-    """Key of the returned metrics that is held against the bar."""
-    bar: float
-    """The value to reach."""
-    better: str = "higher"
-    """Whether a value must be higher than the bar, lower, or near it (within `tolerance`)."""
-    tolerance: float = 0.0
-    """Largest distance from the bar that is near."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds; each must clear the bar."""
-    flags: dict[str, Any] = field(default_factory=dict)
-    """Config fields that differ from the preset."""
-    published: str = ""
-    """The published number and where it stands."""
-    within_seconds: float | None = None
-    """Limit on the seconds spent between the first and the last step."""
-    notes: str = ""
-    """What a reader of the card must know."""
-    controls: tuple[Control, ...] = ()
-    """Faults and nulls that must fail this bar on every seed; at least one."""
-
-    def clears(self, value: float) -> bool:
-        """Whether this value reaches the bar."""
-        if self.better == "near":
-            return abs(value - self.bar) <= self.tolerance
-        return value >= self.bar if self.better == "higher" else value <= self.bar
-
-    @classmethod
-    def of(cls, values: dict[str, Any]) -> Experiment:
-        """From the dictionaries of `Entry.experiments`."""
-        controls = tuple(Control(**control) for control in values["controls"])
-        return dataclasses.replace(cls(**{k: v for k, v in values.items() if k != "controls"}), controls=controls)
 
 
 @dataclass(frozen=True)
@@ -167,8 +100,8 @@ class Entry:
         assigned = {_target(node): node.value for node in self.tree.body if isinstance(node, ast.Assign)}
         if "EXPERIMENTS" not in assigned:
             return []
-        calls = (call for call in ast.walk(assigned["EXPERIMENTS"]) if _called(call) == "Experiment")
-        return [_literal(call, assigned) for call in calls]
+        calls = (call for call in ast.walk(assigned["EXPERIMENTS"]) if called(call) == "Experiment")
+        return [literal(call, assigned) for call in calls]
 
     @property
     def samples(self) -> bool:
@@ -402,36 +335,3 @@ def _changes(call: ast.Call, shared: dict[str, ast.expr]) -> Iterator[str]:
 
 def _target(node: ast.Assign) -> str:
     return node.targets[0].id if isinstance(node.targets[0], ast.Name) else ""
-
-
-def _called(node: ast.AST) -> str:
-    return node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
-
-
-def _literal(node: ast.AST, assigned: dict[str, ast.expr]) -> Any:
-    """The value of an expression made of literals, `Experiment(…)`, `Control(…)` and names of such in the same file.
-
-    The two calls become dictionaries with all their fields.
-    """
-    kind = {"Experiment": Experiment, "Control": Control}.get(_called(node))
-    if kind is not None:
-        assert isinstance(node, ast.Call)
-        values = {name.name: _literal(argument, assigned) for name, argument in zip(fields(kind), node.args)}
-        values |= {str(k.arg): _literal(k.value, assigned) for k in node.keywords}
-        return {f.name: values.get(f.name, _default(f)) for f in fields(kind)}
-    if isinstance(node, ast.Name):
-        return _literal(assigned[node.id], assigned)
-    if isinstance(node, ast.Tuple):
-        parts = [(item.value, True) if isinstance(item, ast.Starred) else (item, False) for item in node.elts]
-        values = [(_literal(item, assigned), many) for item, many in parts]
-        return tuple(item for value, many in values for item in (value if many else (value,)))
-    if isinstance(node, ast.Dict):
-        pairs = [
-            (key and _literal(key, assigned), _literal(value, assigned)) for key, value in zip(node.keys, node.values)
-        ]
-        return {k: v for key, value in pairs for k, v in (value.items() if key is None else [(key, value)])}
-    return ast.literal_eval(node)  # type: ignore[arg-type]
-
-
-def _default(item: Field[Any]) -> Any:
-    return item.default_factory() if item.default_factory is not MISSING else item.default

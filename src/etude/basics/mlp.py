@@ -220,7 +220,7 @@ class MLP(nn.Module):
 
 
 def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
-    """The network for this data, initialised by `config.init`, or the ensemble of such networks."""
+    """The network for this data, drawn by `config.initializer`, or the ensemble of such networks."""
 
     def network() -> nn.Module:
         model = MLP(

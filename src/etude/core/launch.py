@@ -37,7 +37,7 @@ from etude.core.run import Common, Interrupted, Run
 from etude.core.troubles import explained
 
 __all__ = [
-    "OBJECT",
+    "OBJECTS",
     "Finished",
     "configure",
     "find_run",
@@ -56,12 +56,8 @@ try:
 except ImportError:  # a system without it (Windows) has no such locks
     fcntl = None
 
-OBJECT = "the model object"
-"""How config.json names a network that was handed over in Python."""
-WORLD = "the environment object"
-"""How it names an environment that was."""
-DATA = "the data object"
-"""How it names images that were."""
+OBJECTS = {"source": "the model object", "data": "the data object", "env": "the environment object"}
+"""How config.json names what was handed over in Python, by the setting."""
 
 
 def configure(module: ModuleType, entry: Entry, preset: str, values: dict[str, Any]) -> Any:
@@ -94,28 +90,28 @@ def run(name: str, *, preset: str = "default", out: str | os.PathLike[str] | Non
     known = [*(field.name for field in dataclasses.fields(module.Config)), *shared, "preset", "out"]
     for unknown in settings.keys() - known:
         raise UserError(f"{entry.name} has no setting '{unknown}'{nearest(unknown, known)}")
-    source, data = settings.get("source"), settings.get("data")
-    if isinstance(source, (Finished, Loaded)):
-        settings["source"] = str(source.folder)
-    if isinstance(source, torch.nn.Module) and "source" in known:
-        settings["source"] = f"{OBJECT} {type(source).__name__}"
-    else:
-        source = None
-    env = settings.get("env")
-    if "env" in known and env is not None and not isinstance(env, (str, os.PathLike)):
-        settings["env"] = f"{WORLD} {getattr(env, '__name__', type(env).__name__)}"
-    else:
-        env = None
-    if data is not None and not isinstance(data, (str, os.PathLike)) and "data" in known:
-        if "source" not in known:
-            raise UserError(f"{entry.name} takes data by name or as a folder, not a {type(data).__name__} object")
-        settings["data"] = f"{DATA} {type(data).__name__}"
-    else:
-        data = None
+    if isinstance(settings.get("source"), (Finished, Loaded)):
+        settings["source"] = settings["source"].folder
+    given = _objects(entry, settings, known)
     common = replace(Common(), {k: v for k, v in settings.items() if k in shared}, "etude.run")
     config = configure(module, entry, preset, {k: v for k, v in settings.items() if k not in shared})
-    given = {"source": source, "data": data, "env": env}
     return start(entry, module, config, common, preset, Path(out) if out is not None else None, given)
+
+
+def _objects(entry: Entry, settings: dict[str, Any], known: list[str]) -> dict[str, Any]:
+    """Take what is no name and no path out of the settings, and leave its kind there: by setting, what was handed over."""
+    given = {}
+    for name, words in OBJECTS.items():
+        thing = settings.get(name)
+        if name not in known or thing is None or isinstance(thing, (str, os.PathLike)):
+            continue
+        if name == "data" and "source" not in known:
+            raise UserError(f"{entry.name} takes data by name or as a folder, not a {type(thing).__name__} object")
+        if name == "source" and not isinstance(thing, torch.nn.Module):
+            continue  # refused with the other settings of a wrong type
+        given[name] = thing
+        settings[name] = f"{words} {getattr(thing, '__name__', type(thing).__name__)}"
+    return given
 
 
 def start(

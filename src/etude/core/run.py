@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, NoReturn, Protocol, TypeVar
 import torch
 from torch import nn
 
-from etude.core import checkpoint, record
+from etude.core import checkpoint, devices, record
 from etude.core.config import Range, Whole
 from etude.core.errors import RunError, UserError
 from etude.core.loaded import Loaded as Loaded  # what `sample` of a method's file is given
@@ -81,7 +81,7 @@ class Run:
         self.name, self.config, self.common, self.folder = name, config, common, folder
         self.seed = common.seed
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = pick_device(common.device)
+        self.device = devices.pick_device(common.device)
         self._on_cpu = self.device.type == "cpu"
         self.step = 0
         self.source: nn.Module | None = None  # given as `source` in Python: it has no place in config.json
@@ -132,7 +132,7 @@ class Run:
 
     def use_threads(self, count: int | None) -> None:
         """CPU threads from here on: `count`, or for None every core, shared with other ranks; ``--threads`` goes first."""
-        torch.set_num_threads(self.common.threads or count or _cores())
+        torch.set_num_threads(self.common.threads or count or devices.cores())
         self.record.threads = torch.get_num_threads()
 
     def suit_threads(self, module: nn.Module) -> None:
@@ -169,7 +169,7 @@ class Run:
             from torch.distributed.fsdp import fully_shard
 
             mesh = init_device_mesh(self.device.type, (self.world,))
-            for unit in _units(module):
+            for unit in devices.units(module):
                 fully_shard(unit, mesh=mesh)
             fully_shard(module, mesh=mesh)
             self._sharded = True
@@ -319,8 +319,8 @@ class Run:
         found = self._found
         if self.world > 1:
             whole = [grad for grad in grads if not hasattr(grad, "to_local")]
-            self._reduce([*whole, *_statistics(modules), *scalars.values()])
-            grads = [_local(grad) for grad in grads]
+            self._reduce([*whole, *devices.statistics(modules), *scalars.values()])
+            grads = [devices.local(grad) for grad in grads]
         if grads and (base := grads[0]._base) is not None and all(grad._base is base for grad in grads):
             grads = [base]  # views of one flat gradient vector: look at it once
         if grads:  # one dispatch marks `found` when any element is not finite; the factor 1 leaves them as they are
@@ -345,7 +345,7 @@ class Run:
                 raise RunError(f"{name} is {value.item()} {kept}")
         for module in modules:
             for name, p in module.named_parameters():
-                if p.grad is not None and not _local(p.grad).isfinite().all():
+                if p.grad is not None and not devices.local(p.grad).isfinite().all():
                     raise RunError(f"the gradient of {name} is not finite {kept}")
         raise RunError(f"a gradient on another rank is not finite {kept}")
 
@@ -396,13 +396,15 @@ class Run:
         """A state that is not finite replaces no checkpoint: whatever diverged, what is kept can be gone on from."""
         for name, thing in self._tracked.items():
             if isinstance(thing, nn.Module):
-                values = [*thing.parameters(), *_statistics((thing,))]
+                values = [*thing.parameters(), *devices.statistics((thing,))]
             elif isinstance(thing, torch.optim.Optimizer):
                 values = [value for slot in thing.state.values() for value in slot.values()]
             else:
                 continue
             tensors = [
-                _local(value) for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()
+                devices.local(value)
+                for value in values
+                if isinstance(value, torch.Tensor) and value.is_floating_point()
             ]
             if not all(bool(value.isfinite().all()) for value in tensors):
                 raise RunError(f"{name} is not finite after step {max(self.step - 1, 0)}; {self._kept()}")
@@ -462,49 +464,3 @@ class Run:
         torch.distributed.all_reduce(word, op=torch.distributed.ReduceOp.MAX)
         self._stop = word.item() == 2
         return word.item() == 1
-
-
-def _units(module: nn.Module) -> Iterator[nn.Module]:
-    """What is gathered and freed as one under ``--shard``: the children that have parameters.
-
-    Of a ModuleList or ModuleDict, which has no forward pass, it is the blocks inside; a single layer there stays with
-    the whole, for its weight may be used in several places (GPT's embedding is its last layer too).
-    """
-    for child in module.children():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            yield from (unit for unit in _units(child) if any(True for _ in unit.children()))
-        elif any(p.numel() for p in child.parameters()):
-            yield child
-
-
-def _local(grad: torch.Tensor) -> torch.Tensor:
-    """This rank's shard of a gradient, or the gradient itself where it is not sharded."""
-    return grad.to_local() if hasattr(grad, "to_local") else grad  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _statistics(modules: tuple[nn.Module, ...]) -> list[torch.Tensor]:
-    """Running means and variances of all batch-norm layers."""
-    named = [item for module in modules for item in module.named_buffers()]
-    return [buffer for name, buffer in named if name.endswith(("running_mean", "running_var"))]
-
-
-def _cores() -> int:
-    """The processor cores this process may use, shared with the other ranks on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-def pick_device(name: str) -> torch.device:
-    """The torch device of this name; ``auto`` is a GPU where there is one. Under torchrun each rank takes its own GPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device {name[:60]} cannot be used here; 'etude doctor' lists the devices of this machine"
-        ) from error
-    return device

@@ -86,7 +86,7 @@ class Config:
     """Steps between measurements and pictures (0: only at the end)."""
 
 
-# ten times the paper's rate, falling to 0, since 600 steps must do
+# ten times the paper's rate, falling to 0, since some hundred steps must do
 IMAGES = {"gradient_penalty": 10.0, "batch": 64, "latent": 64, "width": 32, "learning_rate": 1e-3}
 
 PRESETS = {

@@ -14,19 +14,11 @@ import etude
 from etude.basics.ensembles import build
 from etude.blocks.classifying.batches import subset
 from etude.core.randomness import fold
-from etude.core.run import Run
 from etude.data import images
 from etude.data.sets import Images, Split
 
 plain = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "plain_classifier.py")))
 TINY = {"preset": "tiny", "quiet": True, "seed": 0, "threads": 1}
-
-
-@pytest.fixture
-def _float64(monkeypatch):
-    """Every network of a run computes in float64, from the same float32 initial weights."""
-    place = Run.place
-    monkeypatch.setattr(Run, "place", lambda run, module: place(run, module).double())
 
 
 @pytest.fixture(autouse=True)

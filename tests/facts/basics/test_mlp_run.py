@@ -16,20 +16,12 @@ from etude.blocks.classifying.ensembles import reestimate
 from etude.blocks.classifying.recipe import DAMPING
 from etude.blocks.classifying.scores import accuracy
 from etude.core.randomness import fold
-from etude.core.run import Run
 from etude.data import images
 from etude.data.sets import Images, Split
 
 plain = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "plain_classifier.py")))
 SMALL = {"widths": (12, 8), "steps": 6, "batch": 20}
 TINY = {"preset": "tiny", "quiet": True, "seed": 0, "threads": 1}
-
-
-@pytest.fixture
-def _float64(monkeypatch):
-    """Every network of a run computes in float64, from the same float32 initial weights."""
-    place = Run.place
-    monkeypatch.setattr(Run, "place", lambda run, module: place(run, module).double())
 
 
 @pytest.fixture(autouse=True)

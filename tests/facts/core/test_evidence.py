@@ -118,6 +118,11 @@ def test_a_part_runs_in_a_process_of_its_own_whole_or_its_first_steps() -> None:
     refused = stage.perform(Part("basics/risk", "tiny", 1, {"noise": -1.0}))
     assert refused.refused
     assert "--noise is -1.0" in refused.failure
+    crashed = stage.perform(Part("basics/risk", "tiny", 1, swap={"minimise": "math.sqrt"}))
+    assert crashed.refused  # a mistake in a control proves nothing about a bar
+    assert "TypeError" in crashed.failure
+    infinite = stage.perform(Part("basics/risk", "tiny", 1, swap={"minimise": "tests_nulls.nowhere"}))
+    assert infinite.refused
 
 
 # ---------------------------------------------------------------------------------------------------------- traces

@@ -23,13 +23,6 @@ SMALL = {"steps": 4, "batch": 6, "examples": 40, "evaluate_every": 3, "shift": 0
 TINY = {"preset": "tiny", "quiet": True, "seed": 0, "threads": 1}
 
 
-@pytest.fixture
-def _float64(monkeypatch):
-    """Every network of a run computes in float64, from the same float32 initial weights."""
-    place = Run.place
-    monkeypatch.setattr(Run, "place", lambda run, module: place(run, module).double())
-
-
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
     monkeypatch.setattr("etude.blocks.classifying.scores.classifier_pictures", lambda *_: None)

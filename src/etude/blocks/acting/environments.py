@@ -108,7 +108,7 @@ def environment(env: str | Environment, given: Any = None) -> Environment:
         return env
     if given is not None:
         return _tried(Environment(env, _entry(given, env), own=True))
-    if env.startswith(launch.WORLD):
+    if env.startswith(launch.OBJECTS["env"]):
         raise UserError(f"the run acts in {env}, which ended with its Python session; start it again with env=…")
     place, _, name = env.rpartition(":")
     if place.endswith(".py") or env.endswith(".py"):

@@ -104,7 +104,7 @@ def resolve(run: Run, source: str, data: str, network: str = "lenet", steps: int
     one). Raises UserError when there is no such run, when it holds no classifier of images, or the data do not fit it.
     """
     for what, text, there in (("source", source, run.source), ("data", data, run.data)):
-        if text.startswith((launch.OBJECT, launch.DATA)) and there is None:
+        if text.startswith(launch.OBJECTS[what]) and there is None:
             raise UserError(
                 f"{run.folder} examined {text}, which ended with its Python session; run it again with {what}=…"
             )

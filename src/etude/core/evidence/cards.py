@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from etude import catalog
-from etude.catalog import Entry, Experiment
+from etude.catalog import Entry
 from etude.core import record
 from etude.core.checkpoint import write_text
+from etude.core.claims import Experiment
 from etude.core.digest import digest
 from etude.core.errors import UserError
 from etude.core.evidence import traces

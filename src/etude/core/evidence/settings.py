@@ -20,9 +20,10 @@ from typing import Any
 import torch
 
 from etude import catalog
-from etude.catalog import Entry, Idle
+from etude.catalog import Entry
 from etude.core import checkpoint, launch
 from etude.core import run as running
+from etude.core.claims import Idle
 from etude.core.config import Range
 from etude.core.errors import RunError, UserError
 

@@ -1,6 +1,6 @@
 """Where evidence runs a method: each run in a process of its own, so its seconds and its peak memory are its own.
 
-`perform` starts ``python -m etude.core.evidence.stage`` with a `Part` as JSON and reads what the run left. A part may
+`perform` starts ``python -m etude.core.evidence`` with a `Part` as JSON and reads what the run left. A part may
 replace functions of the method's file by others (a control's fault) and may end after the first steps (a trace).
 """
 
@@ -43,18 +43,18 @@ class Outcome:
     memory_mb: float = 0.0
     failure: str = ""
     refused: bool = False
-    """It was the settings that were refused (exit code 2), so nothing was run."""
+    """It did not run as it should: its settings were refused, or it crashed. A divergence, said in a sentence, is none."""
 
 
 def perform(part: Part, folder: Path | None = None) -> Outcome:
     """Run the part in a new process, in `folder` or in one that is deleted behind it."""
     with tempfile.TemporaryDirectory() as scratch:
         out = folder or Path(scratch) / "run"
-        words = [sys.executable, "-m", __spec__.name if __spec__ else __name__, json.dumps(asdict(part)), str(out)]
+        words = [sys.executable, "-m", "etude.core.evidence", json.dumps(asdict(part)), str(out)]
         finished = subprocess.run(words, check=False, capture_output=True, text=True)
         if finished.returncode:
             said = (finished.stderr.strip().splitlines() or ["it ended without a word"])[-1][-300:]
-            return Outcome(rows=_rows(out), failure=said, refused=finished.returncode == 2)
+            return Outcome(rows=_rows(out), failure=said, refused=finished.returncode != 1)
         sessions = json.loads((out / "environment.json").read_text(encoding="utf-8"))["sessions"]
         return Outcome(
             json.loads((out / "result.json").read_text(encoding="utf-8")),
@@ -103,7 +103,7 @@ def only(first: int) -> Iterator[None]:
 
 
 def main(words: list[str]) -> int:
-    """Run the part that `words` describes in the folder they name; 0, 1 or 2 as `etude run` would end."""
+    """Run the part that `words` describes in the folder they name; 0, 1 or 2 as `etude run` would end, 3 for a crash."""
     from etude.core import launch
 
     part, out = Part(**json.loads(words[0])), Path(words[1])
@@ -116,8 +116,7 @@ def main(words: list[str]) -> int:
     except RunError as error:
         print(error, file=sys.stderr)
         return 1
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 3
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

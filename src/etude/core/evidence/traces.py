@@ -12,7 +12,8 @@ import json
 import math
 from typing import Any
 
-from etude.catalog import Entry, Experiment
+from etude.catalog import Entry
+from etude.core.claims import Experiment
 from etude.core.evidence.stage import Outcome
 from etude.core.evidence.trials import Stage, part
 

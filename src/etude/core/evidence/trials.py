@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from etude.catalog import Control, Entry, Experiment
+from etude.catalog import Entry
+from etude.core.claims import Control, Experiment
 from etude.core.config import flag
 from etude.core.evidence.stage import Outcome, Part, perform
 
@@ -103,7 +104,7 @@ def judged(
 ) -> dict[str, Any]:
     """Whether the bar stands: every seed clears it in time, and against every control it held on every seed.
 
-    A control that ended in a failure (None) failed the bar; one that could not be run at all proves nothing.
+    A control that ended in a failure (None) failed the bar; one that was refused or crashed proves nothing.
     """
     for row in controls:
         beaten = any(value is not None and experiment.clears(value) for value in row["values"])

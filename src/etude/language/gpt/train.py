@@ -119,7 +119,7 @@ PRESETS = {
 }
 
 SETTINGS = {
-    "data": __file__,  # any text
+    "data": "tiny_shakespeare",
     "vocabulary": {"tokens": "bpe", "vocabulary": 300},
     "init": Idle("needs files of published weights, which a tiny run has not; the learning tests start from such"),
     "heads": 4,
