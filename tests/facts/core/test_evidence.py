@@ -146,6 +146,30 @@ def test_a_trace_tells_a_changed_number_from_rounding() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("whole", "start", "elsewhere", "said"),
+    [
+        (1.5, 0.2, False, ""),
+        (1.6, 0.2, False, "gain is 1.6, it was 1.5"),
+        (1.6, 0.2, True, ""),  # another processor rounds in another order: the first steps decide
+        (1.6, 0.3, True, "gain is 1.6, it was 1.5 (the card was made on another processor)"),
+        (1.5, 0.3, True, ""),
+    ],
+)
+def test_on_another_processor_the_first_steps_of_a_whole_trace_decide(
+    whole: float, start: float, elsewhere: bool, said: str
+) -> None:
+    played = {0: 1.5, traces.FIRST: 0.2}
+    stage = trials.Stage(None, lambda _: None, lambda part, _: result(gain=played[part.first]))
+    (name,), kept = traces.record(ENTRY, [GAIN], stage)
+    played |= {0: whole, traces.FIRST: start}
+    stage = trials.Stage(None, lambda _: None, lambda part, _: result(gain=played[part.first]))
+    found, made = traces.again(ENTRY, GAIN, kept[name], stage, elsewhere)
+    assert found == said
+    if not said:
+        assert made == kept[name]
+
+
 # ---------------------------------------------------------------------------------------------------------- digests
 
 

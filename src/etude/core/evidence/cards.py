@@ -82,11 +82,13 @@ def replay(entry: Entry) -> tuple[dict[str, Any] | None, str]:
     rows: list[dict[str, Any]] = []
     kept: dict[str, Any] = {}
     recorded = {row["name"]: row for row in card["experiments"]}
+    elsewhere = card["hardware"]["cpu"] != record.hardware()["cpu"]
     for experiment in (Experiment.of(values) for values in entry.experiments):
         row = recorded.get(experiment.name)
         reason = _other(experiment, row)
         if not reason and row is not None:
-            differs, made = traces.again(entry, experiment, card.get("traces", {}).get(row.get("trace")), stage)
+            before = card.get("traces", {}).get(row.get("trace"))
+            differs, made = traces.again(entry, experiment, before, stage, elsewhere)
             reason = differs and f"the trace of '{experiment.name}' differs: {differs}"
             row["trace"] = made.get("sha256", "")[:12]
             kept[row["trace"]] = made

@@ -28,24 +28,46 @@ KEPT = 12
 
 
 def record(entry: Entry, experiments: list[Experiment], stage: Stage) -> tuple[list[str], dict[str, dict[str, Any]]]:
-    """The name of each experiment's trace, and the traces by name; experiments that share a run share its trace."""
+    """The name of each experiment's trace, and the traces by name; experiments that share a run share its trace.
+
+    A whole trace has a `start` too, the trace of its first steps: float32 training goes apart within some hundred steps
+    where another processor rounds in another order, so elsewhere only the start can be compared.
+    """
     names, traces = [], {}
     for experiment in experiments:
         whole = stage.run(part(entry, experiment, experiment.seeds[0]))
-        first = 0 if whole.seconds <= SHORT and not whole.failure else FIRST
-        made = trace(stage.run(part(entry, experiment, experiment.seeds[0], first=first)), first)
+        made = _made(entry, experiment, FIRST, stage)
+        if whole.seconds <= SHORT and not whole.failure:
+            made = trace(whole, 0) | {"start": made}
         names.append(made["sha256"][:12])
         traces[names[-1]] = made
     return names, traces
 
 
-def again(entry: Entry, experiment: Experiment, before: Any, stage: Stage) -> tuple[str, dict[str, Any]]:
-    """Run the trace of an experiment once more: in what it differs from the one before ("": in nothing), and itself."""
+def again(
+    entry: Entry, experiment: Experiment, before: Any, stage: Stage, elsewhere: bool = False
+) -> tuple[str, dict[str, Any]]:
+    """Run the trace of an experiment once more: in what it differs from the one before ("": in nothing), and itself.
+
+    elsewhere: the card was made on another kind of processor; then a whole trace that differs still agrees if its start
+    does, and stays the one that is kept.
+    """
     if not isinstance(before, dict):
         return "it has no trace", {}
-    first = int(before["first"])
-    made = trace(stage.run(part(entry, experiment, experiment.seeds[0], first=first)), first)
-    return difference(before, made), made
+    made = _made(entry, experiment, int(before["first"]), stage)
+    start = before.get("start")
+    if start:
+        made["start"] = start
+    found = difference(before, made)
+    if found and elsewhere:
+        if start and not difference(start, _made(entry, experiment, FIRST, stage)):
+            return "", before
+        found += " (the card was made on another processor)"
+    return found, made
+
+
+def _made(entry: Entry, experiment: Experiment, first: int, stage: Stage) -> dict[str, Any]:
+    return trace(stage.run(part(entry, experiment, experiment.seeds[0], first=first)), first)
 
 
 def trace(outcome: Outcome, first: int) -> dict[str, Any]:
