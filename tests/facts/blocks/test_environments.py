@@ -137,7 +137,9 @@ def test_a_run_in_an_object_cannot_be_resumed_and_says_so(here):
 
 @pytest.mark.parametrize("env", ["walk.py:Walk", "registers:MyWalk-v0"])
 def test_a_resumed_run_does_not_execute_a_file_that_its_folder_names(env, here):
-    registers = SOURCE + "\ngymnasium.register('MyWalk-v0', entry_point=Walk)\n"  # what it imports from here wants trust
+    registers = (
+        SOURCE + "\ngymnasium.register('MyWalk-v0', entry_point=Walk)\n"
+    )  # what it imports from here wants trust
     (here / "registers.py").write_text(registers)
     run = etude.run("rl/q_learning", env=env, out=here / "run", **TABLE)
     _unfinish(run.folder)
