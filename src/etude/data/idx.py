@@ -1,4 +1,4 @@
-"""Read the IDX format of MNIST, Fashion-MNIST and KMNIST: any rank, any of its six types, plain or gzip.
+"""Read the IDX format of MNIST, Fashion-MNIST and KMNIST: any rank up to 64, any of its six types, plain or gzip.
 
 Format (LeCun, Cortes, Burges, yann.lecun.com/exdb/mnist): two zero bytes, a type code, the rank, one big-endian
 uint32 a dimension, then the values in C order, big-endian.
@@ -18,6 +18,8 @@ import numpy as np
 from etude.core.errors import UserError
 from etude.data.stream import Reader
 
+_RANK = 64
+"""The most dimensions that a NumPy array can have."""
 _TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
@@ -32,6 +34,8 @@ def read(path: Path | str, sha256: str | None = None, remedy: str = "put a whole
         if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _TYPES:
             raise reader.fail(f"is not an IDX file (magic number 0x{magic.hex()})")
         kind, rank = np.dtype(_TYPES[magic[2]]), magic[3]
+        if rank > _RANK:
+            raise reader.fail(f"announces {rank} dimensions in its header, more than {_RANK}")
         sizes = reader.read(4 * rank)
         if len(sizes) < 4 * rank:
             raise reader.fail("is truncated inside its header")

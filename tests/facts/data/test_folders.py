@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -246,6 +247,12 @@ def test_one_class_no_images_no_folder(tmp_path):
     fill(gap / "test", classes=("cat", "dog"), count=2)
     with pytest.raises(UserError, match="has the class 'dog', which"):
         data.images(gap)
+
+
+def test_a_class_name_that_cannot_be_written_is_refused(tmp_path):
+    fill(tmp_path, classes=("été", os.fsdecode(b"\xff\xfe")))
+    with pytest.raises(UserError, match=r"has the class folder '\\udcff\\udcfe', which is not plain text in UTF-8"):
+        data.images(tmp_path)
 
 
 @pytest.mark.parametrize(("count", "said"), [(1, "1 image"), (2, "2 images")])

@@ -84,6 +84,9 @@ def test_wrong_magic_extra_bytes_lying_header_checksum_and_absence(tmp_path, wri
     (tmp_path / "bomb.gz").write_bytes(gzip.compress(whole[:4] + struct.pack(">II", 2**31, 2**31) + bytes(10**5)))
     with pytest.raises(UserError, match="truncated, its header announces"):
         idx.read(tmp_path / "bomb.gz")
+    path.write_bytes(whole[:3] + b"\xff" + struct.pack(">255I", *[1] * 255) + b"\0")
+    with pytest.raises(UserError, match="announces 255 dimensions in its header, more than 64"):
+        idx.read(path)
     path.write_bytes(whole)
     assert idx.read(path, hashlib.sha256(whole).hexdigest()).shape == (2, 3)
     with pytest.raises(UserError, match=r"wrong checksum.*expected 000"):
