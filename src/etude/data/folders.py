@@ -89,8 +89,10 @@ def read(folder: Path, size: int | None = None, seed: int = 0, share: float = 0.
         split = f"{share:.0%} of the file names for testing, {(1 - share) * VALIDATION:.0%} for validation"
     classes = tuple(sorted(parts["train"]))
     for name in classes:
-        if not name.isprintable():  # bytes that are not UTF-8 come as lone surrogates, which no font and no file can write
-            raise UserError(f"{folder} has the class folder {ascii(name)}, which is not plain text in UTF-8: rename it.")
+        if any(
+            "\ud800" <= letter <= "\udfff" for letter in name
+        ):  # so come bytes that are not UTF-8; no file can hold them
+            raise UserError(f"{folder} has the class folder {name!a}, which is not text in UTF-8: rename it.")
     if len(classes) < 2:
         raise UserError(
             f"{folder} has only the class '{classes[0]}': put the images of every class into a folder of "

@@ -251,7 +251,7 @@ def test_one_class_no_images_no_folder(tmp_path):
 
 def test_a_class_name_that_cannot_be_written_is_refused(tmp_path):
     fill(tmp_path, classes=("été", os.fsdecode(b"\xff\xfe")))
-    with pytest.raises(UserError, match=r"has the class folder '\\udcff\\udcfe', which is not plain text in UTF-8"):
+    with pytest.raises(UserError, match=r"has the class folder '\\udcff\\udcfe', which is not text in UTF-8"):
         data.images(tmp_path)
 
 
