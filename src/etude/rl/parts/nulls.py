@@ -9,3 +9,8 @@ from torch import Tensor
 def unmasked_target(reward: Tensor, terminated: Tensor, next_value: Tensor, gamma: float) -> Tensor:
     """The notes' y = r + γ V(s') (E93): a value stands behind the end of the task too. For `returns.td_target`."""
     return torch.add(reward, next_value, alpha=gamma).detach()
+
+
+def past_returns(reward: Tensor, gamma: float = 1.0, to_go: bool = True) -> Tensor:
+    """Σ_{t' < t} r_t', what an action cannot change any more (7.3.4.1 the wrong way round). For `whole_episodes.returns`."""
+    return reward.cumsum(-1) - reward
