@@ -1,0 +1,1 @@
+"""What only the methods of this room share."""
