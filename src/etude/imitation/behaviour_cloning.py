@@ -35,7 +35,9 @@ Differences:
   of its reasons, and is lost after its first error.
 - Choices look at the validation episodes, and test_loss is of others again. The scores are of fresh worlds.
 
-Expect: TODO
+Expect: CPU, seeds 0-2. Obstacle, 1,000 episodes: squared error crashes in 100 %, mixture in 0.4 to 0.7 %, autoregressive in 0.3 to
+1.5 %, latent in 1.0 to 1.6 %; 5 to 20 s. CartPole from 20 episodes: 500 of 500; without its velocities history gets 500 (20 s), the
+best answer to what is seen now 42. Bishop's sinusoid: −1.07 nats with three Gaussians, −0.57 with one (the notes' oracle: −0.92).
 
 Command: `etude run imitation/behaviour_cloning --policy mixture --expert obstacle`
 """
@@ -154,7 +156,7 @@ SETTINGS = {
     "width": {"policy": "history", "width": 63},
     "latent": {"policy": "latent", "latent": 3},
     "bins": {"policy": "autoregressive", "bins": 20},
-    "keep_best": {"learning_rate": 0.5, "keep_best": False},
+    "keep_best": {"learning_rate": 0.5, "schedule": "constant", "keep_best": False},
 }
 
 AVERAGE = Control("the average of the ways (squared error)", {"policy": "markov"})

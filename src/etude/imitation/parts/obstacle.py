@@ -118,7 +118,7 @@ def picture(recordings: Sequence[tuple[str, Recording]], shown: int = 40) -> Fig
             axes.plot(way[:, 0], way[:, 1], color=colour, linewidth=1.0, alpha=0.6)
             if total < 0:
                 axes.plot(*way[-1], "x", color=colour, markersize=5)
-        axes.set(xlim=(-0.75, 0.75), ylim=(-0.1, 1.45), aspect="equal", xticks=[], yticks=[], facecolor=PAPER)
+        axes.set(xlim=(-0.55, 0.55), ylim=(-0.1, 1.0), aspect="equal", xticks=[], yticks=[], facecolor=PAPER)
         axes.spines[:].set_color(RULE)
         axes.set_title(name, fontsize=9, color=INK, parse_math=False)
     return figure
