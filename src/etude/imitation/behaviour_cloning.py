@@ -19,7 +19,6 @@ Algorithm: (notes, 7.1.3 and 7.1.4)
     5. let π_θ act in the world itself, where what it sees follows from what it did
 
 Differences:
-- E76 (notes 7.1.2): given s_(t−1) alone the next state is not independent of the past; the action belongs to the condition.
 - E77 (7.1.4.2): the weights of a mixture must be a softmax, its likelihood is summed as logarithms (logsumexp), and u_i is a
   mean. σ is bounded below by --least-sigma, smoothly: recorded actions that repeat exactly have no finite likelihood.
 - Observations and continuous actions are brought to mean 0 and deviation 1 by the training episodes; losses of mixture
@@ -35,9 +34,9 @@ Differences:
   of its reasons, and is lost after its first error.
 - Choices look at the validation episodes, and test_loss is of others again. The scores are of fresh worlds.
 
-Expect: CPU, seeds 0-2. Obstacle, 1,000 episodes: squared error crashes in 100 %, mixture in 0.4 to 0.7 %, autoregressive in 0.3 to
-1.5 %, latent in 1.0 to 1.6 %; 5 to 20 s. CartPole from 20 episodes: 500 of 500; without its velocities history gets 500 (20 s), the
-best answer to what is seen now 42. Bishop's sinusoid: −1.07 nats with three Gaussians, −0.57 with one (the notes' oracle: −0.92).
+Expect: CPU, seeds 0-2. Obstacle, 1,000 episodes: squared error crashes in 100 %, mixture in 0.4 to 0.7 %, autoregressive in
+0.3 to 1.5 %, latent in 1.0 to 1.6 %; 5 to 20 s. CartPole from 20 episodes: 500 of 500. Without its velocities history gets 500
+(20 s), the best answer to what is seen now 42. Bishop's sinusoid: −1.07 nats with three Gaussians, −0.57 with one.
 
 Command: `etude run imitation/behaviour_cloning --policy mixture --expert obstacle`
 """
