@@ -89,9 +89,8 @@ def read(folder: Path, size: int | None = None, seed: int = 0, share: float = 0.
         split = f"{share:.0%} of the file names for testing, {(1 - share) * VALIDATION:.0%} for validation"
     classes = tuple(sorted(parts["train"]))
     for name in classes:
-        if any(
-            "\ud800" <= letter <= "\udfff" for letter in name
-        ):  # so come bytes that are not UTF-8; no file can hold them
+        # bytes that are not UTF-8 come as lone surrogates, which no file can hold
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
             raise UserError(f"{folder} has the class folder {name!a}, which is not text in UTF-8: rename it.")
     if len(classes) < 2:
         raise UserError(
