@@ -36,7 +36,7 @@ def record(entry: Entry, experiments: list[Experiment], stage: Stage) -> tuple[l
     names, traces = [], {}
     for experiment in experiments:
         whole = stage.run(part(entry, experiment, experiment.seeds[0]))
-        made = _made(entry, experiment, FIRST, stage)
+        made: dict[str, Any] = _made(entry, experiment, FIRST, stage)
         if whole.seconds <= SHORT and not whole.failure:
             made = trace(whole, 0) | {"start": made}
         names.append(made["sha256"][:12])

@@ -1,0 +1,56 @@
+"""What the numbers of a run mean: a method's own METRICS, and the words that all methods share.
+
+``METRICS = {"overestimation": "max Q of the states …", "variance_*": "…"}`` stands beside SETTINGS in a method's file. A name
+may end in ``*``; the split in front of a number (``train_``, ``validation_``, ``test_``) need not be written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+SHARED = {
+    "loss": "the mean of the objective over a mini-batch",
+    "train_loss": "mean loss on the training split",
+    "validation_loss": "mean loss on the validation split",
+    "test_loss": "mean loss on the test split, scored once, at the end",
+    "accuracy": "share of examples whose class is answered rightly",
+    "error": "mean squared error",
+    "nll": "mean negative log-likelihood of the right class (nats)",
+    "gradient_norm": "Euclidean norm of the gradient over all parameters, before clipping",
+    "env_steps": "environment steps taken, over all worlds",
+    "episodes": "episodes that ended",
+    "training_return": "mean undiscounted return of the last episodes of training, exploration included",
+    "updates": "updates of the parameters",
+}
+"""Names that mean the same in every method."""
+
+SPLITS = {
+    "train_": "on the training split",
+    "validation_": "on the validation split, by which choices are made",
+    "test_": "on the test split, scored once, at the end",
+}
+
+
+def meaning(name: str, own: dict[str, str]) -> str:
+    """What a returned number means, in the words of the method or the shared ones; empty where nobody says."""
+    for words in (own, SHARED):
+        if said := _found(name, words):
+            return said
+        for split, where in SPLITS.items():
+            if name.startswith(split) and (said := _found(name.removeprefix(split), words)):
+                return f"{said}, {where}"
+    return ""
+
+
+def explained(names: Iterable[str], own: dict[str, str]) -> list[tuple[str, str]]:
+    """(name or pattern, meaning) of these returned numbers, each pattern of the method's own once, in their order."""
+    rows: dict[str, str] = {}
+    for name in names:
+        pattern = next((key for key in own if "*" in key and fnmatchcase(name, key) and name not in own), name)
+        rows[pattern] = meaning(name, own)
+    return list(rows.items())
+
+
+def _found(name: str, words: dict[str, str]) -> str:
+    return words.get(name) or next((said for key, said in words.items() if fnmatchcase(name, key)), "")
