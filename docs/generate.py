@@ -105,6 +105,8 @@ def method_page(entry: Entry, rows: list[dict[str, Any]]) -> str:
         (f"`{name}`", code(preset["changes"]), prose(preset["expect"])) for name, preset in entry.presets.items()
     ]
     parts += ["## Presets", table(("preset", "changes", "time → score"), presets)]
+    if entry.numbers:
+        parts += ["## Numbers", table(("returned", "meaning"), [(code(n), prose(said)) for n, said in entry.numbers])]
     parts += ["## Evidence", evidence(entry)]
     races = [row for row in rows if concerns(row, entry)]
     if races:

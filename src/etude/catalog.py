@@ -25,6 +25,7 @@ from etude.core.claims import Idle as Idle
 from etude.core.claims import called, literal
 from etude.core.digest import digest, files_digest
 from etude.core.errors import UserError, nearest
+from etude.core.meanings import explained
 
 PACKAGE = Path(__file__).resolve().parent
 NOT_ROOMS = {"core", "blocks", "data", "optim", "_results", "cli", "__pycache__"}
@@ -102,6 +103,20 @@ class Entry:
             return []
         calls = (call for call in ast.walk(assigned["EXPERIMENTS"]) if called(call) == "Experiment")
         return [literal(call, assigned) for call in calls]
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """METRICS: what the numbers that `train` returns mean, beside the words that all methods share."""
+        assigned = {_target(node): node.value for node in self.tree.body if isinstance(node, ast.Assign)}
+        return literal(assigned["METRICS"], assigned) if "METRICS" in assigned else {}
+
+    @property
+    def numbers(self) -> list[tuple[str, str]]:
+        """(name, meaning) of the numbers that the experiments judge, that the card recorded, and that METRICS names."""
+        traces = (self.card or {}).get("traces")
+        recorded = [name for trace in traces.values() for name in trace["returned"]] if isinstance(traces, dict) else []
+        names = dict.fromkeys([*(experiment["metric"] for experiment in self.experiments), *recorded])
+        return explained([*names, *(name for name in self.metrics if name not in names)], self.metrics)
 
     @property
     def samples(self) -> bool:

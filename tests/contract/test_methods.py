@@ -38,6 +38,7 @@ from etude.core.config import check
 from etude.core.evidence.cards import test_files as evidence_files
 from etude.core.evidence.settings import another
 from etude.core.evidence.stage import swapped
+from etude.core.meanings import meaning
 from etude.core.randomness import fold
 from etude.core.run import Run
 from etude.core.spec import Spec
@@ -289,6 +290,14 @@ def test_tiny_run_leaves_a_whole_folder(case: Case) -> None:
         assert experiment.metric in result, (
             f"experiment '{experiment.name}' reads a metric that the run does not return"
         )
+
+
+def test_returned_numbers_have_a_meaning(case: Case) -> None:
+    """METRICS or the shared words say what each number is, in a line."""
+    own, result = case.entry.metrics, json.loads((case.first / "result.json").read_text(encoding="utf-8"))
+    mute = [name for name in result if not meaning(name, own)]
+    assert not mute, f"METRICS in {case.entry.path.name} does not say what these numbers are: {', '.join(mute)}"
+    assert all(0 < len(said) <= 125 and not said.endswith(".") for said in own.values())
 
 
 def test_tiny_run_is_short(case: Case) -> None:

@@ -57,11 +57,14 @@ class Enough(BaseException):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=("settings", "folders", []), default=["settings", "folders"])
+    parser.add_argument("what", nargs="*", metavar="settings|folders", help="what to damage (default: both)")
     parser.add_argument("--cases", type=int, help="how many of each kind (default: 2000 settings, 1000 folders)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="methods whose name contains this")
     options = parser.parse_args()
+    options.what = options.what or ["settings", "folders"]
+    if strange := set(options.what) - {"settings", "folders"}:
+        parser.error(f"there is no {strange.pop()} to fuzz; take settings or folders")
     failures = 0
     with tempfile.TemporaryDirectory(prefix="etude-fuzz-") as scratch:
         os.environ |= {"ETUDE_CACHE": f"{scratch}/cache", "ETUDE_RUNS": f"{scratch}/runs", "OMP_NUM_THREADS": "1"}
@@ -241,7 +244,7 @@ def folders(chance: random.Random, only: str) -> Iterator[tuple[str, Callable[[]
                         name, preset="tiny", steps=4, quiet=True, out=f"whole-{index}", device="cpu", **extra
                     ).folder
                 )
-    for _ in itertools.count():
+    while whole:
         folder = chance.choice(whole)
         files = sorted(
             path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.suffix != ".html"

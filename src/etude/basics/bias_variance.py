@@ -80,6 +80,18 @@ PRESETS = {
 
 RIDGE = Control("a ridge penalty that holds the fits down", flags={"l2": 10.0})
 MORE = Control("twice the samples", flags={"samples": 40})
+METRICS = {
+    "error": "mean squared error against the true function at the best degree: bias² + variance there",
+    "best_degree": "degree whose error against the true function is least",
+    "train_best_degree": "degree whose error on its own training points is least",
+    "closed_form_error": "largest relative difference, over degrees, of the measured error from its closed form",
+    "identity_error": "largest relative difference of bias² + variance from the error",
+    "noise_term": "what noisy fresh observations add to the error at the best degree; σ² if all is right",
+    "train_noise_term": "the same measured on the training points, where it is too small: the fit has followed their noise",
+    "bias_squared_*": "squared distance of the mean fit of this degree from the truth",
+    "variance_*": "mean squared distance of the fits of this degree from their mean",
+}
+
 EXPERIMENTS = (
     Experiment(
         "identity", preset="default", metric="identity_error", bar=1e-10, better="lower",

@@ -79,6 +79,13 @@ PRESETS = {
     "default": Config(),  # 4 s → not finite after some 18 steps without clipping; loss 0.03 with
 }
 
+METRICS = {
+    "diverged": "1 if the unclipped network ended in numbers that are not finite, else 0",
+    "unclipped_steps": "steps that the unclipped network survived",
+    "test_loss_*": "mean squared error on fresh sequences; always answering 1 has 1/6",
+    "largest_gradient_*": "largest Euclidean norm that a gradient had before it was clipped",
+}
+
 EXPERIMENTS = (
     Experiment(
         "unclipped_diverges", preset="default", metric="diverged", bar=1.0,

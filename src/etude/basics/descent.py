@@ -90,6 +90,15 @@ PRESETS = {
 }
 
 QUICK = {"frames": 0}  # a control draws no animation
+METRICS = {
+    "steps_*": "steps after which this optimizer stays within --tolerance of the valley's minimum; missing if it never does",
+    "momentum_speedup": "steps of gradient descent over steps of momentum, in the valley",
+    "escaped": "optimizers (Newton and the noisy one not counted) that left the saddle from their start beside it",
+    "saddle_distance_newton": "distance of undamped Newton from the saddle at the end: it is drawn to it",
+    "ridge_escaped_noisy": "1 if gradient descent with noise left the saddle from its ridge",
+    "ridge_escaped_others": "optimizers without noise that left the saddle from its ridge",
+}
+
 EXPERIMENTS = (
     Experiment(
         "momentum", preset="default", metric="momentum_speedup", bar=8.157, better="near", tolerance=0.5, seeds=(0,),

@@ -115,6 +115,27 @@ PRESETS = {
     ),
 }
 
+METRICS = {
+    "test_accuracy": "accuracy of the ensemble on the test split, combined as --combine says",
+    "test_loss": "mean cross-entropy of the ensemble on the test split, combined as --combine says (nats)",
+    "test_probability_accuracy": "accuracy of the mean of the members' probabilities",
+    "test_vote_accuracy": "accuracy of the majority of the members' votes",
+    "test_member_accuracy": "mean accuracy of one member",
+    "test_averaged_accuracy": "accuracy of one network with the mean of the members' weights",
+    "test_nll": "negative log-likelihood of the mean of the members' probabilities (nats)",
+    "test_member_nll": "mean negative log-likelihood of one member (nats)",
+    "test_averaged_nll": "negative log-likelihood of one network with the mean of the members' weights (nats)",
+    "nll_gain": "what the mean of probabilities saves of a member's negative log-likelihood (nats)",
+    "averaged_gain": "accuracy of the averaged weights less that of a member",
+    "averaged_nll_gain": "what averaged weights save of a member's negative log-likelihood (nats)",
+    "jensen_slack": "the least gain of an example under the mean of probabilities; never below 0, by Jensen",
+    "vote_slack": "the same under votes, where nothing keeps it above 0",
+    "correlation": "correlation ρ of the members' errors in their probabilities",
+    "variance": "mean variance σ² of one member's error",
+    "variance_of_mean": "variance of the mean of the members; ρσ² + (1 − ρ)σ²/M",
+    "disagreement": "share of pairs of members that answer an image differently",
+}
+
 EXPERIMENTS = (
     Experiment(
         "5 initialisations: NLL below one member's mean",

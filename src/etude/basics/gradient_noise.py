@@ -75,6 +75,13 @@ PRESETS = {
     "mnist": Config(data="mnist", examples=2048, draws=2000),
 }
 
+METRICS = {
+    "error_with": "largest relative deviation of the gradient's variance from its closed form, drawn with replacement",
+    "error_without": "the same drawn without replacement, whose variance is smaller",
+    "whole_set_variance": "variance of the gradient of the whole set, as a share of one example's; 0",
+    "error_stationary": "largest relative deviation of the iterates' variance from its limit",
+}
+
 EXPERIMENTS = (
     Experiment(
         "with_replacement", preset="default", metric="error_with", bar=0.026, better="lower",

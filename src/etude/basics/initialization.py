@@ -76,6 +76,15 @@ PRESETS = {
     "mnist": Config(data="mnist", images=10_000),  # 10 s → no dead unit among 512
 }
 
+METRICS = {
+    "rms_*": "root mean square of z in the last layer: activation function, draw",
+    "relu_error": "largest deviation of ReLU networks from the closed form, in doublings (log₂)",
+    "linear_error": "largest deviation of linear networks from the closed form, in doublings (log₂)",
+    "inactive_images*": "share of (unit, image) pairs whose ReLU is at 0, in one layer at He's draw",
+    "dead_images*": "share of units whose ReLU is at 0 for every image",
+    "dead_last_layer": "share of units of the last layer of the deep network that are at 0 for every input",
+}
+
 EXPERIMENTS = (
     Experiment(
         "relu_he", preset="default", metric="rms_relu_he", bar=1.414, better="near", tolerance=0.265,

@@ -78,6 +78,12 @@ PRESETS = {
     "mnist": Config(data="mnist", steps=400, evaluate_every=100),  # 10 s → 0.93 with, 0.11 without
 }
 
+METRICS = {
+    "test_accuracy_*": "accuracy on the test split with and without batch normalisation",
+    "spread_*": "standard deviation of the last hidden layer over inputs, before training; 0: it answers all inputs alike",
+    "slope_*": "rms of the loss's gradient at the first hidden layer over that at the last, before training; near 0: it vanishes",
+}
+
 EXPERIMENTS = (
     Experiment(
         "digits_with", preset="default", metric="test_accuracy_with", bar=0.954,

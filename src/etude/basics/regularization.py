@@ -93,6 +93,18 @@ TRAINING = Control(
 )
 SAME = Control("weight decay λ, not 2λ", swap={"weight_decay": "etude.basics.parts.statistics_nulls.same_number"})
 TOLD = "All the data and nothing drawn: one seed says all."
+METRICS = {
+    "test_error": "mean squared error on the test examples of the λ that validation chose",
+    "test_gain": "share of the test error that this λ takes from the better end of the path",
+    "validation_error": "mean squared error on the validation examples of the chosen λ",
+    "best_l2": "the λ of least validation error",
+    "norm_ratio": "largest ‖θ‖ at a λ over that at the next smaller one; below 1: a larger λ always pulls harder",
+    "objective": "the regularised loss at its minimum",
+    "newton_steps": "Newton steps taken to that minimum",
+    "decay_gap": "largest difference of θ between gradient descent on the penalty and with weight decay; 0",
+    "sgd_distance": "distance of gradient descent's last θ from the minimum",
+}
+
 EXPERIMENTS = (
     Experiment(
         "norm", preset="default", metric="norm_ratio", bar=0.99999, better="lower", controls=(UNPENALISED,),

@@ -84,7 +84,8 @@ def info(words: list[str]) -> int:
     options = parser.parse_args(words)
     entry = catalog.find(options.method)
     if options.json:
-        more = {"contract": entry.contract, "fields": entry.fields, "presets": entry.presets}
+        more: dict[str, Any] = {"contract": entry.contract, "fields": entry.fields, "presets": entry.presets}
+        more["numbers"] = dict(entry.numbers)
         evidence = {"experiments": entry.experiments, "card": entry.card, "source": str(entry.path)}
         print_json(entry.summary() | more | evidence)
         return 0
@@ -108,6 +109,12 @@ def info(words: list[str]) -> int:
     for name, preset in entry.presets.items():
         grid.add_row(name, plain(preset["changes"]), f"[dim]{preset['expect']}[/]")
     screen.print(grid)
+    if entry.numbers:
+        screen.print("\n[bold]Numbers[/]")
+        grid = table()
+        for name, said in entry.numbers:
+            grid.add_row(f"[cyan]{name}[/]", plain(said))
+        screen.print(grid)
     screen.print("\n[bold]Evidence[/]")
     screen.print(
         _evidence_table(entry) if entry.card else f"none recorded yet; write it with: etude verify {entry.name}"

@@ -89,6 +89,8 @@ def _explain(parts: dict[str, Any], words: list[str], prog: str) -> str:
                 return f"{name} takes no value, but '{values[0]}' follows it ({prog} --help)"
         elif not values:
             return f"{name} needs a value: {describe(hint)}"
+        elif short := [text for text in values[1:] if len(text) == 2 and text[0] == "-" and text[1].isalpha()]:
+            return f"{prog} has no flag '{short[0]}'; flags are written out, as in --quiet ({prog} --help)"
         elif not all(_reads_as(text, hint) for text in values) or ("tuple" not in str(hint) and len(values) > 1):
             return f"{name} is '{' '.join(values)}'; it must be {describe(hint)}"
     return ""

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 SHARED = {
-    "loss": "the mean of the objective over a mini-batch",
+    "loss": "mean of the objective over a mini-batch",
     "train_loss": "mean loss on the training split",
     "validation_loss": "mean loss on the validation split",
     "test_loss": "mean loss on the test split, scored once, at the end",
@@ -18,9 +18,27 @@ SHARED = {
     "error": "mean squared error",
     "nll": "mean negative log-likelihood of the right class (nats)",
     "gradient_norm": "Euclidean norm of the gradient over all parameters, before clipping",
+    "modes": "modes that got their samples: Gaussians of the ring, or classes that a judge sees often enough",
+    "share": "share of the samples that lie within three standard deviations of a mode",
+    "frechet_distance": "Fréchet distance of two Gaussians, fitted to the samples and to the data",
+    "frechet_ratio": "Fréchet distance over that of the untrained generator",
+    "lenet_frechet_distance": "Fréchet distance between features that a trained LeNet sees in samples and in images",
+    "judge_accuracy": "accuracy of that LeNet, whose judgement is used",
+    "distance": "exact Wasserstein distance between samples and fresh data",
+    "distance_ratio": "the critic's estimate of that distance over the exact one; 1 is best",
+    "greedy_return": "mean undiscounted return of episodes in which the likeliest or best action is taken",
+    "greedy_return_low": "the least of these returns",
+    "sampled_return": "mean undiscounted return of episodes in which actions are drawn from the policy",
+    "training_return": "mean undiscounted return of the last episodes of training, exploration included",
+    "episode_length": "steps of an episode",
+    "learner_return": "mean undiscounted return of the policy that was learned",
+    "learner_return_low": "the least of these returns",
+    "expert_return": "mean undiscounted return of the expert in the same worlds",
+    "training_steps": "recorded steps that were learned from",
+    "crash_share": "share of the episodes that ended in a crash",
+    "rarer_side_share": "share of the episodes that passed on the side that fewer took; 0: one way was forgotten",
     "env_steps": "environment steps taken, over all worlds",
     "episodes": "episodes that ended",
-    "training_return": "mean undiscounted return of the last episodes of training, exploration included",
     "updates": "updates of the parameters",
 }
 """Names that mean the same in every method."""

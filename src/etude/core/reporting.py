@@ -25,6 +25,7 @@ def write_report(entry: Entry, folder: Path) -> Path:
             docs=contract["claim"].partition("\n")[2].strip(),
             fields=tuple((field["name"], field["help"]) for field in entry.fields),
             bars=tuple(entry.experiments),
+            metrics=entry.metrics,
             card=entry.card,
             samples=entry.samples,
         ),

@@ -103,6 +103,17 @@ SETTINGS = {
     "data": "mnist",
 }
 
+METRICS = {
+    "test_accuracy": "accuracy of the examined network on the examined images",
+    "faithfulness": "correlation of the guided map's sum over random sets of pixels with what erasing them changes",
+    "plain_faithfulness": "the same of the plain gradient",
+    "sanity_last": "rank correlation of the guided map with that of the network whose last layer is shuffled",
+    "sanity_all": "rank correlation of the guided map with that of the network whose weights are all shuffled",
+    "plain_sanity_*": "the same of the plain gradient",
+    "sanity_gap": "by how much the guided map looks more alike than the plain gradient after the last layer is shuffled",
+    "sanity_all_gap": "the same after all weights are shuffled",
+}
+
 EXPERIMENTS = (
     Experiment(
         "the finding of Adebayo et al.",

@@ -104,6 +104,14 @@ SETTINGS = {
     "data": "mnist",
 }
 
+METRICS = {
+    "test_accuracy": "accuracy of the examined network on the examined images",
+    "faithfulness": "correlation of the map's sum over random sets of pixels with what erasing them changes; 1 is best",
+    "faithfulness_*": "the same of a map that knows less: a blob, the image, chance, shuffled weights",
+    "drop_*": "what erasing the pixels that this map ranks first takes from the probability of the class",
+    "sanity_*": "rank correlation with the map after the last layer (all layers) was shuffled; near 0 is best",
+}
+
 NULLS = (
     Control("a blob in the centre", metric="faithfulness_centre"),
     Control("the image itself", metric="faithfulness_image"),

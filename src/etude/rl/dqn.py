@@ -154,6 +154,11 @@ SETTINGS = {
     "keep_best": {"steps": 3000, "updates": 100, "evaluate_every": 256, "keep_best": False},
 }
 
+METRICS = {
+    "last_greedy_return": "mean return of the last network's greedy policy; greedy_return is the best one's with --keep-best",
+    "overestimation": "max Q of the first states less the discounted return that followed",
+}
+
 EXPERIMENTS = (
     Experiment(
         "cartpole", preset="default", metric="greedy_return", bar=475.0, seeds=(0, 1, 2),

@@ -107,6 +107,10 @@ SETTINGS = {
     "evaluation_episodes": Idle("a world with tables is scored exactly; a test runs one without"),
 }
 
+METRICS = {
+    "q_error": "largest |Q − Q*| over the pairs that were visited, where Q* can be computed",
+}
+
 EXPERIMENTS = (
     Experiment(
         "frozen_lake", preset="default", metric="greedy_return", bar=0.70,

@@ -126,6 +126,10 @@ SETTINGS = {
 
 PROBE = {"episodes": 8, "probe_episodes": 1024, "final_episodes": 1}  # one update: only the probe counts
 
+METRICS = {
+    "variance_ratio": "variance of the gradient's estimate over that of the full return without a baseline",
+}
+
 EXPERIMENTS = (
     Experiment(
         "cartpole", preset="default", metric="sampled_return", bar=475.0,

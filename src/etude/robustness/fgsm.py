@@ -101,6 +101,16 @@ SETTINGS = {
 SIGNS = Control("random signs of the same size", metric="noise_error")
 AWAY = Control("a step against the gradient", metric="reversed_error")
 
+METRICS = {
+    "accuracy_at_*": "accuracy on images attacked at this ε",
+    "clean_accuracy": "accuracy on the same images, not attacked",
+    "attacked_error": "share answered wrongly at the largest ε",
+    "attacked_confidence": "mean probability of the answer where it is wrong, at the largest ε",
+    "noise_error": "share answered wrongly if the signs are drawn by chance, at the largest ε",
+    "reversed_error": "share answered wrongly if the step goes the other way, at the largest ε",
+    "target_reached": "share answered with the --target class at the largest ε",
+}
+
 EXPERIMENTS = (
     Experiment(
         "softmax at 0.25",

@@ -6,6 +6,7 @@ import math
 import re
 from typing import Any
 
+from etude.core.meanings import explained
 from etude.core.report.charts import Axis, unit_of
 from etude.core.report.reading import HUGE, Contract, Record, as_dict, as_float, as_list, is_number, same
 from etude.core.report.words import duration, escape, html_table, inline, number, spaced, tick
@@ -49,6 +50,9 @@ def headline(record: Record, contract: Contract) -> str:
     if rest:
         cells = "".join(f"<div><dt>{escape(spaced(n))}</dt><dd>{number(result[n])}</dd></div>" for n in rest)
         out.append(f'<dl class="small">{cells}</dl>')
+    told = [(spaced(name), said) for name, said in explained(result, contract.metrics) if said]
+    if told:
+        out.append(f"<details><summary>What these numbers mean</summary>{html_table(['', ''], told)}</details>")
     return "".join(out)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,8 @@ class Contract:
     bars: tuple[dict[str, Any], ...] = ()
     """Bars to hold results against: ``metric``, ``bar``, ``better`` ("higher" or "lower"), ``published`` (text), and
     where known ``name``, ``preset`` and ``flags`` (the settings the bar was set for)."""
+    metrics: dict[str, str] = field(default_factory=dict)
+    """What the method's own numbers mean, by name (`etude.core.meanings`)."""
     card: dict[str, Any] | None = None
     """The evidence card that ``etude verify`` wrote, if any."""
     samples: bool = True

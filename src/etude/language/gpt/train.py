@@ -128,6 +128,11 @@ SETTINGS = {
     "sample_every": 10,
 }
 
+METRICS = {
+    "test_nats_per_character": "negative log-likelihood of the test text over its characters (nats)",
+    "test_bigram_nats_per_character": "the same of pairs of tokens counted in the training text, the model to beat",
+}
+
 EXPERIMENTS = (
     Experiment(
         "shakespeare",

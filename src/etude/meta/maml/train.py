@@ -128,6 +128,15 @@ SETTINGS = {
 
 BEFORE = Control("before any gradient step", metric="test_error_0")
 UNTRAINED = Control("an untrained network, adapted in the same way", flags={"steps": 1})
+METRICS = {
+    "test_error_*": "mean squared error on new tasks after this many inner steps",
+    "test_accuracy_*": "accuracy on new tasks after this many inner steps",
+    "test_joint_error_*": "the same of a network trained on all tasks together, then tuned at its own best rate",
+    "test_joint_accuracy_*": "the same of a network trained on all tasks together, then tuned at its own best rate",
+    "joint_inner_learning_rate": "the inner learning rate that validation chose for that network",
+    "test_times_better_*": "joint error over ours after this many inner steps",
+}
+
 EXPERIMENTS = (
     Experiment(
         "sinusoid, one step",
