@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from etude.core.report import Contract, render, tiles
+from etude.core.report import Contract, render, tiles, words
 from etude.core.report.charts import Axis, chart, smooth, thin, value_axis
 from etude.core.report.headline import published_number
 from etude.core.report.reading import Series as S
@@ -454,6 +454,12 @@ def test_long_filmstrips_and_heavy_pictures_stay_light(run: Path, monkeypatch: p
     assert base64.b64decode(sources[1].partition(",")[2]) == (run / "artifacts/film.gif").read_bytes()
     monkeypatch.setattr(tiles, "ANIMATION_BYTES", 10)
     assert "first frame" in page(run).text
+
+
+def test_numbers_in_a_cell_are_as_short_as_one_alone() -> None:
+    table = words.html_table(["", ""], [["list", [1 / 3, 1, 2e-7]], ["object", {"σ²": 1 / 9}], ["none", []]])
+    assert "0.3333 · 1 · 2e−7" in table
+    assert "σ² 0.1111" in table
 
 
 @pytest.mark.parametrize(

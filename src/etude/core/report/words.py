@@ -140,11 +140,20 @@ def prose(text: str) -> str:
     return "".join(out)
 
 
+def _several(value: Any) -> str:
+    """The numbers of a list or of an object, as short as a single one is; "" for anything else."""
+    if isinstance(value, list) and value and all(map(is_number, value)):
+        return " · ".join(map(number, value))
+    if isinstance(value, dict) and value and all(map(is_number, value.values())):
+        return " · ".join(f"{name} {number(one)}" for name, one in value.items())
+    return ""
+
+
 def html_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     def cell(value: Any) -> str:
         if is_number(value):
             return f'<td class="n">{number(value)}</td>'
-        text = "" if value is None else written(value)
+        text = "" if value is None else _several(value) or written(value)
         return f"<td{' class=long' if len(text) > 40 else ''}>{escape(text)}</td>"
 
     def title(i: int) -> str:
