@@ -40,7 +40,7 @@ from etude.blocks.pictures.panels import label, legend, panels
 from etude.blocks.pictures.plots import INK, PALETTE, SOFT
 from etude.catalog import Control, Experiment, method
 from etude.core.checkpoint import Box
-from etude.core.config import Count, Positive, Range, Whole
+from etude.core.config import Count, Positive, Range
 from etude.core.errors import UserError
 from etude.core.run import Run
 from etude.core.spec import Spec
@@ -57,7 +57,7 @@ class Config:
     """N: the first so many training images are the whole population."""
     draws: Count = 5000
     """Batches drawn of each size, with and without replacement."""
-    warmup_steps: Whole = 20
+    warmup_steps: Annotated[int, Range(0, 100_000)] = 20
     """Full-batch steps before the gradients are taken."""
     walkers: Annotated[int, Range(2)] = 20000
     """Iterates in the experiment on the stationary variance."""

@@ -10,9 +10,23 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """The user's input was wrong: one sentence saying what, where and what to do. The command line exits 2."""
 
+    def __str__(self) -> str:
+        return short(super().__str__())
+
 
 class RunError(RuntimeError):
     """The run itself failed (NaN, full disk, a failed verification). The command line exits 1."""
+
+    def __str__(self) -> str:
+        return short(super().__str__())
+
+
+def short(text: str) -> str:
+    """The text; of a word in it of 500 characters or more the middle is left out."""
+    return _LONG.sub(r"\1…\2", text)
+
+
+_LONG = re.compile(r"(\S{200})\S{100,}(\S{200})")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
