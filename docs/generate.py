@@ -9,6 +9,8 @@ writes is not kept in git:
 - ``methods/notes.md``: the systems of the lecture notes, row by row
 - ``methods/SUMMARY.md``: the navigation of that folder
 - ``generated/course.txt`` and ``generated/errata.txt``: tables that course.md and errata.md include
+
+It also counts what there is, between two marks in README.md, which is kept.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ COURSE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 )
 # errata in which nothing is computed otherwise, so no test can show them
 WORDS = {95: "a spelling"}
+MARKED = re.compile(r"(<!-- written by docs/generate.py -->\n)(.*?)(\n<!-- end -->)", re.DOTALL)
 SIGNS = {"higher": "≥", "lower": "≤", "near": ""}
 
 
@@ -197,6 +200,33 @@ def sabotage_told(entry: Entry) -> str:
     return f" Faults put into `{entry.room}` and caught: {told}." + (
         f" Not caught here: {prose('; '.join(survivors))}." if survivors else ""
     )
+
+
+def counts() -> str:
+    """What the README says of how much there is: systems of the notes, methods, and faults that the tests catch."""
+    rows, kinds = catalog.systems(), {"functions": [0, 0], "loops": [0, 0]}
+    part = sum(row["missing"] != "" for row in rows)
+    shown = sum(row["where"] != "" for row in rows)
+    for path in sorted((ROOT / "results/sabotage").glob("*.json")):
+        for kind, sums in kinds.items():
+            found = json.loads(path.read_text(encoding="utf-8"))[kind]
+            sums[0], sums[1] = sums[0] + found["killed"], sums[1] + found["total"]
+    (caught, faults), (seen, more) = kinds["functions"], kinds["loops"]
+    lines = textwrap.wrap(
+        f"The library follows a set of lecture notes that describe {len(rows)} systems. Today {shown} of them are in, {part} of "
+        f"these in part, in {len(catalog.entries())} methods; `etude list --notes` says where each of them lives. Of {faults} "
+        f"faults put into functions the tests catch {caught}, of {more} put into loops, flags and reported numbers {seen}.",
+        118,
+        break_on_hyphens=False,
+    )
+    return "\n".join(lines)
+
+
+def update_readme() -> None:
+    """Put `counts` between the two marks in README.md."""
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(MARKED.sub(lambda found: found[1] + counts() + found[3], text), encoding="utf-8")
 
 
 def notes_page() -> str:
@@ -455,3 +485,5 @@ def _numbers(section: str) -> list[int]:
 if __name__ == "__main__":
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent
     print(f"{len(write(target))} files written under {target}")
+    if len(sys.argv) == 1:
+        update_readme()

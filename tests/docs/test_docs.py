@@ -235,6 +235,13 @@ def test_tables_are_included_and_generator_is_not_published(site: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ README, guide
 
 
+def test_the_readme_counts_what_there_is(generate: ModuleType) -> None:
+    """`make docs` writes the sentence; a merge that added a method or a fault runs it again."""
+    found = generate.MARKED.search((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert found
+    assert found[2] == generate.counts(), "run make docs"
+
+
 def test_the_folder_map_is_true() -> None:
     """Every path on the README's map exists, and every room, test folder and package folder is on it."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

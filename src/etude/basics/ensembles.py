@@ -67,7 +67,7 @@ from etude.blocks.classifying.scores import evaluate
 from etude.blocks.classifying.updates import clip, clipped_together, losses, take_snapshot
 from etude.blocks.metrics import accuracy, nll
 from etude.catalog import Control, Experiment, method
-from etude.core.config import Count, replace
+from etude.core.config import Count, Few, replace
 from etude.core.errors import UserError, nearest
 from etude.core.run import Run
 from etude.core.spec import Spec
@@ -88,7 +88,7 @@ class Config:
     """Training images to learn from, drawn by the seed; None takes what that method says."""
     ensemble: Literal["seeds", "bagging", "heads", "snapshots"] = "seeds"
     """Members: other seeds, bootstrap samples, heads on one trunk, or snapshots of one network."""
-    members: Count = 5
+    members: Few = 5
     """Number of members M."""
     combine: Literal["probability", "vote"] = "probability"
     """What the saved model answers: mean probability or majority vote."""

@@ -48,7 +48,7 @@ from etude.blocks.nn.dropout import Dropout, Form
 from etude.blocks.nn.init import Init, initialise
 from etude.blocks.nn.norm import Standardise
 from etude.catalog import Control, Experiment, method
-from etude.core.config import Count, Fraction, NonNegative, Positive, Whole
+from etude.core.config import Count, Few, Fraction, NonNegative, Positive, Whole
 from etude.core.errors import UserError
 from etude.core.run import Run
 from etude.core.spec import Spec
@@ -95,7 +95,7 @@ class Config:
     """Largest absolute value of an element of the gradient; None clips nothing."""
     ensemble: Kind = "none"
     """Train several networks: other seeds, bootstrap samples, heads on one trunk, or snapshots of one."""
-    members: Count | None = None
+    members: Few | None = None
     """Networks in the ensemble; None takes 5."""
     combine: Combine = "probability"
     """What the ensemble answers: mean probability, majority vote, or (snapshots) the network of averaged weights."""

@@ -43,7 +43,7 @@ from etude.blocks.pictures.panels import label, legend, panels
 from etude.blocks.pictures.plots import PALETTE, SOFT
 from etude.catalog import Control, Experiment, method
 from etude.core.checkpoint import Box
-from etude.core.config import Count, Positive, Range, Whole
+from etude.core.config import Count, Few, Positive, Range, Whole
 from etude.core.errors import UserError
 from etude.core.run import Run
 from etude.core.spec import Spec
@@ -58,7 +58,7 @@ class Config:
     """Images (digits, mnist, … or a folder of class-named image folders)."""
     examples: Whole = 10_000
     """The first so many training images are used (0: all)."""
-    layers: Count = 20
+    layers: Few = 20
     """Hidden layers."""
     width: Count = 128
     """Sigmoid units in each."""

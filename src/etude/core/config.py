@@ -41,6 +41,8 @@ class Range(NamedTuple):
 
 
 Count = Annotated[int, Range(1)]
+Few = Annotated[int, Range(1, 10_000)]
+"""Of what is built or done one by one: layers, members, inner steps."""
 Whole = Annotated[int, Range(0)]
 Positive = Annotated[float, Range(0, open_low=True)]
 NonNegative = Annotated[float, Range(0)]

@@ -55,7 +55,7 @@ from torch.nn.functional import softplus
 
 from etude import optim
 from etude.catalog import Control, Experiment, method
-from etude.core.config import Count, Fraction, NonNegative, Positive, Probability, Whole
+from etude.core.config import Count, Few, Fraction, NonNegative, Positive, Probability, Whole
 from etude.core.run import Run
 from etude.core.spec import Spec
 from etude.gans.parts.draw import Sample as Sample  # this and `sample`: for `etude sample`
@@ -77,7 +77,7 @@ class Config:
     """Share of the steps after which σ has fallen to 0."""
     steps: Count = 3000
     """Number of updates of the generator."""
-    discriminator_steps: Count = 1
+    discriminator_steps: Few = 1
     """Updates of the discriminator before each of the generator (the paper's k)."""
     batch: Count = 128
     """Samples of each kind in a mini-batch (of each rank)."""

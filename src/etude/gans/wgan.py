@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from etude import optim
 from etude.catalog import Control, Experiment, method
-from etude.core.config import Count, Positive, Whole
+from etude.core.config import Count, Few, Positive, Whole
 from etude.core.run import Run
 from etude.core.spec import Spec
 from etude.gans.parts.draw import Sample as Sample  # this and `sample`: for `etude sample`
@@ -58,7 +58,7 @@ class Config:
     """ring (eight Gaussians in the plane), a dataset (digits, mnist, …) or a folder of class-named image folders."""
     steps: Count = 4000
     """Number of updates of the generator."""
-    critic_steps: Count = 5
+    critic_steps: Few = 5
     """Updates of the critic before each of the generator (n_critic)."""
     weight_clip: Positive = 0.1
     """Every weight of the critic stays in [−weight_clip, weight_clip]; the paper uses 0.01 for images."""

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from etude import optim
 from etude.catalog import Control, Experiment, method
-from etude.core.config import Count, Fraction, NonNegative, Positive, Whole
+from etude.core.config import Count, Few, Fraction, NonNegative, Positive, Whole
 from etude.core.run import Run
 from etude.core.spec import Spec
 from etude.gans.parts.draw import Sample as Sample  # this and `sample`: for `etude sample`
@@ -60,7 +60,7 @@ class Config:
     """ring (eight Gaussians in the plane), a dataset (digits, mnist, …) or a folder of class-named image folders."""
     steps: Count = 1000
     """Number of updates of the generator."""
-    critic_steps: Count = 5
+    critic_steps: Few = 5
     """Updates of the critic before each of the generator (n_critic)."""
     gradient_penalty: NonNegative = 1.0
     """Weight λ of the gradient penalty; the paper uses 10 for images."""

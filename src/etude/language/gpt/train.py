@@ -55,7 +55,7 @@ from etude.blocks.tokens import decoding
 from etude.blocks.tokens.text import UNKNOWN, BytePairs, Characters, Tokenizer, pieces, starts, tokenizer, windows
 from etude.catalog import Control, Experiment, Idle, method
 from etude.core.checkpoint import state_of
-from etude.core.config import Count, NonNegative, Positive, Probability, Whole
+from etude.core.config import Count, Few, NonNegative, Positive, Probability, Whole
 from etude.core.errors import UserError
 from etude.core.run import Loaded, Run
 from etude.core.spec import Spec
@@ -76,7 +76,7 @@ class Config:
     init: str = ""
     """Fine-tune published GPT-2 weights: a folder in Hugging Face's format or a hub id such as gpt2. The tokenizer and
     everything about the network then come from there."""
-    layers: Count = 4
+    layers: Few = 4
     """Number of blocks, N."""
     heads: Count = 4
     """Attention heads a block; divides the width."""

@@ -45,7 +45,7 @@ from torch.nn import functional as F
 
 from etude import optim
 from etude.catalog import Control, Experiment, method
-from etude.core.config import Count, Positive, Whole
+from etude.core.config import Count, Few, Positive, Range, Whole
 from etude.core.errors import UserError
 from etude.core.randomness import generator
 from etude.core.run import Run
@@ -73,7 +73,7 @@ class Config:
     """Tasks in a meta-batch."""
     steps: Count = 12_000
     """Number of meta-updates."""
-    inner_steps: Whole = 1
+    inner_steps: Annotated[int, Range(0, 10_000)] = 1
     """Gradient steps on the support set in training; 0: joint pre-training."""
     inner_learning_rate: Positive = 0.01
     """Learning rate α of the inner steps."""
@@ -91,7 +91,7 @@ class Config:
     """Fresh tasks in a validation."""
     test_tasks: Count = 1000
     """Fresh tasks in the test."""
-    test_steps: Count = 10
+    test_steps: Few = 10
     """Most gradient steps taken in validation and test."""
     evaluate_every: Whole = 2000
     """Meta-updates between validations (0: only at the end)."""
