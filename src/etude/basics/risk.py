@@ -38,7 +38,7 @@ from torch import Tensor
 
 from etude.blocks.pictures.panels import label, legend, panels
 from etude.blocks.pictures.plots import INK, PALETTE, SOFT
-from etude.catalog import Control, Experiment, method
+from etude.catalog import Control, Experiment, Idle, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, Fraction, Positive, Range
 from etude.core.errors import UserError
@@ -68,6 +68,10 @@ class Config:
 PRESETS = {
     "tiny": Config(rounds=8, datasets=50, fresh=20_000, sizes=(14, 25, 80)),  # 1 s
     "default": Config(),  # 4 s → within 2 % of the closed forms
+}
+
+SETTINGS = {
+    "correlation": Idle("risks of least squares are the same for x and Ax; a test looks at the samples themselves"),
 }
 
 METRICS = {

@@ -188,6 +188,23 @@ def test_loop_equals_least_squares_one_by_one(changed, tmp_path):
         np.testing.assert_allclose(found[name], values, rtol=1e-9)
 
 
+@pytest.mark.parametrize("changed", [{}, {"correlation": 0.9}, {"correlation": 0.0}], ids=str)
+def test_loop_draws_correlated_samples(changed, tmp_path, monkeypatch):
+    """Every risk of least squares is the same for x and Ax, so the datasets that are fitted are looked at themselves."""
+    fitted = []
+    monkeypatch.setattr("etude.basics.risk.minimise", lambda x, y: fitted.append((x, y)) or minimise(x, y))
+    etude.run("basics/risk", preset="tiny", out=tmp_path / "run", seed=3, quiet=True, rounds=1, **changed)
+    config = Config(**TINY | changed)
+    _, _, draw = world(config, 3)
+    stream = generator(3, 0, 0, "datasets")
+    wanted = [draw((14,), generator(3, 0, 0, "fixed fit"))]
+    wanted += [draw((config.datasets, n), stream) for n in config.sizes]
+    assert len(fitted) >= len(wanted)  # what comes last is for a picture
+    for one, two in zip(fitted, wanted):
+        for ours, theirs in zip(one, two):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
 def test_reported_numbers_are_those_of_the_saved_risks(tmp_path):
     """The fewest samples stand last here, so that a place is not taken for them."""
     done = etude.run("basics/risk", preset="tiny", out=tmp_path / "run", seed=4, quiet=True, sizes=(80, 25, 14))

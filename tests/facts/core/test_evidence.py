@@ -347,7 +347,7 @@ def test_text_has_no_other_value() -> None:
 
 
 def test_the_sweep_finds_a_setting_that_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of basics/risk every field matters; with the noise taken out of the problem, `noise` is found out."""
+    """Of basics/risk every field matters but the correlation; with the noise taken out of the problem, `noise` is found out."""
     monkeypatch.setattr(settings, "_common", lambda entry, before: {})
     whole = settings.sweep(ENTRY)
     assert {name for name, row in whole.items() if row["state"] == "matters"} >= {"noise", "features", "datasets"}
@@ -358,6 +358,27 @@ def test_the_sweep_finds_a_setting_that_does_nothing(monkeypatch: pytest.MonkeyP
         module, "parabolas_figure", lambda stream, noise: __import__("PIL.Image").Image.new("L", (1, 1))
     )
     assert settings.sweep(ENTRY)["noise"]["state"] == "nothing"
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "state"),
+    [
+        (b'{"step": 1, "loss": 0.25}\n{"step": 2, "loss": 0.125}\n', b'{"step": 1, "loss": 0.25}\n', "matters"),
+        (b'{"step": 1, "loss": 0.25}\n', b'{"step": 1, "loss": 0.2500000000000003}\n', "nothing"),
+        (b'{"step": 1, "loss": 0.25}\n', b'{"step": 1, "loss": 0.2500001}\n', "matters"),
+        (b'{"step": 1, "loss": 0.25}\n', b'{"step": 1, "error": 0.25}\n', "matters"),
+        (b'{"step": 1}\n', b'{"step": 2}\n', "matters"),
+        (b'{\n "rows": [1.5, NaN, "a"]\n}\n', b'{\n "rows": [1.500000000000001, NaN, "a"]\n}\n', "nothing"),
+        (b'{\n "rows": [1.5, NaN, "a"]\n}\n', b'{\n "rows": [1.5, 2.0, "a"]\n}\n', "matters"),
+        (b"\x89PNG\r\n1", b"\x89PNG\r\n2", "matters"),
+        (b"words", b"other words", "matters"),
+        (b"words", None, "matters"),
+    ],
+)
+def test_rounding_is_no_difference(one: bytes, two: bytes | None, state: str) -> None:
+    """A setting that only changes the order of sums changes last digits, and that is nothing."""
+    after = {} if two is None else {"left": two}
+    assert settings._verdict({"noise": 2.0}, {"left": one}, after)["state"] == state
 
 
 def test_files_of_tests_belong_to_the_longest_name() -> None:

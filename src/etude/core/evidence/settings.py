@@ -1,7 +1,8 @@
 """Every setting matters: each field of a Config is changed once, and the run must come out differently.
 
 The `tiny` preset is run as it is and with one field changed at a time; the log, the returned numbers and the bytes of
-the pictures are compared. A method's SETTINGS says to what a field is changed where its type does not tell (`another`),
+the pictures are compared. Numbers that differ in their last digits only, as sums do that are taken in another order, count
+as equal. A method's SETTINGS says to what a field is changed where its type does not tell (`another`),
 with which other settings a field begins to matter, or in one phrase why there is nothing to see (`Idle`).
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import tempfile
 import types
 import typing
@@ -33,6 +35,8 @@ ELSEWHERE = {
     "compile": "the same numbers by other kernels; refused where nothing is compiled",
 }
 """Common flags that a sweep on one process of one machine cannot see."""
+ROUNDING = 1e-11
+"""Difference of two numbers, relative or absolute, that no setting is credited with."""
 
 
 def sweep(entry: Entry) -> dict[str, dict[str, str]]:
@@ -132,8 +136,32 @@ def _verdict(change: dict[str, Any], before: Any, after: Any) -> dict[str, str]:
     for left in (before, after):
         if isinstance(left, UserError):
             return {"to": said, "state": "refused", "why": str(left)}
-    differs = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    differs = sorted(name for name in before.keys() | after.keys() if not _equal(before.get(name), after.get(name)))
     return {"to": said, "state": "matters" if differs else "nothing", "why": ", ".join(differs)}
+
+
+def _equal(one: Any, two: Any) -> bool:
+    """Whether both runs left the same in a file: its bytes or, where it is JSON, its numbers up to rounding."""
+    if one == two or not (isinstance(one, bytes) and isinstance(two, bytes)):
+        return one == two
+    try:
+        return _close(*([json.loads(line) for line in text.splitlines()] for text in (one, two)))
+    except ValueError:  # not line by line
+        pass
+    try:
+        return _close(json.loads(one), json.loads(two))
+    except ValueError:  # a picture, or words
+        return False
+
+
+def _close(one: Any, two: Any) -> bool:
+    if isinstance(one, dict) and isinstance(two, dict):
+        return one.keys() == two.keys() and all(_close(value, two[name]) for name, value in one.items())
+    if isinstance(one, list) and isinstance(two, list):
+        return len(one) == len(two) and all(map(_close, one, two))
+    if isinstance(one, float) and isinstance(two, float):
+        return math.isclose(one, two, rel_tol=ROUNDING, abs_tol=ROUNDING) or (math.isnan(one) and math.isnan(two))
+    return one == two
 
 
 def _common(entry: Entry, before: Any) -> dict[str, dict[str, str]]:
