@@ -46,7 +46,6 @@ from etude.blocks.acting.episodes import Copies, play, show
 from etude.blocks.acting.memory import afford
 from etude.blocks.acting.tables import expected_return, optimal_q, tables
 from etude.blocks.acting.worlds import Worlds
-from etude.blocks.pictures.plots import INK, PALETTE, PAPER
 from etude.catalog import Control, Experiment, Idle, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, Fraction, NonNegative, Positive, Probability, Range, Whole
@@ -54,6 +53,7 @@ from etude.core.errors import RunError, UserError
 from etude.core.randomness import fold
 from etude.core.run import Run
 from etude.core.spec import Spec
+from etude.rl.parts.maps import grid, value_map
 
 Million = Annotated[int, Range(1, 1_000_000)]
 
@@ -344,9 +344,9 @@ def train(config: Config, run: Run) -> dict[str, float]:
             run.log(greedy_return=score(f"evaluation {step}"))
 
     show(run, kind, greedy, limit)
-    shape = getattr(env.unwrapped, "shape", getattr(getattr(env.unwrapped, "desc", None), "shape", ()))
-    if len(shape) == 2 and int(np.prod(shape)) == len(q):
-        run.artifact("values", _map(q, visits, shape), caption="max Q(s, ·) of each cell; never visited ones are blank")
+    if cells := grid(kind, len(q)):
+        picture = value_map(q.max(1), cells[0], known=visits.sum(1) > 0)
+        run.artifact("values", picture, caption="max Q(s, ·) of each cell; never visited ones are blank")
     metrics = {
         "greedy_return": score("final evaluation"),
         "training_return": float(np.mean(box.recent)),
@@ -355,21 +355,3 @@ def train(config: Config, run: Run) -> dict[str, float]:
     if best is not None:
         metrics["q_error"] = float(np.abs(q - best)[visits > 0].max())
     return metrics
-
-
-def _map(q: NDArray, visits: NDArray, shape: tuple[int, int]) -> Any:
-    """A grid world's values, max Q(s, ·) in each visited cell."""
-    from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(0.52 * shape[1], 0.52 * shape[0]), layout="tight", facecolor=PAPER)
-    axes = figure.subplots()
-    seen = visits.sum(1) > 0
-    shades = LinearSegmentedColormap.from_list("etude", (PAPER, PALETTE[0]))
-    image = axes.imshow(np.where(seen, q.max(1), np.nan).reshape(shape), cmap=shades)
-    for cell in np.flatnonzero(seen):
-        value = q[cell].max()
-        colour = PAPER if image.norm(value) > 0.5 else INK  # what can be read on this cell
-        axes.text(cell % shape[1], cell // shape[1], f"{value:.2g}", ha="center", va="center", color=colour, fontsize=9)
-    axes.set(xticks=[], yticks=[], facecolor=PAPER)
-    return figure

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from etude.blocks.acting.environments import Environment, environment
 from etude.blocks.acting.worlds import STATE, TOY, kind_of, layers
+from etude.core.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,13 @@ class Tables:
         return _staircase(self.start)
 
 
-def tables(env: str | Environment) -> Tables | None:
+def tables(env: str | Environment, declared: bool = False) -> Tables | None:
     """The exact dynamics of a toy-text world (FrozenLake, CliffWalking, Taxi); None for any other environment.
 
-    Also None where a registered wrapper stands round the world: what it changes is not in the world's table.
+    Also None where a registered wrapper stands round the world: what it changes is not in the world's table. `declared`
+    takes the word of an environment of the user's own that has discrete states and actions and P as those worlds have it:
+    P[s][a] a list of (probability, next state, reward, terminated), with `initial_state_distrib` (S,) or, without it,
+    an equal chance for every state to be the first. Raises UserError where such a P is not one.
     """
     env = environment(env)
     outer = env.make()
@@ -49,18 +54,52 @@ def tables(env: str | Environment) -> Tables | None:
         return None
     kind = kind_of(inner)
     if not kind.startswith(TOY) or kind not in STATE or getattr(inner, "fickle_passenger", False):
-        return None
+        spaces = (inner.observation_space, inner.action_space)
+        if not (declared and hasattr(inner, "P") and all(hasattr(space, "n") for space in spaces)):
+            return None
+        return _checked(inner, env.name)
+    return _written(inner, inner.initial_state_distrib)
+
+
+def _written(inner: Any, start: NDArray[np.float64]) -> Tables:
+    """P of an environment as arrays."""
     states, actions = int(inner.observation_space.n), int(inner.action_space.n)
     outcomes = max(len(inner.P[s][a]) for s in range(states) for a in range(actions))
     shape = (states, actions, outcomes)
-    table = Tables(
-        np.zeros(shape, np.int64), np.zeros(shape), np.ones(shape, bool), np.zeros(shape), inner.initial_state_distrib
-    )
+    table = Tables(np.zeros(shape, np.int64), np.zeros(shape), np.ones(shape, bool), np.zeros(shape), start)
     for s in range(states):
         for a in range(actions):
             for o, (probability, next_state, reward, terminated) in enumerate(inner.P[s][a]):
                 table.probability[s, a, o], table.next_state[s, a, o] = probability, next_state
                 table.reward[s, a, o], table.terminated[s, a, o] = reward, terminated
+    return table
+
+
+def _checked(inner: Any, name: str) -> Tables:
+    """The same of an environment whose P nobody has looked at; raises UserError with the first place that is wrong."""
+    states = int(inner.observation_space.n)
+    try:
+        start = np.asarray(getattr(inner, "initial_state_distrib", np.full(states, 1 / states)), dtype=np.float64)
+        table = _written(inner, start)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise UserError(
+            f"--env {name} has a P that cannot be read ({type(error).__name__}: {error}); P[s][a] must be a list of "
+            "(probability, next state, reward, terminated) for every state and action"
+        ) from error
+    sums = table.probability.sum(2)
+    wrong = np.argwhere((np.abs(sums - 1) > 1e-9) | (table.probability < 0).any(2))
+    if len(wrong):
+        s, a = map(int, wrong[0])
+        raise UserError(f"--env {name}: the probabilities in P[{s}][{a}] must sum to 1, and sum to {sums[s, a]:g}")
+    lost = np.argwhere((table.next_state < 0) | (table.next_state >= states) | ~np.isfinite(table.reward))
+    if len(lost):
+        s, a, o = map(int, lost[0])
+        raise UserError(
+            f"--env {name}: outcome {o} of P[{s}][{a}] leads to state {table.next_state[s, a, o]} of {states} for a reward "
+            f"of {table.reward[s, a, o]:g}"
+        )
+    if start.shape != (states,) or not abs(start.sum() - 1) < 1e-9 or (start < 0).any():
+        raise UserError(f"--env {name}: initial_state_distrib must be {states} probabilities that sum to 1")
     return table
 
 

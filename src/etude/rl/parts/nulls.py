@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,3 +16,13 @@ def unmasked_target(reward: Tensor, terminated: Tensor, next_value: Tensor, gamm
 def past_returns(reward: Tensor, gamma: float = 1.0, to_go: bool = True) -> Tensor:
     """Σ_{t' < t} r_t', what an action cannot change any more (7.3.4.1 the wrong way round). For `whole_episodes.returns`."""
     return reward.cumsum(-1) - reward
+
+
+def unmasked_action_values(world: Any, value: Any, gamma: float) -> Any:
+    """Q = E[r + γ V(s')], which goes on behind a termination (E93). For `dynamic_programming.action_values`."""
+    return (world.probability * (world.reward + gamma * value[world.next_state])).sum(2)
+
+
+def rested(rests: bool, change: float, exact: bool, tolerance: float) -> bool:
+    """The policy is the same as before, wherever its values are (E91). For `dynamic_programming.settled`."""
+    return rests
