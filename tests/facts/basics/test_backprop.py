@@ -370,6 +370,8 @@ def test_loop_equals_a_plain_one(optimizer, extra, tmp_path, double):
     data = room.images("digits")
     torch.manual_seed(randomness.fold(3, 0, 0, "init"))
     model = build(Config(**flags), data.spec)["model"]
+    sizes = [64, *flags["widths"], 10]
+    assert [tuple(p.shape) for p in model.parameters() if p.ndim > 1] == list(zip(sizes[1:], sizes))
     stream, rule = Stream(len(data.train), flags["batch"], 3), TORCHS[optimizer](model.parameters())
     rows = [json.loads(line) for line in (done.folder / "metrics.jsonl").read_text().splitlines()]
     compared, twin = min(flags["compare"], 6), copy.deepcopy(model)

@@ -39,12 +39,12 @@ def small(monkeypatch):
     return data
 
 
-def torchs(network):
+def torchs(network, dropout_style):
     """The same network with torch's own dropout and normalisation."""
     for name, part in list(network.named_modules()):
         other = None
         if isinstance(part, Dropout):
-            other = nn.Dropout(part.p)
+            other = nn.Dropout(part.p) if dropout_style == "inverted" else plain.Classic(part.p)
         elif isinstance(part, LayerNorm):
             other = nn.LayerNorm(part.normalized_shape)
         elif isinstance(part, BatchNorm):
@@ -64,7 +64,7 @@ def networks(count, spec, **flags):
         name: flags[name] for name in ("style", "normalizer", "dropout", "initializer", "initial_bias") if name in flags
     }
     sources = [build(Config(**known), spec)["model"] for _ in range(count)]
-    return [torchs(source) for source in sources]
+    return [torchs(source, flags.get("dropout_style", "inverted")) for source in sources]
 
 
 @pytest.mark.usefixtures("_float64")
@@ -73,6 +73,7 @@ def networks(count, spec, **flags):
     {"optimizer": "momentum", "learning_rate": 0.05, "schedule": "cosine", "style": "1998", "clip_norm": 0.5},
     {"normalizer": "batch", "clip_value": 0.01, "schedule": "linear"},
     {"normalizer": "layer", "style": "1998", "dropout": 0.4, "optimizer": "adamw", "weight_decay": 0.1, "schedule": "cyclic"},
+    {"dropout": 0.4, "dropout_style": "classic", "optimizer": "sgd", "learning_rate": 0.1},
     {"shift": 2, "initializer": "glorot", "initial_bias": 0.1, "optimizer": "nesterov", "schedule": "constant"},
     {"ensemble": "seeds", "shift": 1, "clip_norm": 0.5, "optimizer": "sgd", "learning_rate": 0.1},
     {"ensemble": "bagging", "combine": "vote", "optimizer": "rmsprop"},
