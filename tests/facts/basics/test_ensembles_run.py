@@ -103,8 +103,10 @@ def averaged(members, x):
     ({"ensemble": "bagging", "combine": "vote"}, {"dropout": 0.3}),
     ({"ensemble": "snapshots"}, {"normalizer": "batch", "learning_rate": 0.01}),
 ], ids=str)  # fmt: skip
-def test_reported_numbers_are_those_of_the_saved_members(own, of, tmp_path):
+def test_reported_numbers_are_those_of_the_saved_members(own, of, tmp_path, monkeypatch):
     """On the test split, in evaluation mode, in NumPy's float64."""
+    drawn = []
+    monkeypatch.setattr("etude.basics.ensembles.pictures", lambda *words: drawn.append(words[2]))
     done = etude.run("basics/ensembles", **TINY, **own, settings=words(evaluate_every=10, **of), out=tmp_path / "run")
     found, data = dict(done.metrics), subset(images("digits"), 200, 0)
     model, x, y = etude.load(done.folder).model, data.test.x, data.test.y.numpy()
@@ -144,6 +146,8 @@ def test_reported_numbers_are_those_of_the_saved_members(own, of, tmp_path):
     assert set(found) == set(expected)
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=2e-5, abs=1e-7), name
+    first = -1 if own["ensemble"] == "snapshots" else 0  # of snapshots the latest is drawn first
+    assert drawn[0]["nll"][0] == pytest.approx(single[first].mean(), rel=2e-5)
     last = plain.log(done.folder)[-1]
     score = plain.score(members, data.validation, own.get("combine", "probability"))
     assert (last["validation_loss"], last["validation_accuracy"]) == pytest.approx(score, rel=1e-5)
