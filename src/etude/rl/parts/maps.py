@@ -34,15 +34,16 @@ def value_map(
 
     from etude.blocks.pictures.plots import INK, PALETTE, PAPER
 
-    high = 0.52 if signs is None else 0.66
-    figure = Figure(figsize=(high * shape[1], high * shape[0]), layout="tight", facecolor=PAPER)
+    side = 0.52 if signs is None else 0.66  # inches
+    figure = Figure(figsize=(side * shape[1], side * shape[0]), layout="tight", facecolor=PAPER)
     axes = figure.subplots()
     seen = np.ones(len(value), bool) if known is None else known
     shades = LinearSegmentedColormap.from_list("etude", (PAPER, PALETTE[0]))
-    image = axes.imshow(np.where(seen, value, np.nan).reshape(shape), cmap=shades)
+    axes.imshow(np.where(seen, value, np.nan).reshape(shape), cmap=shades)
+    low, high = (float(value[seen].min()), float(value[seen].max())) if seen.any() else (0.0, 0.0)
     for cell in map(int, np.flatnonzero(seen)):
         text = f"{value[cell]:.2g}" + (f"\n{signs[cell]}" if signs else "")
-        colour = PAPER if float(image.norm(value[cell])) > 0.5 else INK  # what can be read on this cell
+        colour = PAPER if float(value[cell]) - low > (high - low) / 2 else INK  # what can be read on this cell
         axes.text(cell % shape[1], cell // shape[1], text, ha="center", va="center", color=colour, fontsize=9)
     axes.set(xticks=[], yticks=[], facecolor=PAPER)
     return figure
