@@ -31,7 +31,7 @@ from etude.core.errors import UserError
 from etude.core.folder import read_bytes
 from etude.core.randomness import fold
 from etude.core.run import Run
-from etude.imitation.parts.obstacle import Obstacle, two_ways
+from etude.imitation.parts.obstacle import Obstacle, nearer, two_ways
 
 PUSH = np.array([0.1, 0.3, 1.0, 0.5], np.float32)
 """The expert of CartPole pushes right where PUSH · (x, ẋ, θ, θ̇) is positive."""
@@ -55,6 +55,8 @@ class Expert:
     """(count, seed, purpose, rank) → that many worlds at the beginning of an episode; None: there is no world."""
     policy: Callable[[int, str], Policy] | None = None
     """(seed, purpose) → what acts in one set of episodes; None: it cannot be asked."""
+    answer: Policy | None = None
+    """What it says of any observations, whoever came to them; None: it cannot be asked."""
     given: Callable[[int], dict[str, Recording]] | None = None
     """What was recorded instead, by split, for a seed."""
     env: Environment | None = None
@@ -157,12 +159,12 @@ def resolve(run: Run, expert: str, env: str = "") -> Expert:
     if expert in ("obstacle", "sinusoid") and worldly:
         raise UserError(f"--expert {expert} has a world of its own; leave out --env")
     if expert == "obstacle":
-        return Expert("the two-way expert", 2, 2, False, Obstacle.limit, Obstacle, two_ways)
+        return Expert("the two-way expert", 2, 2, False, Obstacle.limit, Obstacle, two_ways, nearer)
     if expert == "sinusoid":
         return Expert("Bishop's sinusoid", 1, 1, False, given=_points)
     if expert == "balance":
         found = _in_world(Expert("the balancing rule", 4, 2, True), environment(env or "CartPole-v1", run.env), expert)
-        found.policy = lambda seed, purpose: balance
+        found.policy, found.answer = (lambda seed, purpose: balance), balance
         return found
     path = Path(held.place or expert)
     if path.suffix == ".npz" or path.is_file():
@@ -210,7 +212,7 @@ def _run(run: Run, held: Box, expert: str, env: str) -> Expert:
     size, actions = int(extra.get("size", extra.get("states", 0))), int(extra.get("actions", 0))
     found = Expert(f"{loaded.name} ({folder})", size, actions, bool(extra.get("discrete", True)))
     found = _in_world(found, environment(env or str(extra["env"]), run.env), str(folder))
-    found.policy = lambda seed, purpose: act
+    found.policy, found.answer = (lambda seed, purpose: act), act
     return found
 
 

@@ -70,6 +70,13 @@ def touches(start: NDArray[Any], end: NDArray[Any]) -> NDArray[np.bool_]:
     return np.linalg.norm(start + along[:, None] * way - CENTRE, axis=1) < RADIUS
 
 
+def towards(state: NDArray[np.float32], side: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Displacements (n, 2) from `state` (n, 2) to the gate on `side` (n,), −1 or 1, and straight on behind it."""
+    aim = np.stack([side * GATE[0], np.full(len(state), GATE[1])], 1) - state
+    aim[state[:, 1] > 0.25] = 0.0, 1.0
+    return SPEED * aim / np.linalg.norm(aim, axis=1, keepdims=True)
+
+
 def two_ways(seed: int, purpose: str = "expert") -> Policy:
     """The expert for one set of episodes: every point keeps to the side of its coin, with a hand that shakes a little."""
     dice = np.random.default_rng(fold(seed, 0, 0, purpose))
@@ -77,14 +84,17 @@ def two_ways(seed: int, purpose: str = "expert") -> Policy:
 
     def act(state: NDArray[np.float32]) -> NDArray[np.float32]:
         nonlocal side
-        if not len(side):
+        if not len(side):  # half of them go each way
             side = dice.permutation(np.arange(len(state)) % 2 * 2.0 - 1.0)
-        aim = np.stack([side * GATE[0], np.full(len(state), GATE[1])], 1) - state
-        aim[state[:, 1] > 0.25] = 0.0, 1.0
-        move = SPEED * aim / np.linalg.norm(aim, axis=1, keepdims=True)
+        move = towards(state, side)
         return (move + dice.normal(0.0, 0.01, move.shape)).astype(np.float32)
 
     return act
+
+
+def nearer(state: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What the expert says of a state whose coin it does not know: to the side on which the point is."""
+    return towards(state, np.where(state[:, 0] < 0, -1.0, 1.0)).astype(np.float32)
 
 
 def ways(recording: Recording) -> list[NDArray[np.float32]]:
