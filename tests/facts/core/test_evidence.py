@@ -282,6 +282,21 @@ def test_a_halved_bar_is_seen_and_recorded_values_are_held_against_it(
     assert cards.replay(ENTRY)[0] is None
 
 
+def test_only_a_control_that_is_new_runs_again(carded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    played, asked = carded
+    cards.verify(ENTRY)
+    monkeypatch.setattr(catalog, "files_digest", lambda path: "other bytes")
+    new = catalog.Control("another null", flags={"noise": 0.5})
+    asked["experiments"] = [dataclasses.asdict(dataclasses.replace(GAIN, controls=(*GAIN.controls, new)))]
+    played["off"] = 7.0  # what a control returns if it is run now
+    card, _ = cards.replay(ENTRY)
+    assert card is not None
+    before, after = (control["values"] for control in card["experiments"][0]["controls"])
+    assert before == [0.0] * len(GAIN.seeds)
+    assert after == [7.0] * len(GAIN.seeds)
+    assert card["badge"] == "runs"  # a control that clears the bar
+
+
 def test_a_setting_that_does_nothing_costs_the_badge(carded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for state, badge in (("nothing", "runs"), ("refused", "runs"), ("idle", "verified")):
         rows = {"noise": {"to": "", "state": state, "why": ""}}

@@ -14,12 +14,12 @@ from etude import catalog
 from etude.catalog import Entry
 from etude.core import record
 from etude.core.checkpoint import write_text
-from etude.core.claims import Experiment
+from etude.core.claims import Control, Experiment
 from etude.core.digest import digest
 from etude.core.errors import UserError
 from etude.core.evidence import traces
 from etude.core.evidence.settings import sweep
-from etude.core.evidence.trials import Stage, judged, part, spoken, try_experiment
+from etude.core.evidence.trials import Stage, judged, part, spoken, try_control, try_experiment
 
 
 def verify(entry: Entry, seeds: int | None = None, only: str | None = None, keep: Path | None = None) -> dict[str, Any]:
@@ -69,8 +69,8 @@ def verify(entry: Entry, seeds: int | None = None, only: str | None = None, keep
 def replay(entry: Entry) -> tuple[dict[str, Any] | None, str]:
     """Renew the card of a method whose code has changed, if the traces of all its experiments are what they were.
 
-    Returns the card, or None, and a sentence. Recorded values are held against the bars as they stand now. Raises
-    UserError where no card may be written.
+    Returns the card, or None, and a sentence. Recorded values are held against the bars as they stand now, and only
+    controls that are new run. Raises UserError where no card may be written.
     """
     card = entry.card
     if card is None:
@@ -97,6 +97,9 @@ def replay(entry: Entry) -> tuple[dict[str, Any] | None, str]:
         slow = experiment.within_seconds is not None and max(row["seconds"], default=0) > experiment.within_seconds
         told = ("metric", "bar", "better", "tolerance", "published", "notes", "within_seconds")
         row |= {name: getattr(experiment, name) for name in told} | {"command": spoken(part(entry, experiment))}
+        row["controls"] = [
+            _control(entry, experiment, control, row["controls"], stage) for control in experiment.controls
+        ]
         rows.append(row | judged(experiment, row["values"], row["controls"], slow))
     if not card["oracle"]["passed"]:
         card["oracle"] = _oracle(entry)
@@ -155,10 +158,18 @@ def _other(experiment: Experiment, row: dict[str, Any] | None) -> str:
         return f"the experiment '{experiment.name}' is new"
     if list(experiment.seeds) != row["seeds"] or experiment.metric != row["metric"]:
         return f"the experiment '{experiment.name}' has other seeds or another metric now"
-    controls = [(control.name, control.metric or experiment.metric, control.swap) for control in experiment.controls]
-    if controls != [(one["name"], one["metric"], one["swap"]) for one in row["controls"]]:
-        return f"the experiment '{experiment.name}' has other controls now"
     return ""
+
+
+def _control(
+    entry: Entry, experiment: Experiment, control: Control, recorded: list[dict[str, Any]], stage: Stage
+) -> dict[str, Any]:
+    """What is recorded of this very control, or else what it does now: one that is new runs by itself."""
+    known = (control.metric or experiment.metric, control.swap, spoken(part(entry, experiment, control=control)))
+    for one in recorded:
+        if (one["metric"], one["swap"], one["command"]) == known:
+            return one | {"name": control.name}
+    return try_control(entry, experiment, control, experiment.seeds, stage, say)
 
 
 def _may_write() -> None:

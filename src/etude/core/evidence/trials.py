@@ -49,7 +49,7 @@ def try_experiment(
     for seed, value in zip(chosen, values):
         said = "failed" if value is None else f"{value:.5g}"
         say(f"{entry.name} {experiment.name} seed {seed}: {experiment.metric} {said}")
-    controls = [_try_control(entry, experiment, control, chosen, stage, say) for control in experiment.controls]
+    controls = [try_control(entry, experiment, control, chosen, stage, say) for control in experiment.controls]
     measured = [value for value in values if value is not None]
     slow = experiment.within_seconds is not None and any(second > experiment.within_seconds for second in seconds)
     return {
@@ -72,7 +72,7 @@ def try_experiment(
     } | judged(experiment, values, controls, slow)
 
 
-def _try_control(
+def try_control(
     entry: Entry,
     experiment: Experiment,
     control: Control,
@@ -80,6 +80,7 @@ def _try_control(
     stage: Stage,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
+    """Run one control on these seeds; what the card keeps of it."""
     outcomes = [stage.run(part(entry, experiment, seed, control)) for seed in seeds]
     metric = control.metric or experiment.metric
     values = [outcome.metrics.get(metric) for outcome in outcomes]
