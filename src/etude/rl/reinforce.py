@@ -121,6 +121,7 @@ SETTINGS = {
     "env": "Acrobot-v1",
     "exact_discount": {"gamma": 0.9, "exact_discount": True},
     "schedule": "constant",
+    "probe_episodes": 16,
     "widths": (12,),
 }
 
