@@ -170,6 +170,7 @@ def test_every_and_the_clock(tmp_path) -> None:
     seconds = clock.record.loop_seconds
     assert list(clock.steps(9)) == [7, 8]  # a second phase goes on
     assert clock.record.loop_seconds > seconds > 0
+    assert clock.record.cpu_seconds > 0
 
 
 def test_threads_suit_the_network_unless_the_user_chose(tmp_path, monkeypatch) -> None:

@@ -62,7 +62,7 @@ class Experiment:
     published: str = ""
     """The published number and where it stands."""
     within_seconds: float | None = None
-    """Limit on the seconds spent between the first and the last step."""
+    """Limit on the seconds spent between the first and the last step (of a CPU that others use too: CPU seconds, if fewer)."""
     notes: str = ""
     """What a reader of the card must know."""
     controls: tuple[Control, ...] = ()

@@ -42,6 +42,7 @@ class Record:
         self._metrics = folder / "metrics.jsonl"
         self.rows = 0  # lines of metrics.jsonl that belong to the state of the run
         self.loop_seconds = 0.0  # between the first and the last step of this session
+        self.cpu_seconds = 0.0  # of them, what all threads of this process were busy for
         self.threads = 1  # that torch computes with
         self._began = time.perf_counter()
         self._session: dict[str, Any] = {}
@@ -75,6 +76,7 @@ class Record:
             "threads": self.threads,
             "seconds": round(time.perf_counter() - self._began, 3),
             "loop_seconds": round(self.loop_seconds, 3),
+            "loop_cpu_seconds": round(self.cpu_seconds, 3),
             "peak_memory_mb": peak_memory_mb(),
         }
         self._write_json("environment.json", self._environment)

@@ -231,6 +231,7 @@ class Run:
         self._busy, progress = True, self.progress
         keys: list[int] = []
         began = time.perf_counter() - self.record.loop_seconds  # an earlier loop of this session counts too
+        busy = time.process_time() - self.record.cpu_seconds
         try:
             while self.step < total and not self._over and not self._stop:
                 if not keys:  # made 256 at a time: between steps it is cold code that costs
@@ -254,10 +255,13 @@ class Run:
                 else:
                     self._stop = self._signal > 0
                 if due:
+                    self.record.cpu_seconds = time.process_time() - busy
                     self.save()
                     save_due = now + SAVE_SECONDS
+            self.record.cpu_seconds = time.process_time() - busy
             self.save()
         except GeneratorExit:  # a `break` or an error in the loop's body: `finish` knows which
+            self.record.cpu_seconds = time.process_time() - busy
             self._left, self._last_row, self._row = True, self._row, {}
             raise
         finally:

@@ -120,7 +120,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         "ring, the critic's estimate", preset="default", flags=CRITIC, metric="test_distance_ratio", bar=1.0,
-        better="near", tolerance=0.08, notes="as a multiple of the exact Wasserstein distance",
+        better="near", tolerance=0.12, notes="as a multiple of the exact Wasserstein distance",
         controls=(
             Control("penalty at the data", swap={"interpolates": "etude.gans.parts.nulls.at_the_data"}),
             Control("no penalty", flags={"gradient_penalty": 0.0}),

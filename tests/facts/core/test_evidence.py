@@ -244,6 +244,16 @@ def carded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return played, asked
 
 
+def test_others_on_the_same_cpu_do_not_count() -> None:
+    """Wall seconds, or what the threads were busy for where that is less; a GPU's host waits on purpose."""
+    session = {"loop_seconds": 10.0, "loop_cpu_seconds": 12.0, "threads": 2, "device": "cpu"}
+    assert stage._spent(session) == 6.0
+    assert stage._spent(session | {"loop_cpu_seconds": 30.0}) == 10.0
+    assert stage._spent(session | {"device": "cuda:0"}) == 10.0
+    del session["loop_cpu_seconds"]
+    assert stage._spent(session) == 10.0
+
+
 def test_a_card_goes_stale_and_is_renewed_by_its_traces(carded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     played, _ = carded
     assert ENTRY.badge == "unproved"
