@@ -99,7 +99,7 @@ PRESETS = {
     "obstacle": Config(expert="obstacle", examples=300, worlds=100, labels=300, widths=(64,), batch=128),
 }
 
-SETTINGS = {"env": {"expert": "balance", "env": "CartPole-v0"}, "expert": "balance", "beta": 0.5}
+SETTINGS = {"env": {"expert": "balance", "env": "CartPole-v0"}, "expert": "balance", "beta": 0.5, "labels": 10}
 
 METRICS = {
     "cloned_return": "mean undiscounted return of the first policy, which is behaviour cloning, in the same worlds",

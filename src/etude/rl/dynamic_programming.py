@@ -74,8 +74,8 @@ class Config:
     """Discount γ."""
     tolerance: Positive = 1e-12
     """Largest change of a value in the last round, where values only approach their limit."""
-    rounds: Thousands = 100_000
-    """Rounds after which it ends in any case."""
+    iterations: Thousands = 100_000
+    """Iterations after which it ends in any case."""
     max_episode_steps: Thousands = 1000
     """Steps of the episodes whose return is reported, if the environment has no shorter time limit of its own."""
 
@@ -91,7 +91,7 @@ PRESETS = {
 SETTINGS = {
     "env": "CliffWalking-v1",
     "tolerance": {"algorithm": "value_iteration", "tolerance": 1e-3},
-    "rounds": 2,
+    "iterations": 2,
     "max_episode_steps": 20,
 }
 
@@ -99,7 +99,7 @@ METRICS = {
     "start_value": "discounted value V of the state in which episodes begin (its mean, where several may be the first)",
     "greedy_return": "exact mean undiscounted return of the last policy within the time limit",
     "bellman_error": "largest |max Q(s, ·) − V(s)|; below (1 − γ) ε, V is within ε of V*",
-    "rounds": "rounds until the policy rested and the values had come to their limit",
+    "iterations": "iterations until the policy rested and the values had come to their limit",
     "sweeps": "backups of all states, those of evaluations included; linear equations count as none",
 }
 
@@ -112,7 +112,7 @@ EXPERIMENTS = (
     Experiment(
         "policy_iteration", preset="default", metric="start_value", bar=0.5420259, better="near", tolerance=1e-7, seeds=(0,),
         notes="nothing is drawn",
-        controls=(RESTED, Control("one round", {"rounds": 1}), Control("another discount", {"gamma": 0.98})),
+        controls=(RESTED, Control("one round", {"iterations": 1}), Control("another discount", {"gamma": 0.98})),
     ),
     Experiment(
         "modified_policy_iteration", preset="default", flags={"evaluation_sweeps": 5}, metric="start_value", bar=0.5420259,
@@ -122,11 +122,11 @@ EXPERIMENTS = (
     Experiment(
         "value_iteration", preset="default", flags={"algorithm": "value_iteration"}, metric="start_value", bar=0.5420259,
         better="near", tolerance=1e-7, seeds=(0,), notes="nothing is drawn",
-        controls=(Control("ends at a change of 0.001", {"tolerance": 1e-3}), Control("100 sweeps", {"rounds": 100})),
+        controls=(Control("ends at a change of 0.001", {"tolerance": 1e-3}), Control("100 sweeps", {"iterations": 100})),
     ),
     Experiment(
         "frozen_lake", preset="default", metric="greedy_return", bar=0.740165, better="near", tolerance=1e-6, seeds=(0,),
-        notes="exact probability to arrive within 100 steps", controls=(Control("the first improvement", {"rounds": 1}),),
+        notes="exact probability to arrive within 100 steps", controls=(Control("the first improvement", {"iterations": 1}),),
     ),
     Experiment(
         "cliff_walking", preset="cliff", metric="greedy_return", bar=-13.0, better="near", tolerance=1e-9, seeds=(0,),
@@ -135,7 +135,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         "taxi", preset="taxi", metric="greedy_return", bar=7.93, better="near", tolerance=0.005, seeds=(0,),
-        notes="the mean over all starts", controls=(Control("the first improvement", {"rounds": 1}),),
+        notes="the mean over all starts", controls=(Control("the first improvement", {"iterations": 1}),),
     ),
 )  # fmt: skip
 
@@ -223,12 +223,12 @@ def train(config: Config, run: Run) -> dict[str, float]:
         afford(f"the linear equations of {states:,} states", 3 * 8 * states**2)
     run.describe(Spec(extra={"env": config.env, "states": states, "actions": actions}))
     model = build(config, Spec(extra={"states": states, "actions": actions}))["model"]
-    box = Box(rounds=0, sweeps=0, changes=[])
+    box = Box(iterations=0, sweeps=0, changes=[])
     run.track(model=model, box=box)  # line 1
     value, q, policy = model.value.numpy(), model.q.numpy(), model.policy.numpy()  # views of what is tracked
     run.say(f"{kind.name}: {states:,} states, {actions:,} actions")
 
-    for _ in run.steps(config.rounds):  # line 2
+    for _ in run.steps(config.iterations):  # line 2
         before, old = value.copy(), policy.copy()
         if exact:  # line 3
             value[:] = solve(world, policy, config.gamma)
@@ -238,7 +238,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
         q[:] = action_values(world, value, config.gamma)  # line 4
         policy[:] = improve(q, policy)  # line 5
         box.sweeps += 1
-        box.rounds += 1
+        box.iterations += 1
         if config.algorithm == "value_iteration":
             value[:] = q.max(1)  # line 6
         change, moved = float(np.abs(value - before).max()), int((policy != old).sum())
@@ -253,7 +253,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
         "start_value": float(world.start @ value),
         "greedy_return": expected_return(world, policy, limit),
         "bellman_error": float(np.abs(action_values(world, value, config.gamma).max(1) - value).max()),
-        "rounds": float(box.rounds),
+        "iterations": float(box.iterations),
         "sweeps": float(box.sweeps),
     }
 

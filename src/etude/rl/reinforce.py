@@ -63,6 +63,7 @@ from etude.core.run import Loaded, Run
 from etude.core.spec import Spec
 from etude.optim import schedules
 from etude.optim.adam import Adam
+from etude.rl.parts.actor_critic import ActorCritic
 from etude.rl.parts.films import films
 from etude.rl.parts.policies import CategoricalPolicy
 from etude.rl.parts.whole_episodes import Episodes, collect, episode_gradients, put_gradient, returns
@@ -314,7 +315,7 @@ CAPTION = (
 )
 
 
-def acting(policy: CategoricalPolicy, dice: torch.Generator | None = None) -> Policy:
+def acting(policy: CategoricalPolicy | ActorCritic, dice: torch.Generator | None = None) -> Policy:
     """The policy as a function of states: sampling by the generator, or its most probable action without one."""
     device = next(policy.parameters()).device
 

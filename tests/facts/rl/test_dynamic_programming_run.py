@@ -29,7 +29,7 @@ CASES = [
     {},
     {"evaluation_sweeps": 3, "tolerance": 1e-4},
     {"algorithm": "value_iteration", "tolerance": 1e-4, "gamma": 0.9},
-    {"algorithm": "value_iteration", "rounds": 7},
+    {"algorithm": "value_iteration", "iterations": 7},
     {"env": "CliffWalking-v1"},
 ]
 
@@ -56,7 +56,7 @@ def exact_value(table, policy, gamma):
 def plain(table, states, config):
     """(V, π, logged rows) by Algorithms 13 to 15."""
     value, policy, rows = np.zeros(states), np.zeros(states, int), []
-    for _ in range(config.rounds):
+    for _ in range(config.iterations):
         before, old = value.copy(), policy.copy()
         if config.algorithm == "policy_iteration" and not config.evaluation_sweeps:
             value = exact_value(table, policy, config.gamma)
@@ -104,7 +104,7 @@ def test_reported_numbers_are_those_of_the_saved_plan(extra, run_of):
     error = np.abs(backup(world.P, value, config.gamma).max(1) - value).max()
     assert got["bellman_error"] == pytest.approx(error, rel=1e-6, abs=1e-14)
     _, _, rows = plain(world.P, len(value), config)
-    assert got["rounds"] == len(rows)
+    assert got["iterations"] == len(rows)
     assert got["sweeps"] == len(rows) * (1 + config.evaluation_sweeps)
     limit = min(config.max_episode_steps, env.spec.max_episode_steps or 10**9)
     here, total = {s: p for s, p in enumerate(world.initial_state_distrib) if p}, 0.0

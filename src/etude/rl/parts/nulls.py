@@ -26,3 +26,11 @@ def unmasked_action_values(world: Any, value: Any, gamma: float) -> Any:
 def rested(rests: bool, change: float, exact: bool, tolerance: float) -> bool:
     """The policy is the same as before, wherever its values are (E91). For `dynamic_programming.settled`."""
     return rests
+
+
+def drawn_advantages(segment: Any, value: Any, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Advantages whose signs are drawn, so that they say nothing of the action. For `rollouts.advantages`."""
+    from etude.rl.parts.rollouts import advantages
+
+    found, returns = advantages(segment, value, gamma, lam)
+    return found.abs() * torch.where(torch.rand_like(found) < 0.5, -1.0, 1.0), returns

@@ -1,0 +1,91 @@
+"""The clipped objective by cases and by its gradient, standardised advantages, explained variance, refusals."""
+
+import numpy as np
+import pytest
+import torch
+
+import etude
+from etude.core.errors import UserError
+from etude.rl.parts.actor_critic import ActorCritic
+from etude.rl.ppo import clipped_objective, explained_variance, standardised
+
+
+def tensor(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_the_objective_is_the_papers_figure_1():
+    ratio, eps = torch.linspace(0, 2, 201, dtype=torch.float64), 0.2
+    good, bad = (clipped_objective(ratio, tensor(a).expand_as(ratio), eps) for a in (1.0, -1.0))
+    torch.testing.assert_close(good, ratio.clamp(max=1.2))
+    torch.testing.assert_close(bad, -ratio.clamp(min=0.8))
+
+
+def test_no_gradient_flows_where_the_ratio_is_beyond_the_clip_to_the_better_side():
+    ratio = tensor(0.5, 1.0, 1.5, 0.5, 1.0, 1.5).requires_grad_()
+    clipped_objective(ratio, tensor(2, 2, 2, -3, -3, -3), 0.2).sum().backward()
+    assert ratio.grad.tolist() == [2.0, 2.0, 0.0, 0.0, -3.0, -3.0]
+
+
+def test_where_nobody_has_moved_it_is_the_policy_gradient():
+    torch.manual_seed(0)
+    model = ActorCritic(3, 4, (5,)).double()
+    state, action, advantage = torch.randn(20, 3).double(), torch.randint(4, (20,)), torch.randn(20).double()
+    log_prob, _, _ = model.judge(state, action)
+    plain = torch.autograd.grad((log_prob * advantage).mean(), model.policy.parameters(), retain_graph=True)
+    ratio = (log_prob - log_prob.detach()).exp()
+    ours = torch.autograd.grad(clipped_objective(ratio, advantage, 0.2).mean(), model.policy.parameters())
+    for one, other in zip(ours, plain):
+        torch.testing.assert_close(one, other, atol=1e-14, rtol=1e-12)
+
+
+def test_without_advantage_an_entropy_bonus_raises_the_entropy():
+    torch.manual_seed(0)
+    model = ActorCritic(3, 4, (5,))
+    torch.nn.init.normal_(model.policy[-1].weight, std=2.0)
+    state, action = torch.randn(50, 3), torch.randint(4, (50,))
+    _, before, _ = model.judge(state, action)
+    (-before.mean()).backward()
+    with torch.no_grad():
+        for parameter in model.policy.parameters():
+            parameter -= 0.01 * parameter.grad
+    assert model.judge(state, action)[1].mean() > before.mean()
+
+
+def test_standardised_advantages():
+    x = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 7 + 3
+    got = standardised(x)
+    assert abs(float(got.mean())) < 1e-12
+    assert float(got.std()) == pytest.approx(1.0, rel=1e-6)
+    assert standardised(tensor(5.0)).tolist() == [5.0]  # one alone is no NaN
+    assert standardised(tensor(2.0, 2.0)).tolist() == [0.0, 0.0]
+
+
+def test_explained_variance():
+    returns = tensor(1, 2, 3, 4)
+    assert float(explained_variance(returns, returns)) == 1.0
+    assert float(explained_variance(tensor(7, 7, 7, 7), returns)) == 0.0
+    assert float(explained_variance(-returns, returns)) == pytest.approx(-3.0)
+    assert float(explained_variance(returns, tensor(2, 2, 2, 2))) == 0.0
+
+
+def test_a_minibatch_of_one_learns_finite_numbers(tmp_path):
+    settings = {
+        "steps": 51,
+        "worlds": 3,
+        "segment": 17,
+        "passes": 1,
+        "batch": 50,
+        "final_episodes": 2,
+        "evaluate_every": 0,
+    }
+    done = etude.run("rl/ppo", preset="tiny", out=tmp_path / "run", quiet=True, **settings)
+    assert all(np.isfinite(value) for value in done.metrics.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"), [({"env": "Pendulum-v1"}, "Pendulum"), ({"env": "CartPole-v9"}, "CartPole")]
+)
+def test_refusals(settings, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        etude.run("rl/ppo", out=tmp_path / "run", quiet=True, **settings)
