@@ -187,7 +187,7 @@ CHANGES = (
     {"entropy_bonus": 0.5, "value_coefficient": 2.0, "clip_norm": 0.05},
     {"shared": True, "gamma": 0.5},
     {"target_kl": 1e-5, "passes": 5},
-    {"worlds": 2, "segment": 40, "evaluate_every": 0, "batch": 64},
+    {"worlds": 2, "segment": 40, "evaluate_every": 0, "batch": 64, "passes": 3},
 )
 
 
