@@ -45,7 +45,7 @@ from etude.blocks.acting.worlds import Worlds
 from etude.catalog import Control, Experiment, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, Few, NonNegative, Positive, Probability, Range, Whole
-from etude.core.errors import RunError
+from etude.core.errors import RunError, UserError
 from etude.core.randomness import fold, generator
 from etude.core.run import Loaded, Run
 from etude.core.spec import Spec
@@ -173,6 +173,8 @@ def train(config: Config, run: Run) -> dict[str, float]:
     worlds = Worlds.make(env, config.worlds, run.seed, "training", run.rank)
     spec = Spec(extra={"env": config.env, "size": worlds.size, "actions": worlds.actions})
     whole = config.worlds * config.segment
+    if whole < 2:  # of which a reset may be one
+        raise UserError("--worlds times --segment is 1, and PPO learns from two steps or more at a time")
     afford_learning([worlds.size, *config.widths, worlds.actions], whole)
     run.describe(spec)
     model = run.place(build(config, spec)["model"])

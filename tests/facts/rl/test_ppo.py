@@ -84,7 +84,12 @@ def test_a_minibatch_of_one_learns_finite_numbers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"), [({"env": "Pendulum-v1"}, "Pendulum"), ({"env": "CartPole-v9"}, "CartPole")]
+    ("settings", "said"),
+    [
+        ({"env": "Pendulum-v1"}, "Pendulum"),
+        ({"env": "CartPole-v9"}, "CartPole"),
+        ({"worlds": 1, "segment": 1}, "two steps"),
+    ],
 )
 def test_refusals(settings, said, tmp_path):
     with pytest.raises(UserError, match=said):

@@ -1,0 +1,28 @@
+"""A2C on a problem whose answer is known; that it balances a pole is the experiment `cartpole`."""
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import etude
+
+runpy.run_path(str(Path(__file__).with_name("test_reinforce.py")))  # registers the world of signs
+
+
+def test_finds_the_action_of_every_state(tmp_path):
+    settings = {
+        "env": "etude-test/Signs-v0",
+        "steps": 6000,
+        "worlds": 8,
+        "segment": 8,
+        "widths": (8,),
+        "learning_rate": 0.02,
+    }
+    settings |= {"gamma": 0.0, "evaluate_every": 0, "final_episodes": 20, "quiet": True}
+    result = etude.run("rl/a2c", out=tmp_path / "run", seed=0, **settings)
+    assert result.metrics["greedy_return"] == 4
+    with torch.no_grad():
+        policy = etude.load(result.folder).model(torch.eye(3))[0].softmax(1).numpy()
+    assert np.diag(policy).min() > 0.85
