@@ -3,7 +3,7 @@
 Paper: Ross, Gordon & Bagnell, A Reduction of Imitation Learning and Structured Prediction to No-Regret Online Learning,
     AISTATS 2011, arXiv:1011.0686.
 
-Equation: D ← D ∪ {(s, π*(s)) : s visited by β_i π* + (1 − β_i) π_i},   π_(i+1) = argmin_π mean over D of −log π(π*(s) | s)
+Equation: D ← D ∪ {(s, π*(s)) : s visited by β_i π* + (1 − β_i) π_i},   π_{i+1} = argmin_π mean over D of −log π(π*(s) | s)
     Cloning errs by O(ε T²) over T steps where the learner's states are not the expert's; here ε is of the learner's
     own states, and the error O(ε T).
 

@@ -3,7 +3,7 @@
 Paper: Mnih et al., Asynchronous Methods for Deep Reinforcement Learning, 2016, arXiv:1602.01783; the synchronous form is that of
     its authors' successors (OpenAI Baselines, 2017).
 
-Equation: R_t = Σ_(k<m) γ^k r_(t+k) + γ^m V_φ(s_(t+m)), m the steps to the end of the segment or of the episode (V there 0)
+Equation: R_t = Σ_{k<m} γ^k r_{t+k} + γ^m V_φ(s_{t+m}), m the steps to the end of the segment or of the episode (V there 0)
     minimised: −mean Â_t log π_θ(a_t | s_t) + c_V mean (V_φ(s_t) − R_t)² − c_H mean H(π_θ(· | s_t)),  Â_t = R_t − V_φ(s_t)
 
 Algorithm: (notes, Algorithms 11 and 12, in n worlds)

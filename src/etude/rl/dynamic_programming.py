@@ -6,7 +6,7 @@ Paper: Bellman, Dynamic Programming, 1957; Howard, Dynamic Programming and Marko
 Equation: Q(s, a) = E[r + γ (1 − terminated) V(s')]
 
     policy iteration: V = (I − γ P_π)⁻¹ r_π,  π(s) = argmax_a Q(s, a)
-    value iteration: V ← max_a Q(·, a), a contraction: ‖V_{k+1} − V*‖_∞ ≤ γ ‖V_k − V*‖_∞
+    value iteration: V ← max_a Q(·, a), a contraction: ‖V_{k+1} − V^∗‖_∞ ≤ γ ‖V_k − V^∗‖_∞
 
 Algorithm: (notes, Algorithms 13 to 15)
     1. V = 0, π(s) = 0 for every state

@@ -3,9 +3,9 @@
 Paper: Schulman et al., Proximal Policy Optimization Algorithms, 2017, arXiv:1707.06347. Advantages: Schulman et al.,
 High-Dimensional Continuous Control Using Generalized Advantage Estimation, 2015, arXiv:1506.02438.
 
-Equation: ρ_t = π_θ(a_t | s_t)/π_old(a_t | s_t),  L^CLIP(θ) = mean of min(ρ_t Â_t, clip(ρ_t, 1 − ε, 1 + ε) Â_t)
-    Â_t = Σ_k (γλ)^k δ_(t+k),  δ_t = r_t + γ (1 − terminated) V(s_(t+1)) − V(s_t)
-    minimised: −L^CLIP + c_V ½ mean (V_θ(s_t) − R̂_t)² − c_H mean H(π_θ(· | s_t)),  R̂_t = Â_t + V_old(s_t)
+Equation: ρ_t = π_θ(a_t | s_t)/π_old(a_t | s_t),  L^{CLIP}(θ) = mean of min(ρ_t Â_t, clip(ρ_t, 1 − ε, 1 + ε) Â_t)
+    Â_t = Σ_k (γλ)^k δ_{t+k},  δ_t = r_t + γ (1 − terminated) V(s_{t+1}) − V(s_t)
+    minimised: −L^{CLIP} + c_V ½ mean (V_θ(s_t) − R̂_t)² − c_H mean H(π_θ(· | s_t)),  R̂_t = Â_t + V_old(s_t)
 
 Algorithm: (the paper's algorithm 1)
     1. while the budget of environment steps lasts
@@ -16,7 +16,7 @@ Algorithm: (the paper's algorithm 1)
 
 Differences:
 - The notes end before PPO (their 7.3.5.3 has its first-order weights, without the clip); it is what one asks for next.
-- E93 (7.6): V(s_(t+1)) is 0 behind a termination, but not behind a time limit, where it is V of the state that was reached.
+- E93 (7.6): V(s_{t+1}) is 0 behind a termination, but not behind a time limit, where it is V of the state that was reached.
 - Advantages are standardised in each minibatch, as in the authors' code (`--no-normalise`); the paper says nothing. A
   minibatch of one step is left as it is.
 - The value's error is not clipped; the authors' code does, the paper does not.
