@@ -47,7 +47,7 @@ from etude.blocks.acting.recording import Policy, Recording, joined
 from etude.blocks.pictures.plots import curves
 from etude.catalog import Control, Experiment, method
 from etude.core.checkpoint import Box
-from etude.core.config import Count, Positive, Probability
+from etude.core.config import Count, Few, Positive, Probability
 from etude.core.errors import UserError
 from etude.core.randomness import fold, generator
 from etude.core.run import Run
@@ -77,7 +77,7 @@ class Config:
     """States of these episodes that the expert labels, at most."""
     beta: Probability = 0.0
     """In iteration i the expert acts in a share β_i = beta^i of the steps."""
-    updates: Count = 1000
+    updates: Few = 1000
     """Parameter updates of each policy."""
     batch: Count = 64
     """States in a minibatch, of each rank."""
