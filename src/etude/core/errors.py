@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 from collections.abc import Iterable
 
@@ -48,10 +49,12 @@ _UNITS = {unit: 1024**power for power, unit in enumerate(("B", "KiB", "MiB", "Gi
 
 
 def shortage(error: BaseException) -> str:
-    """One sentence where this error means that memory was asked for in vain, with the bytes; empty for any other error.
+    """One sentence where this error means that something was asked for in vain that the machine has not got; else empty.
 
-    NumPy, torch and Python say it each in its own way.
+    That is memory, with the bytes, which NumPy, torch and Python say each in its own way, or a name of such a length.
     """
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"a name in the settings is longer than the file system allows: {error.filename}"
     text = " ".join(str(error).split())
     mine = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if not mine and not (
