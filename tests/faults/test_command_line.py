@@ -139,7 +139,7 @@ def test_info_bench_data_doctor_json(etude, tmp_path) -> None:
         ("list --jsn", "does not understand '--jsn'; did you mean '--json'?"),
         ("show --jsno", "did you mean '--json'?"),
         (f"run lenet --data {'x' * 5000}", f"{'x' * 40}…{'x' * 40}"),
-        (f"run fgsm --preset tiny --data {'x' * 5000}", "a name in the settings is longer than the file system allows"),
+        (f"run fgsm --preset tiny --data {'x' * 5000}", "There is no dataset 'xxx"),
         ("run lenet --steps 3 -q", "has no flag '-q'; flags are written out, as in --quiet"),
         ("run lenet --stesp 3", "has no flag '--stesp'; did you mean '--steps'?"),
         ("run lenet --learning_rat 3", "has no flag '--learning_rat'; did you mean '--learning-rate'?"),
