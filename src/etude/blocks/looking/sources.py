@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,7 +230,7 @@ def _fresh(run: Run, data: str, network: str, steps: int, batch: int) -> Source:
     def read(size: int | None = None) -> Images:
         return room.images(data, size) if own is None else hands.split(own, size)
 
-    folder = own is None and os.path.isdir(Path(data).expanduser())  # whose images may be of several sizes
+    folder = own is None and _is_folder(data)  # whose images may be of several sizes
     size = 28 if folder else None
     if network == "lenet":  # takes 28 × 28 and 32 × 32
         size = 32 if not folder and read().spec.shape[1:] == (32, 32) else 28
@@ -260,3 +259,10 @@ def _fresh(run: Run, data: str, network: str, steps: int, batch: int) -> Source:
 
     label = f"{network} trained for {steps} steps on {_tested(found)}"
     return Source(model, found.spec, found.test, label, steps, learn, found.about())
+
+
+def _is_folder(name: str) -> bool:
+    try:
+        return Path(name).expanduser().is_dir()
+    except OSError:  # a name too long for the file system is none
+        return False
