@@ -120,6 +120,7 @@ SETTINGS = {
     "schedule": "constant",
     "widths": (12,),
     "target_kl": 1e-4,
+    "clip_ratio": 1e-3,
     "shared": True,
 }
 
