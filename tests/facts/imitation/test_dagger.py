@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 
 import etude
 from etude.core.errors import UserError
-from etude.imitation.dagger import disagreement, first_steps, label, mixed
+from etude.core.spec import Spec
+from etude.imitation.dagger import Config, disagreement, first_steps, fresh, label, mixed
 from etude.imitation.parts import experts, obstacle
 from etude.imitation.parts.nulls import own_label
 
@@ -50,6 +52,17 @@ def test_the_first_steps_are_whole_episodes_cut_off_at_the_count():
     assert (len(few), len(more)) == (30, 75)
     assert more.ends[29] or more.longest <= obstacle.LIMIT
     assert len(np.unique(more.observations[more.first], axis=0)) >= 2
+
+
+def test_fresh_weights_are_new_in_every_iteration_and_equal_on_every_rank():
+    spec, drawn = Spec(extra={"size": 2, "actions": 2, "discrete": False}), []
+    for stream, step in ((0, 1), (1, 1), (0, 2)):
+        torch.manual_seed(stream)  # in a loop each rank has a stream of its own
+        drawn.append(
+            torch.cat([x.flatten() for n, x in fresh(Config(), spec, 7, step).items() if n.startswith("head")])
+        )
+    assert torch.equal(drawn[0], drawn[1])
+    assert (drawn[0] != drawn[2]).all()
 
 
 def test_the_obstacles_expert_answers_for_the_side_on_which_the_point_is():

@@ -1,6 +1,6 @@
 """A point that must pass an obstacle, on the left or on the right: the world in which an average is no answer
 
-The point starts near (0, 0) and wants to get above y = 1.2. A disc of radius 0.25 round (0, 0.6) stands in its way.
+The point starts near (0, 0) and wants to get above y = 0.7. A disc of radius 0.12 round (0, 0.3) stands in its way.
 An action is a displacement (dx, dy), shortened to length 0.2. The expert tosses a coin for its side and heads for the gate
 there, so from the start two actions are right and their average, straight on, is a crash. Reward: 1 for passing, −1 for
 touching the disc (on the way too, not only at the end of a step), 0 otherwise; both end the episode, 20 steps cut it.
@@ -26,7 +26,7 @@ CENTRE, RADIUS, FINISH, SPEED, LIMIT = np.array([0.0, 0.3]), 0.12, 0.7, 0.2, 20
 START = np.array([[-0.01, -0.02], [0.01, 0.02]])
 """Smallest and largest x, y of a start."""
 GATE = np.array([0.3, 0.3])
-"""Where the expert passes on the right; on the left it is (−0.45, 0.6)."""
+"""Where the expert passes on the right; on the left it is (−0.3, 0.3)."""
 
 
 class Obstacle:
