@@ -163,7 +163,7 @@ AVERAGE = Control("the average of the ways (squared error)", {"policy": "markov"
 EXPERIMENTS = (
     Experiment(
         "obstacle, mixture", preset="default", metric="crash_share", bar=0.01, better="lower", controls=(AVERAGE,),
-        published="none: the figure of a car before a tree is the notes' (7.1.4.2)",
+        notes="the notes' car before a tree (7.1.4.2); no figure is published",
     ),
     Experiment(
         "obstacle, autoregressive", preset="default", metric="crash_share", bar=0.02, better="lower",
@@ -188,7 +188,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         "Bishop's sinusoid", preset="sinusoid", metric="test_loss", bar=-0.9, better="lower",
-        published="no number: three branches are shown to be modelled (Bishop 1994, section 5)",
+        notes="Bishop (1994, section 5) shows the three branches and prints no number",
         controls=(Control("one Gaussian", {"components": 1}),),
     ),
 )  # fmt: skip

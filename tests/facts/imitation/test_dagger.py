@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import etude
-from etude.core.errors import UserError
+from etude.core.errors import RunError, UserError
 from etude.core.spec import Spec
 from etude.imitation.dagger import Config, disagreement, first_steps, fresh, label, mixed
 from etude.imitation.parts import experts, obstacle
@@ -77,3 +77,8 @@ def test_the_obstacles_expert_answers_for_the_side_on_which_the_point_is():
 def test_an_expert_that_cannot_be_asked_is_refused(expert, tmp_path):
     with pytest.raises(UserError, match="cannot be asked what it would do"):
         etude.run("imitation/dagger", expert=expert, out=tmp_path / "run", quiet=True)
+
+
+def test_divergence_is_said_in_a_sentence(tmp_path):
+    with pytest.raises(RunError, match="not finite|is nan|is inf"):
+        etude.run("imitation/dagger", preset="tiny", learning_rate=1e30, out=tmp_path / "run", quiet=True)

@@ -20,7 +20,12 @@ from etude.imitation.parts import experts, obstacle
 SEED = 3
 SMALL = {"examples": 25, "iterations": 3, "worlds": 2, "labels": 15, "updates": 6, "batch": 9, "widths": (5,)}
 SMALL |= {"learning_rate": 0.03, "evaluation_episodes": 2, "final_episodes": 3}
-CASES = [{}, {"beta": 0.6, "keep_best": False}, {"expert": "obstacle", "widths": (4, 3)}, {"labels": 3, "examples": 40}]
+CASES = [
+    {},
+    {"beta": 0.6, "keep_best": False, "updates": 3},
+    {"expert": "obstacle", "widths": (4, 3)},
+    {"labels": 3, "examples": 40, "updates": 3},
+]
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +133,7 @@ def test_loop_equals_a_plain_one(extra, run_of):
     np.testing.assert_allclose(held["states"], seen, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(held["actions"], said, rtol=1e-4, atol=1e-5)
     means = [mean for _, _, mean in rows]
+    assert "updates" not in extra or means[-1] < max(means)  # else --keep-best could not be seen
     best = max(i for i in range(config.iterations) if means[i] == max(means)) if config.keep_best else -1
     from etude.core.randomness import generator
     from etude.imitation.parts.policies import actor
