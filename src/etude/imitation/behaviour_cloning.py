@@ -34,9 +34,10 @@ Differences:
   of its reasons, and is lost after its first error.
 - Choices look at the validation episodes, and test_loss is of others again. The scores are of fresh worlds.
 
-Expect: CPU, seeds 0-2. Obstacle, 1,000 episodes: squared error crashes in 100 %, mixture in 0.4 to 0.7 %, autoregressive in
-0.3 to 1.5 %, latent in 1.0 to 1.6 %; 5 to 20 s. CartPole from 20 episodes: 500 of 500. Without its velocities history gets 500
-(20 s), the best answer to what is seen now 42. Bishop's sinusoid: −1.07 nats with three Gaussians, −0.57 with one.
+Expect: CPU, seeds 0-2. Obstacle, 1,000 episodes: squared error crashes in 100 % (with latent's settings in 66 to 100 %), mixture
+in 0.4 to 0.7 %, autoregressive in 0.3 to 0.6 %, latent in 1.0 to 1.6 %; 5 to 20 s. CartPole from 20 episodes: 500 of 500.
+Without its velocities history gets 500 (20 s), the best answer to what is seen now 42. Bishop's sinusoid: −1.07 nats with
+three Gaussians, −0.57 with one.
 
 Command: `etude run imitation/behaviour_cloning --policy mixture --expert obstacle`
 """
@@ -162,14 +163,14 @@ AVERAGE = Control("the average of the ways (squared error)", {"policy": "markov"
 
 EXPERIMENTS = (
     Experiment(
-        "obstacle, mixture", preset="default", metric="crash_share", bar=0.01, better="lower", controls=(AVERAGE,),
+        "obstacle, mixture", preset="default", metric="crash_share", bar=0.008, better="lower", controls=(AVERAGE,),
         notes="the notes' car before a tree (7.1.4.2); no figure is published",
     ),
     Experiment(
-        "obstacle, autoregressive", preset="default", metric="crash_share", bar=0.02, better="lower",
+        "obstacle, autoregressive", preset="default", metric="crash_share", bar=0.007, better="lower",
         flags={"policy": "autoregressive"}, controls=(AVERAGE,),
     ),
-    Experiment("obstacle, latent", preset="latent", metric="crash_share", bar=0.02, better="lower", controls=(AVERAGE,)),
+    Experiment("obstacle, latent", preset="latent", metric="crash_share", bar=0.019, better="lower", controls=(AVERAGE,)),
     Experiment(
         "pole", preset="pole", metric="learner_return", bar=475.0,
         published="solved means 475 (Gymnasium's reward_threshold of CartPole-v1)",

@@ -1,5 +1,6 @@
 """Behaviour cloning on problems whose answer is known; that it passes the obstacle is the experiment of that name."""
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -10,11 +11,19 @@ from etude.core.randomness import generator
 from etude.imitation.parts.policies import actor
 
 
+class Short(gymnasium.wrappers.TimeLimit):
+    """CartPole of at most 200 steps."""
+
+    def __init__(self, render_mode=None):
+        super().__init__(gymnasium.make("CartPole-v1", render_mode=render_mode).unwrapped, 200)
+
+
 def test_unlimited_data_give_the_experts_return(tmp_path):
-    settings = {"preset": "pole", "steps": 300, "expert_episodes": 4, "evaluate_every": 0, "final_episodes": 10}
+    settings = {"preset": "pole", "env": Short, "steps": 300, "expert_episodes": 4, "evaluate_every": 0}
+    settings |= {"final_episodes": 5, "evaluation_episodes": 2}
     settings |= {"widths": (), "learning_rate": 0.05}  # the rule of the expert is linear, so is this policy
     result = etude.run("imitation/behaviour_cloning", out=tmp_path / "run", quiet=True, **settings)
-    assert result.metrics["learner_return"] >= 475  # measured 500
+    assert result.metrics["learner_return"] >= 195  # measured 200 on seeds 0 to 2
 
 
 @pytest.mark.parametrize("policy", ["markov", "mixture", "latent", "autoregressive"])
