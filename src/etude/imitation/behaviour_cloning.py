@@ -36,8 +36,8 @@ Differences:
 
 Expect: CPU, seeds 0-2. Obstacle, 1,000 episodes: squared error crashes in 100 % (with latent's settings in 66 to 100 %), mixture
 in 0.4 to 0.7 %, autoregressive in 0.3 to 0.6 %, latent in 1.0 to 1.6 %; 5 to 20 s. CartPole from 20 episodes: 500 of 500.
-Without its velocities history gets 500 (20 s), the best answer to what is seen now 42. Bishop's sinusoid: −1.07 nats with
-three Gaussians, −0.57 with one.
+Without its velocities history gets 500 (20 s), the best answer to what is seen now 42. Bishop's sinusoid: −1.08 to −1.09
+nats with three Gaussians, −0.54 to −0.56 with one.
 
 Command: `etude run imitation/behaviour_cloning --policy mixture --expert obstacle`
 """

@@ -29,7 +29,7 @@ Differences:
 Expect: one core, seeds 0-2. CartPole, 10 to 15 s: from 60 steps of the expert cloning gets 51, 134 and 473, DAgger 500, 500,
 500 with some 1,450 labels; from 30 steps (--preset few) 37, 55, 38 and 500, 500, 500 with 100. Labels alone do that: as many
 of the expert's own states (--beta 1) get 500 too, but err in 0.18, 0.19, 0.18 of the states that they lead to, DAgger in 0.12,
-0.06, 0.04. Obstacle, 6 s: cloning crashes in 1.00, 0.93, 0.64 of its episodes, DAgger in 0.07, 0.06, 0.09, --beta 1 in
+0.06, 0.04. Obstacle, 6 s: cloning crashes in 1.00, 0.93, 0.65 of its episodes, DAgger in 0.07, 0.06, 0.09, --beta 1 in
 0.03, 0.07, 0.04.
 
 Command: `etude run imitation/dagger --expert balance --iterations 8`
