@@ -250,6 +250,16 @@ class Bomb:
         return (Path("exploded").touch, ())
 
 
+def other_shape(path: Path) -> None:
+    """A number where the state should be, under a manifest that vouches for it."""
+    import hashlib
+
+    (path / "state.json").write_bytes(b"1.5")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["state.json"] = {"bytes": 3, "sha256": hashlib.sha256(b"1.5").hexdigest()}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
 def pickled(path: Path) -> None:
     """A pickle that would touch a file where weights should be, under a manifest that vouches for it."""
     import hashlib
@@ -266,7 +276,7 @@ def pickle_alone(path: Path) -> None:
     path.write_bytes(pickle.dumps(Bomb()))
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, flip_text, empty, other_step, pickled, pickle_alone])
+@pytest.mark.parametrize("damage", [truncate, flip, flip_text, empty, other_step, other_shape, pickled, pickle_alone])
 def test_a_damaged_checkpoint_is_passed_over(etude, tmp_path, whole, damage) -> None:
     folder = tmp_path / "run"
     assert etude("run", etude.piece, "--out", folder, *FLAGS, "--fault", "nan_loss", "--at", "39").code == 1

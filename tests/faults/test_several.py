@@ -52,6 +52,9 @@ def test_a_run_that_is_trained_longer_is_the_longer_run(etude, tmp_path) -> None
     ):
         assert part in etude.refused("resume", "short", *words)
     assert (tmp_path / "short" / "done").exists()
+    (tmp_path / "short" / "done").unlink()
+    (tmp_path / "short" / "done").mkdir()
+    assert "short/done cannot be removed" in etude.refused("resume", "short", "--steps", "60")
 
 
 def test_what_follows_from_the_length_is_said(etude, tmp_path) -> None:

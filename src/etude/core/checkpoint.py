@@ -119,7 +119,10 @@ def read(path: Path) -> dict[str, Any]:
         if not whole:
             raise UserError(f"checkpoint {path} is damaged (its checksum does not match)")
         tensors = safetensors.torch.load_file(path / "tensors.safetensors")
-        return _decode(json.loads((path / "state.json").read_bytes()), tensors)
+        state = _decode(json.loads((path / "state.json").read_bytes()), tensors)
+        if not isinstance(state, dict):
+            raise UserError(f"checkpoint {path} is damaged (its state.json holds no object)")
+        return state
     except UserError:
         raise
     except (

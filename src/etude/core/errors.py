@@ -72,6 +72,6 @@ def shortage(error: BaseException) -> str:
 _TOO_BIG = re.compile(
     r"Storage size calculation overflowed|numel: integer multiplication overflow|invalid dimension|"
     r"Maximum allowed (?:dimension|size) exceeded|array is too big|too large to convert to C|"
-    r"cannot fit 'int' into an index-sized|cannot be represented as a SymInt|"
+    r"length must be non-negative|cannot fit 'int' into an index-sized|cannot be represented as a SymInt|"
     r"Overflow when unpacking long|out of range for .*int|negative dimensions|int too (big|large) to convert"
 )

@@ -182,9 +182,17 @@ def resume(
                 }
             if (repaired is not None or length) and ranks.first():
                 for name in ("done", "result.json") if length else ():
-                    (path / name).unlink(missing_ok=True)
+                    _take_away(path / name)
                 checkpoint.write_text(path / "config.json", json.dumps(described, indent=1) + "\n")
             return _execute(repaired or entry, module, config, common, path, resume=True)
+
+
+def _take_away(path: Path) -> None:
+    """Delete a file of a run folder, if it is there. Raises UserError where something else stands in its place."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be removed ({error.strerror}); look at it and take it away") from error
 
 
 def _repaired(folder: Path, described: dict[str, Any], source: str) -> own.Own:

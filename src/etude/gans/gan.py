@@ -122,7 +122,7 @@ EXPERIMENTS = (
         controls=(UNTRAINED,),
     ),
     Experiment(
-        "ring, share", preset="default", metric="test_share", bar=0.88, notes="within 3σ; the data has 0.989",
+        "ring, share", preset="default", metric="test_share", bar=0.886, notes="within 3σ; the data has 0.989",
         controls=(Control("the noise never falls", swap={"anneal": "etude.gans.parts.nulls.never_falls"}),),
     ),
     Experiment(

@@ -122,6 +122,7 @@ def plain(config):
 
 @pytest.mark.parametrize("extra", CASES)
 def test_loop_equals_a_plain_one(extra, run_of):
+    """E78: what was visited is a set of its own, D_π, that is added to D; expert and learner act by β_i."""
     done, config = run_of(extra), Config(**SMALL | extra)
     rows, seen, said, policies = plain(config)
     logged = [json.loads(line) for line in (done.folder / "metrics.jsonl").read_text().splitlines()]

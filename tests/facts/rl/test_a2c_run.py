@@ -108,6 +108,7 @@ def base():
 
 @pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: "-".join(changes) or "base")
 def test_loop_equals_a_plain_one_under_every_setting(changes, base, no_film, tmp_path):
+    """E90: the steps of all worlds are one batch and one update, which is A2C; nobody writes by himself."""
     settings = SMALL | changes
     want = plain(Config(**settings))
     done = etude.run("rl/a2c", out=tmp_path / "run", seed=SEED, quiet=True, **settings)

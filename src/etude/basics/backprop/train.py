@@ -85,7 +85,7 @@ METRICS = {
 
 EXPERIMENTS = (
     Experiment(
-        "mnist", preset="mnist", metric="test_accuracy", bar=0.970, published="0.984 (Srivastava 2014)",
+        "mnist", preset="mnist", metric="test_accuracy", bar=0.972, published="0.984 (Srivastava 2014)",
         notes="published: two layers of 800 units, all 60,000 images, no dropout",
         controls=(Control("δ stops at the last hidden layer", swap={"relu": "etude.basics.parts.training_nulls.wall"}),),
     ),
