@@ -116,7 +116,7 @@ EXPERIMENTS = (
         "softmax at 0.25",
         preset="mnist_softmax",
         metric="attacked_error",
-        bar=0.99,
+        bar=0.9902,
         published="0.999 with mean confidence 0.793 (shallow softmax, Goodfellow 2014, section 4)",
         notes="Theirs was trained otherwise: the paper does not say how. Ours: 2,344 updates of Adam, clean error 0.075.",
         controls=(SIGNS, AWAY, Control("ε = 0", flags={"epsilon": (0.0,)})),
