@@ -101,7 +101,7 @@ CHANGES = (
     {"correction": "notes", "baseline": False},
     {"correction": "none"},
     {"self_normalised": True},
-    {"updates": 1, "episodes": 24, "target_return": 5.0, "evaluate_every": 0},
+    {"updates": 1, "episodes": 24, "target_return": 30.0, "evaluate_every": 0},
 )
 
 
