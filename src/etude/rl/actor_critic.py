@@ -28,7 +28,8 @@ Differences:
 - Rows on which a world only resets are no transitions and are in no mean. Where nothing else is left (one world, one step) the
   gradient is 0, and Adam goes on by its momentum.
 
-Expect: TO BE MEASURED
+Expect: CartPole-v1, 150,000 steps, three seeds: 500 on fresh episodes, played by the policy itself (about 20 s on one core);
+    `--preset online`, 30,000 steps: 500, 454, 500 (about 65 s)
 
 Command: `etude run rl/actor_critic --target monte_carlo --shared`
 """

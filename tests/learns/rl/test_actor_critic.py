@@ -15,7 +15,13 @@ runpy.run_path(str(Path(__file__).with_name("test_reinforce.py")))  # registers 
 @pytest.mark.parametrize("discounting", ["factor", "death_state"])
 def test_finds_the_action_of_every_state(discounting, tmp_path):
     settings = {"env": "etude-test/Signs-v0", "steps": 6000, "worlds": 8, "segment": 8, "widths": (8,)}
-    settings |= {"gamma": 0.5, "learning_rate": 0.05, "target_updates": 2, "critic_updates": 2, "discounting": discounting}
+    settings |= {
+        "gamma": 0.5,
+        "learning_rate": 0.05,
+        "target_updates": 2,
+        "critic_updates": 2,
+        "discounting": discounting,
+    }
     settings |= {"evaluate_every": 0, "final_episodes": 20, "quiet": True}
     result = etude.run("rl/actor_critic", out=tmp_path / "run", seed=0, **settings)
     assert result.metrics["greedy_return"] == 4
