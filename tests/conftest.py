@@ -26,6 +26,7 @@ atexit.register(shutil.rmtree, os.environ["ETUDE_CACHE"], ignore_errors=True)
 
 BUDGET = 10.0  # CPU seconds a method may cost: 110 methods and what they share then fit into 12 minutes on two cores
 METHODS = 110
+CLOCK = pytest.StashKey[float]()
 NO_SKIP = "ETUDE_NO_SKIP"  # set to 1 where every dataset and extra is present: a skipped test is a failed one there
 
 
@@ -41,30 +42,32 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Note the CPU seconds of a test, its fixtures and its child processes with it."""
-    before = sum(os.times()[:4])
-    item.user_properties.append(("before", before))
-    result: Any = yield
-    return result
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is spent from here on is spent on tests."""
+    session.config.stash[CLOCK] = sum(os.times()[:4])
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Note the CPU seconds of each phase, those of the child processes that it waited for with it."""
     report: Any = yield
-    if call.when == "teardown":
-        spent = sum(os.times()[:4]) - dict(item.user_properties)["before"]
-        report.user_properties.append(("cpu", spent))
+    now, before = sum(os.times()[:4]), item.config.stash[CLOCK]
+    item.config.stash[CLOCK] = now
+    report.user_properties.append(("cpu", now - before))
     return _refuse(report)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """The ten dearest tests, the methods above their budget, and what the suite would cost with all methods in it."""
     costs: dict[str, float] = {}
+    shared = (
+        0.0  # what the last test of a worker takes down was everybody's, and so were the processes that end with it
+    )
     for report in (report for reports in terminalreporter.stats.values() for report in reports):
-        if getattr(report, "when", "") == "teardown":
-            costs[report.nodeid] = dict(report.user_properties).get("cpu", 0.0)
+        if getattr(report, "when", "") in ("setup", "call"):
+            costs[report.nodeid] = costs.get(report.nodeid, 0.0) + dict(report.user_properties)["cpu"]
+        elif getattr(report, "when", "") == "teardown":
+            shared += dict(report.user_properties)["cpu"]
     if len(costs) < 20:
         return
     terminalreporter.section("CPU seconds")
@@ -73,7 +76,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     methods: dict[str, float] = {}
     for nodeid, spent in costs.items():
         methods[_method(nodeid)] = methods.get(_method(nodeid), 0.0) + spent
-    shared = methods.pop("", 0.0)
+    shared += methods.pop("", 0.0)
     for name, spent in sorted(methods.items(), key=lambda item: -item[1]):
         if spent > BUDGET:
             terminalreporter.write_line(f"{spent:6.1f}  {name} (its budget is {BUDGET:g})")

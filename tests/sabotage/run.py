@@ -69,10 +69,8 @@ def rows() -> list[Fault]:
 def tests_of(method: str, root: Path) -> list[str]:
     """The method's own tests: facts first, then its part of the contract, then what it learns."""
     entry = catalog.find(method)
-    room, _, name = method.partition("/")
-    facts = [str(path) for path in test_files(entry, root)]
-    learns = [str(path) for path in sorted((root / "tests" / "learns" / room).glob(f"test_{name}*.py"))]
-    return [*facts, str(root / "tests" / "contract" / "test_methods.py"), *learns]
+    facts, learns = test_files(entry, root), test_files(entry, root, "learns")
+    return list(map(str, [*facts, root / "tests" / "contract" / "test_methods.py", *learns]))
 
 
 def warm() -> None:
@@ -112,7 +110,7 @@ def attempt(method: str, root: Path, kind: str = "") -> tuple[bool, str]:
             sys.path[:] = [str(root / "src"), *(path for path in sys.path if path != str(ROOT / "src"))]
             import pytest
 
-            code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files]))
+            code = int(pytest.main(["-x", "-q", "-m", "", "-p", "no:cacheprovider", "-p", "no:xdist", *files]))
         except BaseException:
             traceback.print_exc()
         finally:

@@ -5,7 +5,10 @@ import pytest
 import etude
 
 
-@pytest.mark.parametrize(("optimizer", "rate"), [("adam", 1e-3), ("sgd", 0.1), ("momentum", 0.02)])
+@pytest.mark.parametrize(
+    ("optimizer", "rate"),
+    [("adam", 1e-3), *(pytest.param(*two, marks=pytest.mark.long) for two in (("sgd", 0.1), ("momentum", 0.02)))],
+)
 def test_learns_digits_as_autograd_does(tmp_path, optimizer, rate):
     flags = {"optimizer": optimizer, "learning_rate": rate, "steps": 200}
     result = etude.run("basics/backprop", out=tmp_path / "run", quiet=True, seed=0, **flags)

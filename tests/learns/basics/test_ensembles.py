@@ -12,7 +12,9 @@ from etude.blocks.classifying.ensembles import bootstrap, combine, spread
 from etude.data import images
 
 
-@pytest.mark.parametrize("kind", ["seeds", "bagging", "heads", "snapshots"])
+@pytest.mark.parametrize(
+    "kind", ["snapshots", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("seeds", "bagging", "heads"))]
+)
 def test_the_mean_is_better_than_a_member(kind, tmp_path):
     done = etude.run("basics/ensembles", ensemble=kind, quiet=True, seed=0, threads=1, out=tmp_path / "run")
     found = done.metrics
@@ -28,7 +30,7 @@ def test_the_mean_is_better_than_a_member(kind, tmp_path):
         assert found["averaged_gain"] < -0.1  # measured -0.63, -0.68: the mean of different networks is none of them
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))])
 def test_bagged_trees(seed):
     """Breiman's own members, scikit-learn's trees, on our bootstrap samples under our vote and mean."""
     data = images("digits")

@@ -24,6 +24,7 @@ def test_learns_digits(tmp_path, optimizer, rate):
 
 
 @pytest.mark.parametrize("normalizer", ["none", "batch"])
+@pytest.mark.long
 def test_a_deep_sigmoid_network_needs_batch_normalisation(tmp_path, normalizer):
     flags = {
         "widths": (64,) * 12,

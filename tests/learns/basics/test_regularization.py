@@ -5,8 +5,10 @@ import pytest
 import etude
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize(("preset", "gain"), [("default", 0.2), ("breast_cancer", 0.45)])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("preset", "gain"), [pytest.param("default", 0.2, marks=pytest.mark.long), ("breast_cancer", 0.45)]
+)
 def test_the_best_penalty_lies_inside(tmp_path, preset, gain, seed):
     flags = {"splits": 4, "values": 15}
     result = etude.run("basics/regularization", preset=preset, out=tmp_path / "run", quiet=True, seed=seed, **flags)

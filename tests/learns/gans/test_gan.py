@@ -10,6 +10,7 @@ from etude.catalog import find, load_method
 from etude.gans.parts import judge, stages
 
 
+@pytest.mark.long
 def test_finds_modes(tmp_path):
     result = etude.run("gans/gan", out=tmp_path / "run", quiet=True, evaluate_every=0, steps=1500)
     print(result.metrics)  # measured 5 and 0.73; an untrained generator has 0 and 0.01

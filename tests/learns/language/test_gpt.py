@@ -45,6 +45,7 @@ def test_a_repeated_alphabet_is_learned_and_written(tmp_path):
         sample(loaded, Sample(top_p=0.0), tmp_path / "samples")
 
 
+@pytest.mark.long
 def test_random_tokens_cannot_beat_log_v(tmp_path):
     """Independent uniform characters: test stays at log 8 = 2.0794 or above; measured 2.0805."""
     draw = torch.randint(8, (30_000,), generator=torch.Generator().manual_seed(0))
@@ -54,6 +55,7 @@ def test_random_tokens_cannot_beat_log_v(tmp_path):
     assert math.log(8) - 0.005 < nats < math.log(8) + 0.05
 
 
+@pytest.mark.long
 def test_byte_pairs_are_counted_by_character(tmp_path):
     """The same text through byte pairs: the loss a token is larger, but the reported unit is the character."""
     pytest.importorskip("tokenizers", reason="tokenizers is not installed (extra text)")
@@ -85,6 +87,7 @@ def test_fine_tuning_starts_from_published_weights(tmp_path):
     assert json.loads((result.folder / "spec.json").read_text())["extra"]["architecture"]["activation"] == "gelu_tanh"
 
 
+@pytest.mark.long
 def test_positions_are_worth_more_than_a_tenth_of_a_nat():
     """Say the symbol at the other end of the sequence: without positions a bidirectional block only knows the set.
 

@@ -41,7 +41,12 @@ def chain_q(gamma):
 
 
 @pytest.mark.parametrize(
-    ("limit", "extra"), [(1000, {}), (4, {}), (4, {"double": True}), (4, {"action_outputs": False, "widths": (32,)})]
+    ("limit", "extra"),
+    [
+        (1000, {}),
+        (4, {"double": True}),
+        *(pytest.param(4, e, marks=pytest.mark.long) for e in ({}, {"action_outputs": False, "widths": (32,)})),
+    ],
 )
 def test_finds_the_values_of_a_chain_with_or_without_a_time_limit(limit, extra, tmp_path):
     # one-hot states and no hidden layer: the tabular limit. Were the cut after 4 steps taken for a termination, V(4)

@@ -1,12 +1,14 @@
 """Planning finds what is obviously best."""
 
 import numpy as np
+import pytest
 
 import etude
 from etude.blocks.acting.environments import environment
 from etude.blocks.acting.episodes import play
 
 
+@pytest.mark.long
 def test_the_plan_for_the_taxi_is_played_as_computed(tmp_path):
     """Real episodes bring what the tables promise: 7.93 a ride, and a random policy brings about −770."""
     done = etude.run("rl/dynamic_programming", preset="taxi", out=tmp_path / "run", quiet=True)

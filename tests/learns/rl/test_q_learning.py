@@ -12,7 +12,10 @@ from etude.blocks.acting.tables import optimal_q, tables
 from etude.rl.q_learning import compiled, episodes_in_environment
 
 
-@pytest.mark.parametrize(("name", "gamma", "episodes"), [("FrozenLake-v1", 0.9, 600_000), ("Taxi-v4", 0.5, 150_000)])
+@pytest.mark.parametrize(
+    ("name", "gamma", "episodes"),
+    [("FrozenLake-v1", 0.9, 600_000), pytest.param("Taxi-v4", 0.5, 150_000, marks=pytest.mark.long)],
+)
 def test_converges_to_the_optimal_values_with_steps_of_the_visits_to_the_minus_08(name, gamma, episodes):
     # what is left of the first guess after n visits is about exp(−5 (1 − γ) n^0.2): slow for γ near 1
     world = tables(name)
@@ -61,6 +64,7 @@ def test_a_time_limit_does_not_change_the_values():
     np.testing.assert_allclose(q, chain_q(gamma), atol=1e-9)
 
 
+@pytest.mark.long
 def test_frozen_lake_cliff_and_taxi(tmp_path):
     lake = etude.run("rl/q_learning", out=tmp_path / "lake", seed=0, quiet=True)
     assert lake.metrics["greedy_return"] >= 0.70  # measured 0.74016 on seeds 0-4: the best possible

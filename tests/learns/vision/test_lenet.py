@@ -6,6 +6,7 @@ import etude
 
 
 @pytest.mark.parametrize(("style", "bar"), [("modern", 0.96), ("1998", 0.95)])
+@pytest.mark.long
 def test_learns_digits(style, bar, tmp_path):
     result = etude.run(
         "vision/lenet", style=style, steps=120, evaluate_every=0, out=tmp_path / "run", quiet=True, seed=0

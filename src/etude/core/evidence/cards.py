@@ -205,12 +205,13 @@ def _write(entry: Entry, card: dict[str, Any]) -> None:
 
 
 def _oracle(entry: Entry) -> dict[str, Any]:
-    """Run the facts of this method, `tests/facts/<room>/test_<name>*.py`; an installed wheel has none to run."""
+    """Run this method's files of `tests/facts/` and `tests/learns/`, long tests too; an installed wheel has none to run."""
     root = catalog.checkout_folder()
     files = test_files(entry, root) if root else []
     if root is None or not files:
         return {"file": None, "tests": 0, "passed": True}
-    words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *map(str, files)]
+    files += test_files(entry, root, "learns")
+    words = [sys.executable, "-m", "pytest", "-m", "", "-p", "no:cacheprovider", *map(str, files)]
     finished = subprocess.run(words, check=False, capture_output=True, text=True, cwd=root)
     counted = re.search(r"(\d+) passed", finished.stdout)
     return {
@@ -220,15 +221,15 @@ def _oracle(entry: Entry) -> dict[str, Any]:
     }
 
 
-def test_files(entry: Entry, root: Path) -> list[Path]:
-    """The files that hold a method against its references: test_<name>.py and test_<name>_<subject>.py of its room.
+def test_files(entry: Entry, root: Path, kind: str = "facts") -> list[Path]:
+    """A method's files in `tests/<kind>/<room>`, kind "facts" or "learns": test_<name>.py and test_<name>_<subject>.py.
 
     A file belongs to the method with the longest name that fits (test_wgan_gp.py is not wgan's).
     """
     room, _, name = entry.name.partition("/")
     names = sorted((e.name.partition("/")[2] for e in catalog.entries().values() if e.room == room), key=len)
     found = []
-    for path in sorted((root / "tests" / "facts" / room).glob(f"test_{name}*.py")):
+    for path in sorted((root / "tests" / kind / room).glob(f"test_{name}*.py")):
         fitting = [other for other in names if re.fullmatch(rf"test_{other}(_.*)?", path.stem)]
         if fitting and fitting[-1] == name:
             found.append(path)
