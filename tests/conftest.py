@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import os
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,31 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 – libraries draw from it
     torch.manual_seed(0)
+
+
+@contextlib.contextmanager
+def _undrawn() -> Iterator[None]:
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Figure, "savefig", lambda self, path, **settings: Image.new("RGB", (8, 8)).save(path, format="png")
+        )
+        patch.setattr(Figure, "draw", lambda self, renderer: None)
+        yield
+
+
+@pytest.fixture(scope="session")
+def undrawn() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """In this context figures are made, but leave an empty picture: drawing is dear, and is looked at elsewhere."""
+    return _undrawn
+
+
+@pytest.fixture(autouse=True)
+def _numbers_are_not_drawn(request: pytest.FixtureRequest) -> Iterator[None]:
+    with _undrawn() if request.node.name.startswith(("test_loop", "test_reported")) else contextlib.nullcontext():
+        yield
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

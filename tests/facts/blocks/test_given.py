@@ -166,7 +166,7 @@ def test_methods_examine_what_they_are_given(method: str, tmp_path: Path) -> Non
     """A run's network, a model object and a fresh network, on arrays: the same numbers as on the data by name."""
     trained = etude.run("vision/lenet", **TINY)
     test = room.images("digits").test
-    shown = {**TINY, "images": 1000, "batch": 90, "shown": 1}
+    shown = {**TINY, "images": 150, "batch": 90, "shown": 1}
     if method != "robustness/fgsm":
         shown["subsets"] = 2
     by_name = etude.run(method, **shown, source=trained)

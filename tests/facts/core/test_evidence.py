@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pytest
 
 from etude import catalog, cli
-from etude.catalog import Control, Experiment
+from etude.catalog import Control, Experiment, Idle
 from etude.core import digest
 from etude.core.config import Count, Fraction, Positive
 from etude.core.errors import UserError
@@ -382,6 +382,8 @@ def test_the_sweep_finds_a_setting_that_does_nothing(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(
         module, "parabolas_figure", lambda stream, noise: __import__("PIL.Image").Image.new("L", (1, 1))
     )
+    others = {field.name: Idle("seen above") for field in dataclasses.fields(module.Config) if field.name != "noise"}
+    monkeypatch.setattr(module, "SETTINGS", others, raising=False)
     assert settings.sweep(ENTRY)["noise"]["state"] == "nothing"
 
 
