@@ -35,7 +35,7 @@ import etude
 from etude import catalog, cli, data
 from etude.core import checkpoint, launch
 from etude.core.config import check
-from etude.core.evidence.cards import test_files as evidence_files
+from etude.core.evidence.cards import own_tests as evidence_files
 from etude.core.evidence.settings import another
 from etude.core.evidence.stage import swapped
 from etude.core.meanings import meaning

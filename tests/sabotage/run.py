@@ -25,7 +25,7 @@ from typing import Any
 
 from etude import catalog
 from etude.core import record
-from etude.core.evidence.cards import test_files
+from etude.core.evidence.cards import own_tests
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -69,7 +69,7 @@ def rows() -> list[Fault]:
 def tests_of(method: str, root: Path) -> list[str]:
     """The method's own tests: facts first, then its part of the contract, then what it learns."""
     entry = catalog.find(method)
-    facts, learns = test_files(entry, root), test_files(entry, root, "learns")
+    facts, learns = own_tests(entry, root), own_tests(entry, root, "learns")
     return list(map(str, [*facts, root / "tests" / "contract" / "test_methods.py", *learns]))
 
 

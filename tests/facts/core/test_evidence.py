@@ -412,7 +412,7 @@ def test_files_of_tests_belong_to_the_longest_name() -> None:
     root = catalog.checkout_folder()
     assert root is not None
     names = {
-        name: [p.name for p in cards.test_files(catalog.find(f"gans/{name}"), root)]
+        name: [p.name for p in cards.own_tests(catalog.find(f"gans/{name}"), root)]
         for name in ("gan", "wgan", "wgan_gp")
     }
     assert "test_gan.py" in names["gan"]

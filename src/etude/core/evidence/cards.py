@@ -207,10 +207,10 @@ def _write(entry: Entry, card: dict[str, Any]) -> None:
 def _oracle(entry: Entry) -> dict[str, Any]:
     """Run this method's files of `tests/facts/` and `tests/learns/`, long tests too; an installed wheel has none to run."""
     root = catalog.checkout_folder()
-    files = test_files(entry, root) if root else []
+    files = own_tests(entry, root) if root else []
     if root is None or not files:
         return {"file": None, "tests": 0, "passed": True}
-    files += test_files(entry, root, "learns")
+    files += own_tests(entry, root, "learns")
     words = [sys.executable, "-m", "pytest", "-m", "", "-p", "no:cacheprovider", *map(str, files)]
     finished = subprocess.run(words, check=False, capture_output=True, text=True, cwd=root)
     counted = re.search(r"(\d+) passed", finished.stdout)
@@ -221,7 +221,7 @@ def _oracle(entry: Entry) -> dict[str, Any]:
     }
 
 
-def test_files(entry: Entry, root: Path, kind: str = "facts") -> list[Path]:
+def own_tests(entry: Entry, root: Path, kind: str = "facts") -> list[Path]:
     """A method's files in `tests/<kind>/<room>`, kind "facts" or "learns": test_<name>.py and test_<name>_<subject>.py.
 
     A file belongs to the method with the longest name that fits (test_wgan_gp.py is not wgan's).
