@@ -226,10 +226,12 @@ def find(name: str) -> Entry:
     raise UserError(f"there is no method '{name}'{nearest(name, known)}" + " ('etude list' shows all)")
 
 
-def load_method(entry: Entry) -> ModuleType:
-    """Import this method's file; raise UserError with the install command if an extra is missing."""
+def load_method(entry: Entry | str) -> ModuleType:
+    """Import a method's file, by its entry or its name; raise UserError with the install command if an extra is missing."""
     from etude.core import extras, own
 
+    if isinstance(entry, str):
+        entry = find(entry)
     if entry.missing:
         raise UserError(f"{entry.name} needs a package that is not installed; run: {extras.how(*entry.missing)}")
     if isinstance(entry, own.Own):

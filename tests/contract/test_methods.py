@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -35,9 +36,11 @@ import etude
 from etude import catalog, cli, data
 from etude.core import checkpoint, launch
 from etude.core.config import check
+from etude.core.errors import UserError
 from etude.core.evidence.cards import own_tests as evidence_files
 from etude.core.evidence.settings import another
 from etude.core.evidence.stage import swapped
+from etude.core.longer import length
 from etude.core.meanings import meaning
 from etude.core.randomness import fold
 from etude.core.run import Run
@@ -383,6 +386,25 @@ def test_resume_is_bit_exact(case: Case) -> None:
     sessions = json.loads((case.resumed / "environment.json").read_text(encoding="utf-8"))["sessions"]
     assert len(sessions) == 2
     assert sessions[1]["from_step"] < case.watch.steps, "the second session had nothing left to do"
+
+
+def test_a_finished_run_can_go_on(case: Case) -> None:
+    """A run that has ended takes a greater length, unless its file gives a reason why not; nothing of it has the old one."""
+    try:
+        name = length(case.entry)
+    except UserError:
+        return
+    described = json.loads((case.first / "config.json").read_text(encoding="utf-8"))["config"]
+    whole = shutil.copytree(case.first, case.folder / "longer")
+    more = described[name] + max(1, described[name] // 4)
+    with offline(case.folder / "home"), case.undrawn():
+        if newest(whole)["~run"].get("over"):
+            with pytest.raises(UserError, match="ended by itself"):
+                etude.resume(whole, **{name: more})
+            return
+        longer = etude.resume(whole, **{name: more})
+    assert longer.metrics
+    assert not (whole / "failed").exists()
 
 
 def test_load_and_sample(case: Case, tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_info_bench_data_doctor_json(etude, tmp_path) -> None:
         ("run lenet --steps -3", "--steps is -3; it must be a whole number at least 1"),
         ("run lenet --steps 3 4", "--steps is '3 4'; it must be a whole number at least 1"),
         ("run lenet --learning-rate nan", "--learning-rate is nan; it must be a number greater than 0"),
-        ("run lenet --learning-rate inf", "--learning-rate is inf; it must be a number greater than 0"),
+        ("run lenet --learning-rate inf", "--learning-rate is inf; it must be a finite number greater than 0"),
         ("run lenet --learning-rate 0", "--learning-rate is 0.0; it must be a number greater than 0"),
         ("run lenet --style classic", "--style is 'classic'; it must be one of modern, 1998"),
         ("run lenet --size 29", "--size is '29'; it must be one of 28, 32"),

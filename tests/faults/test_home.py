@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import inspect
 import json
+import os
 import subprocess
 import sys
 import types
@@ -145,3 +146,20 @@ def test_an_honest_estimate(monkeypatch, capfd) -> None:
     lines = capfd.readouterr().err.splitlines()
     assert lines[0].endswith("seen 8  loss 0.1235  many 1,234,567")
     assert lines[-1].startswith("step 500/1,000  10/s  50s left")  # and not 80s, as from the beginning
+
+
+def test_a_run_is_found_by_what_was_said_and_by_nothing_else(tmp_path, monkeypatch) -> None:
+    from etude.core.errors import UserError
+    from etude.core.folder import find_run
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ETUDE_RUNS", raising=False)
+    for name in ("rl/dqn/1", "rl/dqn/2"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.json").write_text("{}")
+        os.utime(tmp_path / "runs" / name / "config.json", (int(name[-1]), int(name[-1])))
+    assert find_run("latest") == find_run("dqn") == find_run("rl/dqn") == Path("runs/rl/dqn/2")
+    assert find_run("dqn", but=tmp_path / "runs/rl/dqn/2") == Path("runs/rl/dqn/1")
+    for text in ("", ".", "..", str(tmp_path), "/", "../..", "runs"):
+        with pytest.raises(UserError, match="is not a run folder|there is no run ''"):
+            find_run(text)

@@ -117,6 +117,8 @@ def test_seeds(etude, tmp_path) -> None:
     assert re.search(r"seen +16 +0 +16 *\n", shown.out)
     for text in ("", "a", "1-", "4-2", "0-5000", "-1", "9223372036854775808", "²"):
         assert f"--seeds is '{text}'" in etude.refused("run", etude.piece, f"--seeds={text}")
+    assert "names a seed twice" in etude.refused("run", etude.piece, "--seeds", "0-2,1")
+    assert "--seed and --seeds are both given" in etude.refused("run", etude.piece, "--seeds", "0-2", "--seed=3")
     failing = etude("run", etude.piece, "--quiet", "--seeds", "0-1", "--fault", "nan_loss", "--out", "nan", "--json")
     assert failing.code == 1
     assert json.loads(failing.out)["failed"].keys() == {"0", "1"}
@@ -189,6 +191,10 @@ def test_compare_lays_runs_over_each_other(etude, tmp_path) -> None:
     assert etude("compare", "0.001", "0.01", "--out", "pages.html").out == "pages.html\n"
     assert "2 to 8 runs, and 1 were named" in etude.refused("compare", "0.001")
     assert "there is no run 'nowhere'" in etude.refused("compare", "0.001", "nowhere")
+    assert "a run is named twice" in etude.refused("compare", "0.001", "./0.001")
+    (tmp_path / "mine.html").write_text("my words")
+    assert "mine.html is there and is no page" in etude.refused("compare", "0.001", "0.01", "--out", "mine.html")
+    assert (tmp_path / "mine.html").read_text() == "my words"
     assert "cannot be written" in etude.refused("compare", "0.001", "0.01", "--out", "/proc/etude/x.html")
     assert etude("run", etude.piece, "--quiet", "--seeds", "0-1", "--steps", "3", "--out", "seeds").code == 0
     assert etude("compare", "seeds/seed-0", "seeds/seed-1").code == 0

@@ -198,5 +198,6 @@ def test_sample_in_python_is_the_command(etude, tmp_path, monkeypatch) -> None:
     assert etude("sample", "run", "--count", "12").code == 0
     assert [file.name for file in drawn.files] == ["sample.txt"]
     assert drawn.files[0].read_text() == Path("run/samples/sample.txt").read_text()
+    assert package.sample(package.load("run"), count=12, out="again").files[0].read_text() == drawn.files[0].read_text()
     with pytest.raises(UserError, match="has no setting 'cuont'; did you mean 'count'"):
         package.sample("run", cuont=3)

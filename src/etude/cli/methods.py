@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import fnmatch
 import shlex
 import shutil
@@ -102,7 +103,11 @@ def info(words: list[str]) -> int:
     screen.print("\n[bold]Settings[/]")
     grid = table()
     for field in entry.fields:
-        grid.add_row(f"--{field['name'].replace('_', '-')}", f"[cyan]{field['default']}[/]", plain(field["help"]))
+        grid.add_row(
+            f"--{field['name'].replace('_', '-')}",
+            f"[cyan]{field['default']}[/]",
+            plain(field["help"] + _choices(field["type"])),
+        )
     screen.print(grid)
     screen.print("\n[bold]Presets[/]")
     grid = table()
@@ -116,9 +121,7 @@ def info(words: list[str]) -> int:
             grid.add_row(f"[cyan]{name}[/]", plain(said))
         screen.print(grid)
     screen.print("\n[bold]Evidence[/]")
-    screen.print(
-        _evidence_table(entry) if entry.card else f"none recorded yet; write it with: etude verify {entry.name}"
-    )
+    screen.print(_evidence_table(entry) if entry.card else _no_evidence(entry))
     screen.print(f"\n[bold]Source[/]\n{entry.path}", soft_wrap=True)
     return 0
 
@@ -233,6 +236,21 @@ def _matching(pattern: str | None) -> list[catalog.Entry]:
             f"no method matches '{pattern}'{nearest(text, [*(e.name for e in known), *(e.room for e in known)])}"
         )
     return found
+
+
+def _choices(type_: str) -> str:
+    """What a setting may be, where its type says so."""
+    try:
+        names = ast.literal_eval("[" + type_.removeprefix("Literal[")) if type_.startswith("Literal[") else []
+    except (SyntaxError, ValueError):
+        names = []
+    return f" ({', '.join(map(str, names))})" if names else ""
+
+
+def _no_evidence(entry: catalog.Entry) -> str:
+    if isinstance(entry, own.Own):
+        return "none: what stands here for the methods of etude is not said of a file of your own"
+    return f"none recorded yet; write it with: etude verify {entry.name}"
 
 
 def _evidence_table(entry: catalog.Entry) -> Any:

@@ -35,6 +35,8 @@ def run(words: list[str]) -> int:
     wanted = settings.launch
     out = Path(wanted.out) if wanted.out else None
     if wanted.seeds is not None:
+        if any(word == "--seed" or word.startswith("--seed=") for word in words):
+            raise UserError("--seed and --seeds are both given; --seeds says them all")
         return _several(entry, module, settings, out)
     finished = launch.start(entry, module, settings.config, settings.common, wanted.preset, out)
     _closing(finished, entry, wanted.json)
@@ -89,7 +91,9 @@ def seeds_of(text: str) -> list[int]:
                 f"--seeds is '{text}'; a range goes up, from seeds below 2^63, and has at most 1,000 of them"
             )
         found += range(low, high + 1)
-    return list(dict.fromkeys(found))
+    if len(set(found)) < len(found):
+        raise UserError(f"--seeds is '{text}', which names a seed twice")
+    return found
 
 
 def shown(value: float) -> str:

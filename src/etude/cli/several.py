@@ -5,9 +5,10 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from etude import catalog
 from etude.cli.runs import TRUST, shown
 from etude.cli.shared import Parser, console, plain, print_json, table
-from etude.core import ledger
+from etude.core import ledger, own
 from etude.core.errors import UserError
 from etude.core.folder import find_run, guard, runs_folder
 
@@ -22,7 +23,8 @@ def runs(words: list[str]) -> int:
     )
     options = parser.parse_args(words)
     root = runs_folder()
-    found = [row for row in ledger.rows(root) if not options.method or options.method in row["method"]]
+    wanted = catalog.find(options.method).name if own.is_own(options.method or "") else options.method or ""
+    found = [row for row in ledger.rows(root) if wanted in row["method"]]
     if options.json:
         print_json(found)
         return 0
@@ -39,6 +41,11 @@ def runs(words: list[str]) -> int:
     return 0
 
 
+def _beginning(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(4096)
+
+
 def compare(words: list[str]) -> int:
     parser = Parser("compare")
     parser.add_argument("runs", nargs="+", metavar="run", help="run folders, methods' names (their latest runs)")
@@ -53,6 +60,10 @@ def compare(words: list[str]) -> int:
     for folder in folders:
         guard(folder)
     target = options.out / "compare.html" if options.out.is_dir() else options.out
+    if target.is_file() and b"\xc2\xb7 etude</title>" not in _beginning(target):
+        raise UserError(f"{target} is there and is no page of 'etude compare'; name another with --out")
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError("a run is named twice; compare takes different ones ('etude runs' lists them)")
     try:
         path = compare(folders, target)
     except OSError as error:

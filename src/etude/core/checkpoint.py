@@ -24,11 +24,15 @@ from etude.core.errors import UserError
 PREFIX = "step-"
 
 
+ARRAYS = (np.ndarray, torch.Tensor)
+
+
 class Box:
     """A named set of arrays, tensors, numbers and lists that must survive: ``box = Box(best=0.0, table=np.zeros(9))``.
 
     Attributes are read and assigned freely; `Run.track` saves and restores them. Arrays and tensors of equal shape and
-    dtype are restored in place, so views and kernels that hold them stay valid.
+    dtype are restored in place, so views and kernels that hold them stay valid. One that has room for more along one
+    axis than what was saved (a row a step, in a run that is made longer) takes it at its beginning.
     """
 
     def __init__(self, **values: Any) -> None:
@@ -47,13 +51,19 @@ class Box:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             held = self.__dict__.get(name)
-            if isinstance(held, np.ndarray) and held.shape == np.shape(value) and held.dtype == value.dtype:
-                held[...] = value
-            elif isinstance(held, torch.Tensor) and held.shape == value.shape and held.dtype == value.dtype:
+            if any(isinstance(held, kind) and isinstance(value, kind) for kind in ARRAYS) and _has_room(held, value):
                 with torch.no_grad():
-                    held.copy_(value)
+                    held[tuple(map(slice, value.shape))] = value
             else:
                 self.__dict__[name] = value
+
+
+def _has_room(held: Any, value: Any) -> bool:
+    """Whether an array is of the dtype and shape of another, or longer along one axis."""
+    if held.dtype != value.dtype or held.ndim != value.ndim:
+        return False
+    more = [a - b for a, b in zip(held.shape, value.shape) if a != b]
+    return not more or (len(more) == 1 and more[0] > 0)
 
 
 def save(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:

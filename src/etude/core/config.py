@@ -61,7 +61,10 @@ def check(config: Any) -> None:
     for field in fields(config):
         value = getattr(config, field.name)
         if not _fits(value, hints[field.name]):
-            raise UserError(f"{flag(field.name)} is {_short(value)}; it must be {describe(hints[field.name])}")
+            wanted = describe(hints[field.name])
+            if isinstance(value, float) and math.isinf(value):
+                wanted = wanted.replace("a number", "a finite number", 1)
+            raise UserError(f"{flag(field.name)} is {_short(value)}; it must be {wanted}")
         for number in value if isinstance(value, tuple) else (value,):
             if extreme := _extreme(number):
                 raise UserError(f"{flag(field.name)} is {_short(value)}; {extreme}")
@@ -100,7 +103,12 @@ def replace(config: Any, values: dict[str, Any], owner: str) -> Any:
     # JSON has no tuples, and Python callers write 1 for 1.0, numpy numbers and Paths: all are meant, so all are taken
     coerced = {name: _coerce(value, hints[name]) for name, value in values.items()}
     config = dataclasses.replace(config, **coerced)
-    check(config)
+    try:
+        check(config)
+    except UserError as error:
+        if owner.endswith("config.json"):  # nobody has typed that flag
+            raise UserError(f"{owner}: {error}") from error
+        raise
     return config
 
 

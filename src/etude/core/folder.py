@@ -23,8 +23,8 @@ def runs_folder() -> Path:
     return Path(os.environ.get("ETUDE_RUNS", "runs"))
 
 
-def find_run(text: str) -> Path:
-    """The run folder meant by a path, a method's name (its latest run) or ``latest``."""
+def find_run(text: str, but: Path | None = None) -> Path:
+    """The run folder meant by a path, a method's name (its latest run) or ``latest``; never `but`, for the latest."""
     from etude import catalog
 
     try:
@@ -38,7 +38,8 @@ def find_run(text: str) -> Path:
         short = {entry.rpartition("/")[2] for entry in catalog.entries()}
         if text != "latest" and not under.is_dir() and text in short:
             under = root / catalog.find(text).name
-        found = list_runs(under)
+        named = text == "latest" or not (path.is_absolute() or set(path.parts) <= {".", ".."} or ".." in path.parts)
+        found = [run for run in list_runs(under) if not (but and run.samefile(but))] if named else []
     except (OSError, ValueError) as error:  # a name too long, a null byte, a folder that may not be looked into
         if isinstance(error, UserError):
             raise

@@ -46,7 +46,7 @@ def followers(entry: Entry, config: Any, name: str) -> str:
     if not lines:
         return ""
     where = ", ".join(map(str, sorted(lines)[:4]))
-    return f"{flag(name)} in {'line' if len(lines) == 1 else 'lines'} {where} of {entry.path.name}"
+    return f"what {entry.path.name} takes from {flag(name)} in {'line' if len(lines) == 1 else 'lines'} {where} too"
 
 
 def lengthen(folder: Path, described: dict[str, Any], entry: Entry, config: Any, asked: dict[str, int]) -> Any:

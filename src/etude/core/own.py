@@ -92,11 +92,15 @@ class Opened(NamedTuple):
 
 def opened(run: str | os.PathLike[str], trust: bool = False) -> Opened:
     """Find a run folder and its method, running nothing. `trust` follows links and takes a changed source."""
-    folder = folders.find_run(os.fspath(run))
+    folder = folders.find_run(os.fspath(getattr(run, "folder", run)))  # what `etude.run` and `etude.load` return, too
     if not trust:
         folders.guard(folder)
     described = folders.read_config(folder)
     own = bool(described["source"]) or is_own(described["method"])
+    if not own and described["method"] not in catalog.entries():
+        raise UserError(
+            f"{folder}/config.json says that this is a run of '{described['method'][:80]}', which is no method here"
+        )
     entry = _kept(folder, described, trust) if own else catalog.find(described["method"])
     return Opened(folder, described, entry)
 

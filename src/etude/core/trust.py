@@ -61,7 +61,8 @@ def permit(files: Mapping[str, bytes], what: str) -> None:
         lines = sum(data.count(b"\n") + 1 for data in files.values())
         raise UserError(
             f"{what} ({lines:,} lines, SHA-256 {found[:16]}…) would be run, and this machine has not run it before; "
-            "read it, and if you trust it add --trust (in Python: trust=True)"
+            "read it, and if you trust it add --trust ('etude run' takes the word of 'etude sample RUN --trust' before it; in "
+            "Python: trust=True)"
         )
     _remember(found, what)
 

@@ -191,6 +191,10 @@ def _opened(path: Path) -> Image.Image:
                 image.load()
                 return ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
+        if path.suffix in (".npy", ".npz"):
+            raise UserError(
+                f"{path} is an array, no picture; in Python: etude.load(RUN).predict(numpy.load(…))"
+            ) from error
         raise UserError(f"The image {path} cannot be read ({error}): repair or remove it.") from error
 
 

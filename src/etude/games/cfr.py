@@ -209,9 +209,9 @@ def train(config: Config, run: Run) -> dict[str, float]:
         raise UserError(f"--delay {config.delay} leaves no iteration of {config.iterations} for the average strategy")
     game = load_game(config.game)
     tree = flatten(game, config.limit)
-    due = {t: row for row, t in enumerate(schedule(config.iterations, config.evaluations))}
+    due = set(schedule(config.iterations, config.evaluations))
     held = tables(tree)  # line 1
-    seen = Box(curve=np.zeros((len(due), 3)), fingerprint=tree.fingerprint, found={})
+    seen = Box(curve=[], fingerprint=tree.fingerprint, found={})
     memory = (tree.nbytes + sum(part.nbytes for part in held.state_dict().values())) / tree.histories
     run.say(
         f"{config.game}: {tree.histories:,} histories, {tree.sets[2]:,} information sets,"
@@ -226,7 +226,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
         if step + 1 in due:  # line 10
             average = normalised(tree, held.average)
             now, last = exploitability(tree, average), exploitability(tree, held.strategy)
-            seen.curve[due[step + 1]] = step + 1, now, last
+            seen.curve.append([float(step + 1), now, last])
             seen.found = {"exploitability": now, "last_exploitability": last, "value": expected_value(tree, average)}
             if config.hands and step + 1 == config.iterations:
                 rng = np.random.default_rng(fold(run.seed, step, 0, "hands"))
@@ -236,7 +236,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
             run.log(**seen.found)
     average = normalised(tree, held.average)
     run.artifact("first_moves", strategy_figure(tree, average), "What the players do, by what they know.")
-    run.artifact("curve", curve_figure(seen.curve), "Exploitability by iteration, both axes logarithmic.")
+    run.artifact("curve", curve_figure(np.array(seen.curve)), "Exploitability by iteration, both axes logarithmic.")
     caption = "Probability of each action, by what the player knows; reach: its own probability of playing up to there."
     run.artifact("strategy", strategy_table(tree, average), caption)
     return seen.found

@@ -53,10 +53,11 @@ from torch import Tensor, nn
 
 from etude import optim
 from etude.blocks.acting.episodes import Copies, show
+from etude.blocks.acting.memory import afford_learning
 from etude.blocks.acting.recording import Recording, record, written
 from etude.catalog import Control, Experiment, method
 from etude.core.checkpoint import Box
-from etude.core.config import Count, Positive, Probability, Whole
+from etude.core.config import Count, Few, Positive, Probability, Whole
 from etude.core.errors import UserError
 from etude.core.randomness import fold, generator
 from etude.core.run import Loaded, Run
@@ -99,7 +100,7 @@ class Config:
     """Share of the expert's steps in which a random action is carried out; what the expert would have done is recorded."""
     steps: Count = 3000
     """Number of parameter updates."""
-    batch: Count = 128
+    batch: Few = 128
     """Steps (history: episodes) in a minibatch, of each rank."""
     window: Count = 500
     """history learns on so many steps from the beginning of an episode."""
@@ -242,6 +243,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
     told = {"size": expert.size, "actions": expert.actions, "discrete": expert.discrete}
     spec = Spec(extra={"env": expert.place, **told})
     run.describe(spec)
+    afford_learning([expert.size, *config.widths, expert.actions], config.batch)
     model = run.place(build(config, spec)["model"])
     assert isinstance(model, Cloned)
     shown = expert.shows(config.expert_episodes, run.seed, config.noise)  # line 1

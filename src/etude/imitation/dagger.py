@@ -46,6 +46,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from etude.blocks.acting.episodes import Copies, show
+from etude.blocks.acting.memory import afford_learning
 from etude.blocks.acting.recording import Policy, Recording, joined
 from etude.blocks.pictures.plots import curves
 from etude.catalog import Control, Experiment, method
@@ -82,7 +83,7 @@ class Config:
     """In iteration i the expert acts in a share β_i = beta^i of the steps."""
     updates: Few = 1000
     """Parameter updates of each policy."""
-    batch: Count = 64
+    batch: Few = 64
     """States in a minibatch, of each rank."""
     learning_rate: Positive = 1e-2
     """Adam's α."""
@@ -218,6 +219,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
     told = {"size": expert.size, "actions": expert.actions, "discrete": expert.discrete}
     spec = Spec(extra={"env": expert.place, **told})
     run.describe(spec)
+    afford_learning([expert.size, *config.widths, expert.actions], config.batch)
     model = run.place(build(config, spec)["model"])
     assert isinstance(model, Cloned)
     begun = first_steps(expert, config.examples, run.seed)  # line 1

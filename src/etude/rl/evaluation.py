@@ -56,7 +56,7 @@ class Config:
     env: str = "walk"
     """walk (the random walk along `states` places, which pays 1 at its right end), or a world with tables of its
     probabilities, as for rl/dynamic_programming."""
-    states: Few = 5
+    states: Annotated[int, Range(1, 1000)] = 5
     """Places of the walk; it begins in the middle."""
     policy: Literal["uniform", "optimal"] = "uniform"
     """The policy that is evaluated: every action with equal probability, or one that is best."""

@@ -163,6 +163,19 @@ def test_a_resumed_run_does_not_execute_a_file_that_its_folder_names(env, here):
     assert etude.resume(run.folder, trust=True).metrics == run.metrics
 
 
+def test_an_expert_s_folder_does_not_make_its_world_trusted(here):
+    run = etude.run("rl/dqn", env="CartPole-v1", out=here / "run", **DQN)
+    (here / "evil.py").write_text("from pathlib import Path\nPath('mark').touch()\n")
+    for file in ("spec.json", "config.json"):
+        text = (run.folder / file).read_text()
+        (run.folder / file).write_text(text.replace("CartPole-v1", f"{here}/evil.py:X"))
+        for method in ("imitation/dagger", "imitation/behaviour_cloning"):
+            with pytest.raises(UserError, match=r"the environment file .*evil.py \(.*would be run"):
+                etude.run(method, preset="tiny", expert=str(run.folder), quiet=True)
+    assert not (here / "mark").exists()
+    assert not (here / "cache").exists()
+
+
 BROKEN = {
     "observation": ("return self.place, float(over)", "return [self.place, 0], float(over)", "observes the shape"),
     "outside": ("min(max(self.place, 0), 4)", "7", "step observes 7, which is not in its space Discrete"),
@@ -181,6 +194,9 @@ BROKEN = {
     "continuous": ("spaces.Discrete(2)", "spaces.Box(-1, 1)", "needs discrete actions"),
     "dictionary": ("spaces.Discrete(5)", "spaces.Dict({})", "Box and Discrete observations are supported"),
     "kind": ("class Walk(gymnasium.Env)", "class Walk", "gives a Walk, which is not a gymnasium.Env"),
+    "exit": ("self.place += 1 if action else -1", "raise SystemExit(3)", "failed in step: broken.py, line 22: SystemExit: 3"),
+    "nothing": ("spaces.Discrete(5)", "spaces.Box(-1, 1, (0,))", "in which there is nothing to observe"),
+    "huge": ("float(over), over", "1e308, over", "step gives the reward 1e[+]308"),
     "package": ("import numpy as np", "import no_such_package", "ModuleNotFoundError: No module named 'no_such_package'"),
 }  # fmt: skip
 
@@ -290,17 +306,17 @@ def test_what_no_memory_could_hold_is_refused_with_its_bytes(tmp_path):
 
     for method in ("rl/dqn", "rl/q_learning"):
         with pytest.raises(
-            UserError, match=r"with its 1,000,000,000,000 states as one-hot vectors asks for 4 PB of memory"
+            UserError, match=r"with its 1,000,000,000,000 states as one-hot vectors would take 4 PB of memory"
         ):
             etude.run(method, env=Wide, out=tmp_path / "run", quiet=True)
     for settings, sentence in (
         (
             {"buffer": 10**12, "steps": 10**12},
-            r"a replay buffer of 1,000,000,000,000 transitions \(--buffer\) asks for \d+ TB",
+            r"a replay buffer of 1,000,000,000,000 transitions \(--buffer\) would take \d+ TB",
         ),
-        ({"updates": 10**10}, r"640,000,000,000 transitions a round \(--updates times --batch\) asks for .* PB"),
-        ({"batch": 10**15}, r"asks for .* PB of memory, and this machine has"),
-        ({"widths": (10**7, 10**7)}, r"a network of 100,000,\d+,\d+,\d+ parameters \(--widths\) asks for 2.4 PB"),
+        ({"updates": 10**10}, r"640,000,000,000 transitions a round \(--updates times --batch\) would take .* PB"),
+        ({"batch": 10**15}, r"would take .* PB of memory, and this machine has"),
+        ({"widths": (10**7, 10**7)}, r"a network of 100,000,\d+,\d+,\d+ parameters \(--widths\) would take 2.4 PB"),
         ({"worlds": 10**6}, "--worlds is 1000000; it must be a whole number between 1 and 10000"),
         ({"final_episodes": 10**9}, "--final-episodes is 1000000000"),
     ):

@@ -108,7 +108,7 @@ def test_sentences(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "this"
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="is this run itself"):
+    with pytest.raises(UserError, match="is the folder of this run itself"):
         resolve(again(), str(folder), "")
     done = etude.run("basics/mlp", **TINY)
     shapes(tmp_path / "pictures", sides=(8,))

@@ -4,9 +4,10 @@ import gymnasium
 import numpy as np
 import pytest
 
-from etude.blocks.acting.environments import environment
+from etude.blocks.acting.environments import Environment, environment
 from etude.blocks.acting.episodes import play
 from etude.blocks.acting.tables import expected_return, optimal_q, tables
+from etude.core.errors import UserError
 
 
 @pytest.mark.parametrize("name", ["FrozenLake-v1", "CliffWalkingSlippery-v1", "Taxi-v4"])
@@ -76,3 +77,22 @@ def test_optimal_values_are_found_for_gamma_next_to_one():
     for gamma in (1 - 1e-9, np.nextafter(1.0, 0.0)):  # plain value iteration would take 10^9 sweeps and more
         assert optimal_q(tables("FrozenLake-v1"), gamma).max(1)[0] == pytest.approx(14 / 17, abs=1e-6)
         assert optimal_q(tables("CliffWalking-v1"), gamma).max(1)[36] == pytest.approx(-13, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "sentence"),
+    [
+        ([(-0.5, 0, 0.0, False), (1.5, 1, 0.0, False)], r"P\[0\]\[0\] has the probability -0.5"),
+        ([(float("nan"), 0, 0.0, False)], r"P\[0\]\[0\] has the probability nan"),
+        ([(0.5, 0, 0.0, False)], r"the probabilities in P\[0\]\[0\] must sum to 1, and sum to 0.5"),
+        ([(1.0, 0, 1e308, False)], r"outcome 0 of P\[0\]\[0\] leads to state 0 of 2 for a reward of 1e[+]308"),
+        ([(1.0, 7, 0.0, False)], r"leads to state 7 of 2"),
+    ],
+)
+def test_a_table_that_is_none_is_refused_with_its_place(outcomes, sentence):
+    class Own(gymnasium.Env):
+        observation_space, action_space = gymnasium.spaces.Discrete(2), gymnasium.spaces.Discrete(1)
+        P = {0: {0: outcomes}, 1: {0: [(1.0, 1, 0.0, True)]}}  # noqa: RUF012
+
+    with pytest.raises(UserError, match=sentence):
+        tables(Environment("own", Own), declared=True)

@@ -220,6 +220,14 @@ def test_a_box_is_restored_in_place() -> None:
     assert (box.best, box.grown.shape, box.new) == (2.5, (4,), [1])
     with pytest.raises(AttributeError, match="this Box holds array, tensor, best, grown, new, not 'bset'"):
         _ = box.bset
+    longer = Box(
+        rows=np.full((2, 5), np.nan), steps=torch.zeros(4), other=np.zeros((3, 3))
+    )  # a run that is made longer
+    longer.load_state_dict({"rows": np.ones((2, 3)), "steps": torch.ones(2), "other": np.ones((2, 2))})
+    assert np.isnan(longer.rows[:, 3:]).all()
+    assert (longer.rows[:, :3] == 1).all()
+    assert longer.steps.tolist() == [1, 1, 0, 0]
+    assert longer.other.shape == (2, 2)
     parameter = nn.Parameter(torch.zeros(2))
     Box(p=parameter).load_state_dict({"p": torch.ones(2)})
     assert parameter.tolist() == [1, 1]

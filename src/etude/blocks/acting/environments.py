@@ -276,4 +276,6 @@ def encoder(space: Any, name: str) -> tuple[int, Callable[[Any], NDArray[np.floa
     if len(space.shape) >= 2 and space.dtype == np.uint8:
         raise UserError(f"--env {name} observes images {space.shape}; image observations are not supported here")
     size = int(np.prod(space.shape))
+    if not size:
+        raise UserError(f"--env {name} has the observation space {space}, in which there is nothing to observe")
     return size, lambda raw: np.array(raw, dtype=np.float32).reshape(-1, size)

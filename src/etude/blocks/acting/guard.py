@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from etude.blocks.acting.environments import Environment
 
 
+LARGEST = 1e30
+"""A reward beyond this would leave float32 within an episode."""
 TRIED = 8
 """At most this many actions are tried before a run begins."""
 
@@ -45,19 +47,21 @@ class Guard(gymnasium.Wrapper):
             raise RunError(f"--env {self.name}: step must return {form}, it returns {_form(answer)}")
         self._look("step", answer[0])
         try:
-            finite = math.isfinite(answer[1])
+            finite = math.isfinite(answer[1]) and abs(answer[1]) <= LARGEST
         except TypeError:
             finite = False
         if not finite:
-            raise RunError(f"--env {self.name}: step gives the reward {answer[1]!r}; it must be a finite number")
+            raise RunError(
+                f"--env {self.name}: step gives the reward {answer[1]!r}; it must be a number of at most 1e30"
+            )
         return answer
 
     def _asked(self, what: str, call: Any) -> Any:
         try:
             return call()
-        except (UserError, RunError):
+        except (UserError, RunError, KeyboardInterrupt):
             raise
-        except Exception as error:
+        except BaseException as error:  # SystemExit, too, would end the run without a word
             raise RunError(f"--env {self.name} failed in {what}: {spot(error)}") from error
 
     def _look(self, what: str, observed: Any) -> None:

@@ -14,7 +14,7 @@ def afford(what: str, size: float) -> None:
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if size > have:
-            raise UserError(f"{what} asks for {_written(size)} of memory, and this machine has {_written(have)}")
+            raise UserError(f"{what} would take {_written(size)} of memory, and this machine has {_written(have)}")
 
 
 def afford_learning(widths: Sequence[int], rows: int) -> None:

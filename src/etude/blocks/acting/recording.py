@@ -140,7 +140,8 @@ def policy_of(loaded: Loaded) -> Policy:
     if callable(own):
         return own(loaded)  # type: ignore[return-value]
     net = next((loaded.modules[name] for name in ("model", "policy", "actor") if name in loaded.modules), None)
-    if net is None or "env" not in loaded.spec.extra:
+    mute = net is None or not (hasattr(net, "best") or type(net).forward is not torch.nn.Module.forward)
+    if net is None or mute or "env" not in loaded.spec.extra:
         raise UserError(f"{loaded.folder} is a run of {loaded.name}, which acts in no world (such as rl/dqn does)")
     best = getattr(net, "best", None) or (lambda state: net(state).argmax(-1))
 

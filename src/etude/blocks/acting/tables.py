@@ -86,12 +86,18 @@ def _checked(inner: Any, name: str) -> Tables:
             f"--env {name} has a P that cannot be read ({type(error).__name__}: {error}); P[s][a] must be a list of "
             "(probability, next state, reward, terminated) for every state and action"
         ) from error
+    odd = np.argwhere(~(table.probability >= 0))  # NaN, too
+    if len(odd):
+        s, a, o = map(int, odd[0])
+        raise UserError(
+            f"--env {name}: P[{s}][{a}] has the probability {table.probability[s, a, o]:g}; it must be 0 or more"
+        )
     sums = table.probability.sum(2)
-    wrong = np.argwhere((np.abs(sums - 1) > 1e-9) | (table.probability < 0).any(2))
+    wrong = np.argwhere(~(np.abs(sums - 1) <= 1e-9))
     if len(wrong):
         s, a = map(int, wrong[0])
         raise UserError(f"--env {name}: the probabilities in P[{s}][{a}] must sum to 1, and sum to {sums[s, a]:g}")
-    lost = np.argwhere((table.next_state < 0) | (table.next_state >= states) | ~np.isfinite(table.reward))
+    lost = np.argwhere((table.next_state < 0) | (table.next_state >= states) | ~(np.abs(table.reward) <= 1e30))
     if len(lost):
         s, a, o = map(int, lost[0])
         raise UserError(

@@ -115,13 +115,15 @@ def resolve(run: Run, source: str, data: str, network: str = "lenet", steps: int
     held = Box(folder="", step=-1)
     run.track(source=held)
     try:
-        folder = Path(held.folder) if held.folder else launch.find_run(source)
+        folder = Path(held.folder) if held.folder else launch.find_run(source, but=run.folder)
     except UserError as error:
         raise UserError(
             f"--source {source}: {error}; or take --source fresh, which trains a small network first"
         ) from error
     if folder.resolve() == run.folder.resolve():
-        raise UserError(f"--source {source} is this run itself; name a method or the folder of an earlier run")
+        raise UserError(
+            f"--source {source} is the folder of this run itself; name a method or the folder of an earlier run"
+        )
     loaded = launch.load(folder)
     if held.folder and loaded.step != held.step:
         raise UserError(

@@ -31,6 +31,7 @@ from etude.core.errors import UserError
 from etude.core.folder import read_bytes
 from etude.core.randomness import fold
 from etude.core.run import Run
+from etude.core.trust import granted, is_granted
 from etude.imitation.parts.obstacle import Obstacle, nearer, two_ways
 
 PUSH = np.array([0.1, 0.3, 1.0, 0.5], np.float32)
@@ -194,13 +195,15 @@ def _file(run: Run, held: Box, path: Path, env: str) -> Expert:
 def _run(run: Run, held: Box, expert: str, env: str) -> Expert:
     """The policy of a finished run, in the world in which it learned."""
     try:
-        folder = Path(held.place) if held.place else launch.find_run(expert)
+        folder = Path(held.place) if held.place else launch.find_run(expert, but=run.folder)
     except UserError as error:
         raise UserError(
             f"--expert {expert}: {error}; or take one that needs no run: balance, obstacle, sinusoid"
         ) from error
     if folder.resolve() == run.folder.resolve():
-        raise UserError(f"--expert {expert} is this run itself; name a method or the folder of an earlier run")
+        raise UserError(
+            f"--expert {expert} is the folder of this run itself; name a method or the folder of an earlier run"
+        )
     loaded = launch.load(folder)
     if held.place and str(loaded.step) != held.mark:
         raise UserError(
@@ -211,7 +214,13 @@ def _run(run: Run, held: Box, expert: str, env: str) -> Expert:
     extra = loaded.spec.extra
     size, actions = int(extra.get("size", extra.get("states", 0))), int(extra.get("actions", 0))
     found = Expert(f"{loaded.name} ({folder})", size, actions, bool(extra.get("discrete", True)))
-    found = _in_world(found, environment(env or str(extra["env"]), run.env), str(folder))
+    if not env and extra["env"] == "obstacle":
+        found.world, found.limit = Obstacle, Obstacle.limit
+    else:
+        with granted(
+            is_granted() and (bool(env) or run.env is not None)
+        ):  # what a run folder names is not the user's word
+            found = _in_world(found, environment(env or str(extra["env"]), run.env), str(folder))
     found.policy, found.answer = (lambda seed, purpose: act), act
     return found
 
