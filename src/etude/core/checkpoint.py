@@ -50,7 +50,7 @@ class Box:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
-            held = self.__dict__.get(name)
+            held: Any = self.__dict__.get(name)
             if any(isinstance(held, kind) and isinstance(value, kind) for kind in ARRAYS) and _has_room(held, value):
                 with torch.no_grad():
                     held[tuple(map(slice, value.shape))] = value
