@@ -50,8 +50,7 @@ class Box:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
-            held: Any = self.__dict__.get(name)
-            if any(isinstance(held, kind) and isinstance(value, kind) for kind in ARRAYS) and _has_room(held, value):
+            if _has_room(held := self.__dict__.get(name), value):
                 with torch.no_grad():
                     held[tuple(map(slice, value.shape))] = value
             else:
@@ -59,7 +58,9 @@ class Box:
 
 
 def _has_room(held: Any, value: Any) -> bool:
-    """Whether an array is of the dtype and shape of another, or longer along one axis."""
+    """Whether an array is of the kind, dtype and shape of another, or longer along one axis."""
+    if not any(isinstance(held, kind) and isinstance(value, kind) for kind in ARRAYS):
+        return False
     if held.dtype != value.dtype or held.ndim != value.ndim:
         return False
     more = [a - b for a, b in zip(held.shape, value.shape) if a != b]
