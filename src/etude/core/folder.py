@@ -48,7 +48,7 @@ def find_run(text: str, but: Path | None = None) -> Path:
         if path.is_dir():
             raise UserError(f"{text} is not a run folder (it has no config.json)")
         known = [str(run) for run in list_runs(root)]
-        raise UserError(f"there is no run '{text}'{nearest(text, known)}; 'etude run METHOD' makes one under {root}/")
+        raise UserError(f"there is no run '{text}'; 'etude run METHOD' makes one under {root}/{nearest(text, known)}")
     return found[-1]
 
 

@@ -91,8 +91,8 @@ SETTINGS = {
 
 METRICS = {
     "td_rmse": "root mean squared error over states of TD(0)'s V, mean over rounds",
-    "monte_carlo_rmse": "the same of the Monte Carlo estimate",
-    "first_rmse": "the same before the first episode",
+    "monte_carlo_rmse": "root mean squared error over states of the Monte Carlo estimate, mean over rounds",
+    "first_rmse": "root mean squared error over states before the first episode",
     "fixed_point_gap": "largest expected TD error of a state at V^π, where TD(0) comes to rest; 0",
     "death_gap": "largest difference of V^π from the undiscounted values of a world that ends with probability 1 − γ; 0",
 }

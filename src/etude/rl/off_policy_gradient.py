@@ -126,7 +126,7 @@ SETTINGS = {
 }
 
 METRICS = {
-    "steps_to_target": "environment steps until the mean return of 20 training episodes first reached --target-return",
+    "steps_to_target": "environment steps until the mean of 20 training returns reached --target-return; else the most possible",
     "effective_share": "effective sample size of whole episodes' weights over their number, at the last update of a batch",
 }
 
