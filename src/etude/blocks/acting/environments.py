@@ -256,6 +256,26 @@ def discrete(space: Any, name: str) -> tuple[int, int]:
     return int(space.n), int(space.start)
 
 
+def boxed(space: Any, name: str) -> tuple[int, NDArray[np.float32], NDArray[np.float32]]:
+    """(numbers in an action, their lower, their upper bounds) of a Box space: A, (A,), (A,)."""
+    from gymnasium.spaces import Box
+
+    bounded = isinstance(space, Box) and np.issubdtype(space.dtype, np.floating) and np.prod(space.shape) > 0
+    if not bounded or not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
+        raise UserError(
+            f"--env {name} has the action space {space}; this method needs continuous actions between bounds, as in "
+            "Pendulum-v1"
+        )
+    return int(np.prod(space.shape)), *(np.asarray(end, np.float32).reshape(-1) for end in (space.low, space.high))
+
+
+def is_boxed(space: Any) -> bool:
+    """Whether actions are continuous."""
+    from gymnasium.spaces import Box
+
+    return isinstance(space, Box)
+
+
 def encoder(space: Any, name: str) -> tuple[int, Callable[[Any], NDArray[np.float32]]]:
     """(D, function from raw observations (N, …) to fresh float32 (N, D)) of a Box or Discrete space."""
     from gymnasium.spaces import Box, Discrete

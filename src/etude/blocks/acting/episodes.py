@@ -12,15 +12,15 @@ from typing import Annotated, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from etude.blocks.acting.environments import LONGEST, Environment, discrete, encoder, environment, spot
+from etude.blocks.acting.environments import LONGEST, Environment, discrete, encoder, environment, is_boxed, spot
 from etude.blocks.acting.worlds import Worlds
 from etude.core.config import Range
 from etude.core.errors import RunError, UserError
 from etude.core.randomness import fold
 from etude.core.run import Run
 
-Policy = Callable[[NDArray[np.float32]], NDArray[np.int64]]
-"""states (N, D) → actions (N,)"""
+Policy = Callable[[NDArray[np.float32]], NDArray[Any]]
+"""states (N, D) → actions (N,), or (N, A) where they are continuous"""
 Copies = Annotated[int, Range(1, 10_000)]
 """How many worlds may be made at once (an evaluation takes one for each episode)."""
 
@@ -40,7 +40,7 @@ def play(
     episode is left after `limit` steps, or as `Environment.limit` says.
     """
     env = environment(env)
-    worlds = Worlds.make(env, episodes, seed, purpose)
+    worlds = Worlds.make(env, episodes, seed, purpose, box=None)
     returns, running = np.zeros(episodes), np.ones(episodes, dtype=bool)
     weight = np.ones(episodes)
     for _ in range(env.limit(limit)):
@@ -100,7 +100,11 @@ def _filmed(env: Environment, policy: Policy, seed: int, steps: int, width: int)
 
     world = env.make(render_mode="rgb_array")
     _, encode = encoder(world.observation_space, env.name)
-    _, first = discrete(world.action_space, env.name)
+    space = world.action_space
+    first = 0 if is_boxed(space) else discrete(space, env.name)[1]
+
+    def meant(action: NDArray[Any]) -> Any:
+        return action.reshape(space.shape).clip(space.low, space.high) if is_boxed(space) else int(action) + first
 
     def shot() -> Any:
         pixels = world.render()
@@ -109,7 +113,7 @@ def _filmed(env: Environment, policy: Policy, seed: int, steps: int, width: int)
     raw, _ = world.reset(seed=seed)
     shots, total = [shot()], 0.0
     for _ in range(steps):
-        raw, reward, terminated, truncated, _ = world.step(int(policy(encode(np.asarray(raw)[None]))[0]) + first)
+        raw, reward, terminated, truncated, _ = world.step(meant(policy(encode(np.asarray(raw)[None]))[0]))
         total += float(reward)
         shots.append(shot())
         if terminated or truncated:

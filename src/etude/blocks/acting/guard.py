@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium
 import numpy as np
 
-from etude.blocks.acting.environments import discrete, encoder, spot
+from etude.blocks.acting.environments import boxed, discrete, encoder, is_boxed, spot
 from etude.core.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -86,7 +86,12 @@ def examine(env: Environment) -> str:
         if getattr(one.unwrapped, name, None) is None:
             raise UserError(f"--env {env.name} has no {name}; its __init__ must set one of gymnasium.spaces")
     encoder(one.observation_space, env.name)
-    count, first = discrete(one.action_space, env.name)
+    if is_boxed(one.action_space):
+        boxed(one.action_space, env.name)
+        tried = [one.action_space.low, one.action_space.high]
+    else:
+        count, first = discrete(one.action_space, env.name)
+        tried = list(range(first, first + min(count, TRIED)))
     taken = inspect.signature(one.unwrapped.reset).parameters
     if not any(kind.kind is inspect.Parameter.VAR_KEYWORD for kind in taken.values()):
         missing = [name for name in ("seed", "options") if name not in taken]
@@ -97,7 +102,7 @@ def examine(env: Environment) -> str:
             )
     try:
         before, again = np.asarray(one.reset(seed=0)[0]), np.asarray(one.reset(seed=0)[0])
-        for action in range(first, first + min(count, TRIED)):
+        for action in tried:
             _, _, terminated, truncated, _ = one.step(action)
             if terminated or truncated:
                 one.reset(seed=0)

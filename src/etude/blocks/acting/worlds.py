@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from etude.blocks.acting.environments import Environment, discrete, encoder, environment, refusal
+from etude.blocks.acting.compiled import Compiled
+from etude.blocks.acting.environments import Environment, boxed, discrete, encoder, environment, is_boxed, refusal
 from etude.core.randomness import fold
 
 
@@ -30,8 +31,8 @@ class Transition(NamedTuple):
 
     state: NDArray[np.float32]
     """(M, D)"""
-    action: NDArray[np.int64]
-    """(M,), counted from 0"""
+    action: NDArray[Any]
+    """(M,) int64, counted from 0; or (M, A) float32"""
     reward: NDArray[np.float32]
     """(M,)"""
     next_state: NDArray[np.float32]
@@ -47,17 +48,32 @@ class Transition(NamedTuple):
 class Worlds:
     """n copies of one environment, stepped together.
 
-    `env` is a Gymnasium vector environment with discrete actions and Box (flattened) or Discrete (one-hot)
-    observations; `Worlds.make` builds one from its name. The seed of every copy is a function of (seed, purpose, rank)
+    `env` is a Gymnasium vector environment with Box (flattened) or Discrete (one-hot) observations, and with discrete
+    actions, or, with `box`, continuous ones between bounds (None: either); `Worlds.make` builds one from its name. The seed of every copy is a function of (seed, purpose, rank)
     and nothing else. `state_dict` holds everything that exact continuation needs; see `load_state_dict`.
     """
 
-    def __init__(self, env: Any, seed: int = 0, purpose: str = "training", rank: int = 0, name: str = "") -> None:
+    def __init__(
+        self,
+        env: Any,
+        seed: int = 0,
+        purpose: str = "training",
+        rank: int = 0,
+        name: str = "",
+        box: bool | None = False,
+    ) -> None:
         from gymnasium.vector import AutoresetMode
 
         self.env, self.name, self.count = env, name or str(env), int(env.num_envs)
         self.size, self._encode = encoder(env.single_observation_space, self.name)
-        self.actions, self._first_action = discrete(env.single_action_space, self.name)
+        space = env.single_action_space
+        self.box = is_boxed(space) if box is None else box
+        """Whether actions are continuous."""
+        if self.box:
+            self.actions, self.low, self.high = boxed(space, self.name)
+            self._shape = (self.count, *space.shape)
+        else:
+            self.actions, self._first_action = discrete(space, self.name)
         mode = AutoresetMode(env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
         self._next_step, self._same_step = mode is AutoresetMode.NEXT_STEP, mode is AutoresetMode.SAME_STEP
         self._seed, self._purpose, self._rank = seed, purpose, rank
@@ -73,11 +89,19 @@ class Worlds:
 
     @classmethod
     def make(
-        cls, env: str | Environment, count: int = 1, seed: int = 0, purpose: str = "training", rank: int = 0
+        cls,
+        env: str | Environment,
+        count: int = 1,
+        seed: int = 0,
+        purpose: str = "training",
+        rank: int = 0,
+        engine: str = "gymnasium",
+        box: bool | None = False,
     ) -> Worlds:
         """Build `count` copies of an environment (what may be named: `etude.blocks.acting.environments`).
 
-        Raises UserError for an unknown name (with the nearest one), a missing package, continuous actions, or
+        `engine` "compiled" takes the copies of `etude.blocks.acting.compiled`. Raises UserError for an unknown name (with
+        the nearest one), a missing package, actions of the other kind than `box` says, a world that is not compiled, or
         observations that are images or structures.
         """
         import gymnasium
@@ -85,7 +109,9 @@ class Worlds:
 
         kind = environment(env)
         spec = kind.spec
-        if not kind.own and spec.vector_entry_point is not None and not spec.additional_wrappers:
+        if engine == "compiled":
+            vector: Any = Compiled(kind.name, count)
+        elif not kind.own and spec.vector_entry_point is not None and not spec.additional_wrappers:
             try:
                 vector = gymnasium.make_vec(spec.id, num_envs=count, vectorization_mode="vector_entry_point")
             except Exception as error:
@@ -93,19 +119,23 @@ class Worlds:
         else:
             one = kind.make()
             encoder(one.observation_space, kind.name)  # before n copies of something unusable are made
-            discrete(one.action_space, kind.name)
+            (boxed if is_boxed(one.action_space) and box is not False else discrete)(one.action_space, kind.name)
             makers = [lambda: one, *(kind.make for _ in range(count - 1))]
             vector = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
-        return cls(vector, seed, purpose, rank, name=kind.name)
+        return cls(vector, seed, purpose, rank, name=kind.name, box=box)
 
-    def step(self, action: NDArray[np.int64]) -> Transition:
-        """Take `action` (n,) (counted from 0) in every world and return the real transitions.
+    def step(self, action: NDArray[Any]) -> Transition:
+        """Take `action` (n,) (counted from 0), or (n, A) within the bounds, in every world; return the real transitions.
 
         `self.observation` (n, D) is then what the next actions must be chosen from.
         """
-        action = np.asarray(action, dtype=np.int64)
         before, resetting = self.observation, self._resetting
-        raw, reward, terminated, truncated, info = self.env.step(action + self._first_action)
+        if self.box:
+            action = np.clip(np.asarray(action, dtype=np.float32), self.low, self.high)
+            raw, reward, terminated, truncated, info = self.env.step(action.reshape(self._shape))
+        else:
+            action = np.asarray(action, dtype=np.int64)
+            raw, reward, terminated, truncated, info = self.env.step(action + self._first_action)
         reward = np.asarray(reward, dtype=np.float32)
         terminated, truncated = np.asarray(terminated), np.asarray(truncated)
         over = terminated | truncated
@@ -113,8 +143,7 @@ class Worlds:
         ended = bool(over.any())
         if ended and self._same_step:
             reached = after.copy()
-            for world in np.flatnonzero(over):
-                reached[world] = self._encode(np.asarray(info["final_obs"][world])[None])[0]
+            reached[over] = self._encode(np.stack([info["final_obs"][world] for world in np.flatnonzero(over)]))
         elif ended and not self._next_step:
             after = self._encode(self.env.reset(options={"reset_mask": over})[0])
         skipped = bool(resetting.any())
@@ -195,6 +224,7 @@ STATE: dict[str, tuple[str, ...]] = {
     f"{_CLASSIC}.cartpole.CartPoleEnv": ("state", "steps_beyond_terminated"),
     f"{_CLASSIC}.mountain_car.MountainCarEnv": ("state",),
     f"{_CLASSIC}.acrobot.AcrobotEnv": ("state",),
+    f"{_CLASSIC}.pendulum.PendulumEnv": ("state", "last_u"),
     f"{TOY}.frozen_lake.FrozenLakeEnv": ("s", "lastaction"),
     f"{TOY}.cliffwalking.CliffWalkingEnv": ("s", "lastaction"),
     f"{TOY}.taxi.TaxiEnv": ("s", "lastaction", "fickle_step", "taxi_orientation"),
