@@ -50,7 +50,8 @@ class Box:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
-            if _has_room(held := self.__dict__.get(name), value):
+            held: Any = self.__dict__.get(name)
+            if _has_room(held, value):
                 with torch.no_grad():
                     held[tuple(map(slice, value.shape))] = value
             else:

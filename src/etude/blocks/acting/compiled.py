@@ -100,9 +100,7 @@ def _acrobot(state, action, two, reward, terminated):
         k3 = _acrobot_slope(
             s[0] + half * k2[0], s[1] + half * k2[1], s[2] + half * k2[2], s[3] + half * k2[3], torque, two
         )
-        k4 = _acrobot_slope(
-            s[0] + 0.2 * k3[0], s[1] + 0.2 * k3[1], s[2] + 0.2 * k3[2], s[3] + 0.2 * k3[3], torque, two
-        )
+        k4 = _acrobot_slope(s[0] + 0.2 * k3[0], s[1] + 0.2 * k3[1], s[2] + 0.2 * k3[2], s[3] + 0.2 * k3[3], torque, two)
         for j in range(4):
             s[j] = s[j] + 0.2 / 6.0 * (k1[j] + 2 * k2[j] + 2 * k3[j] + k4[j])
         for j in range(2):

@@ -266,7 +266,8 @@ def boxed(space: Any, name: str) -> tuple[int, NDArray[np.float32], NDArray[np.f
             f"--env {name} has the action space {space}; this method needs continuous actions between bounds, as in "
             "Pendulum-v1"
         )
-    return int(np.prod(space.shape)), *(np.asarray(end, np.float32).reshape(-1) for end in (space.low, space.high))
+    low, high = (np.asarray(end, np.float32).reshape(-1) for end in (space.low, space.high))
+    return len(low), low, high
 
 
 def is_boxed(space: Any) -> bool:

@@ -16,7 +16,7 @@ Needs gymnasium ≥ 1.1 (imported when first used).
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,9 @@ from numpy.typing import NDArray
 from etude.blocks.acting.compiled import Compiled
 from etude.blocks.acting.environments import Environment, boxed, discrete, encoder, environment, is_boxed, refusal
 from etude.core.randomness import fold
+
+Engine = Literal["gymnasium", "compiled"]
+"""Whose copies of an environment: Gymnasium's, or those of `etude.blocks.acting.compiled`."""
 
 
 class Transition(NamedTuple):
@@ -49,8 +52,9 @@ class Worlds:
     """n copies of one environment, stepped together.
 
     `env` is a Gymnasium vector environment with Box (flattened) or Discrete (one-hot) observations, and with discrete
-    actions, or, with `box`, continuous ones between bounds (None: either); `Worlds.make` builds one from its name. The seed of every copy is a function of (seed, purpose, rank)
-    and nothing else. `state_dict` holds everything that exact continuation needs; see `load_state_dict`.
+    actions, or, with `box`, continuous ones between bounds (None: either); `Worlds.make` builds one from its name. The seed
+    of every copy is a function of (seed, purpose, rank) and nothing else. `state_dict` holds everything that exact
+    continuation needs; see `load_state_dict`.
     """
 
     def __init__(
@@ -95,7 +99,7 @@ class Worlds:
         seed: int = 0,
         purpose: str = "training",
         rank: int = 0,
-        engine: str = "gymnasium",
+        engine: Engine = "gymnasium",
         box: bool | None = False,
     ) -> Worlds:
         """Build `count` copies of an environment (what may be named: `etude.blocks.acting.environments`).
