@@ -52,8 +52,10 @@ from etude.core.spec import Spec
 from etude.optim import schedules
 from etude.optim.adam import Adam
 from etude.optim.clipping import clip_norm_
+from etude.optim.flat import flatten
 from etude.rl.parts.actor_critic import ActorCritic
 from etude.rl.parts.films import films
+from etude.rl.parts.policies import categorical_entropy, categorical_gradient, categorical_log_prob
 from etude.rl.parts.rollouts import advantages, collect
 from etude.rl.reinforce import Sample, acting
 
@@ -152,6 +154,12 @@ def clipped_objective(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
+def clipped_slope(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """∂ clipped_objective / ∂ log π (M,): ρ Â, and 0 where ρ is beyond the clip to the better side."""
+    plain = ratio * advantage
+    return plain * (plain <= ratio.clamp(1 - clip, 1 + clip) * advantage)
+
+
 def standardised(advantage: Tensor) -> Tensor:
     """(Â − mean)/(deviation + 1e-8) (M,); one step alone stays as it is."""
     if len(advantage) < 2:
@@ -182,7 +190,8 @@ def train(config: Config, run: Run) -> dict[str, float]:
     run.describe(spec)
     model = run.place(build(config, spec)["model"])
     assert isinstance(model, ActorCritic)
-    optimizer = Adam(model.parameters(), lr=config.learning_rate, eps=1e-5)
+    vector = flatten(model)
+    optimizer = Adam([vector], lr=config.learning_rate, eps=1e-5)
     box = Box(recent=[], seen={})
     run.track(model=model, optimizer=optimizer, worlds=worlds, box=box)
     parameters = sum(p.numel() for p in model.parameters())
@@ -213,26 +222,22 @@ def train(config: Config, run: Run) -> dict[str, float]:
         order, beyond, losses = run.generator("order", step), [], []
         for _ in range(config.passes):  # line 4
             for index in torch.randperm(len(action), generator=order).to(run.device).split(config.batch):
-                log_prob, entropy, value = model.judge(state[index], action[index])
-                log_ratio = log_prob - old[index]
-                ratio = log_ratio.exp()
+                chosen, count = action[index], len(index)
+                logits, value, kept = model.follow(state[index])
+                log_ratio = categorical_log_prob(logits, chosen) - old[index]
+                ratio, entropy, over = log_ratio.exp(), categorical_entropy(logits), value - returns[index]
                 wanted = standardised(advantage[index]) if config.normalise else advantage[index]
-                objective = clipped_objective(ratio, wanted, clip).mean()
-                error = 0.5 * (value - returns[index]).square().mean()
+                objective, error = clipped_objective(ratio, wanted, clip).mean(), 0.5 * over.square().mean()
                 loss = config.value_coefficient * error - objective - config.entropy_bonus * entropy.mean()
-                optimizer.zero_grad()
-                loss.backward()  # line 5
+                slope = clipped_slope(ratio, wanted, clip)
+                by_logits = categorical_gradient(logits, chosen, slope, config.entropy_bonus) / -count
+                model.backward(kept, by_logits, config.value_coefficient / count * over)  # line 5
                 run.average(model, loss=loss)
-                clip_norm_(model.parameters(), config.clip_norm)
+                clip_norm_([vector], config.clip_norm)
                 optimizer.step()
-                with torch.no_grad():
-                    seen |= {
-                        "kl": (ratio - 1 - log_ratio).mean(),
-                        "entropy": entropy.mean(),
-                        "value_loss": error.detach(),
-                    }
-                    beyond.append((ratio - 1).abs() > clip)
-                    losses.append(loss.detach())
+                beyond.append((ratio - 1).abs() > clip)
+                losses.append(loss)
+                seen |= {"kl": (ratio - 1 - log_ratio).mean(), "entropy": entropy.mean(), "value_loss": error}
             if config.target_kl and float(seen["kl"]) > config.target_kl:
                 break
         seen["clip_fraction"] = torch.cat(beyond).double().mean()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from etude.rl.parts.mlp import backed, followed
 from etude.rl.parts.policies import categorical_draw, categorical_entropy, categorical_log_prob, mlp
 
 
@@ -46,6 +47,21 @@ class ActorCritic(nn.Module):
         """log π(a | s), the entropy of π(· | s) and V(s), (N,) each, of states (N, D) and actions (N,) int64."""
         logits, value = self(state)
         return categorical_log_prob(logits, action), categorical_entropy(logits), value
+
+    @torch.no_grad()
+    def follow(self, state: Tensor) -> tuple[Tensor, Tensor, list[list[Tensor]]]:
+        """What `forward` says, and all activations of trunk, policy and critic, for `backward`; no graph is recorded."""
+        trunk = followed(self.trunk, state)
+        policy, critic = followed(self.policy, trunk[-1]), followed(self.critic, trunk[-1])
+        return policy[-1], critic[-1][:, 0], [trunk, policy, critic]
+
+    @torch.no_grad()
+    def backward(self, kept: list[list[Tensor]], by_logits: Tensor, by_value: Tensor) -> None:
+        """Write the gradient of a loss into every parameter's .grad, from its derivatives by logits (N, A) and values (N,)."""
+        delta = backed(self.policy, kept[1], by_logits, self.shared)
+        other = backed(self.critic, kept[2], by_value[:, None], self.shared)
+        if self.shared:
+            backed(self.trunk, kept[0], delta + other, False)
 
     def noise(self, generator: torch.Generator, count: int) -> Tensor:
         """Uniform numbers in [0, 1), (count,) float64 on the CPU."""

@@ -67,6 +67,17 @@ def categorical_entropy(logits: Tensor) -> Tensor:
     return -(log_pi.exp() * log_pi.clamp(min=torch.finfo(log_pi.dtype).min)).sum(-1)
 
 
+def categorical_gradient(logits: Tensor, action: Tensor, slope: Tensor, bonus: float) -> Tensor:
+    """∂/∂logits (N, A) of Σ slope log π(a | s) + bonus Σ H: slope (1_a − π) − bonus π (log π + H), for slope (N,)."""
+    log_pi = logits.log_softmax(-1)
+    pi = log_pi.exp()
+    found = (-slope[:, None] * pi).scatter_add_(1, action[:, None], slope[:, None])
+    if bonus:
+        log_pi = log_pi.clamp(min=torch.finfo(log_pi.dtype).min)
+        found -= bonus * pi * (log_pi - (pi * log_pi).sum(-1, keepdim=True))
+    return found
+
+
 def gaussian_log_prob(mean: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
     """log N(a; mean, diag σ²) summed over the A numbers of an action: (*, A) → (*,); `log_std` broadcasts."""
     scaled = (action - mean) * (-log_std).exp()
