@@ -48,6 +48,7 @@ from etude.core.run import Loaded, Run
 from etude.core.spec import Spec
 from etude.optim import schedules
 from etude.optim.clipping import clip_norm_
+from etude.optim.flat import flatten
 from etude.optim.rmsprop import RMSProp
 from etude.rl.parts.actor_critic import ActorCritic
 from etude.rl.parts.films import films
@@ -151,7 +152,8 @@ def train(config: Config, run: Run) -> dict[str, float]:
     run.describe(spec)
     model = run.place(build(config, spec)["model"])
     assert isinstance(model, ActorCritic)
-    optimizer = RMSProp(model.parameters(), lr=config.learning_rate, eps=1e-5)
+    vector = flatten(model)
+    optimizer = RMSProp([vector], lr=config.learning_rate, eps=1e-5)
     box = Box(recent=[])
     run.track(model=model, optimizer=optimizer, worlds=worlds, box=box)
     parameters = sum(p.numel() for p in model.parameters())
@@ -176,7 +178,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
         optimizer.zero_grad()
         loss.backward()  # line 4
         run.average(model, loss=loss)
-        clip_norm_(model.parameters(), config.clip_norm)
+        clip_norm_([vector], config.clip_norm)
         schedules.set_lr(optimizer, rate(step))
         optimizer.step()
         if (step + 1) % config.log_every == 0 or step + 1 == updates:

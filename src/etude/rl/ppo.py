@@ -149,15 +149,20 @@ EXPERIMENTS = (
 # n worlds, T steps, M steps of a minibatch
 
 
+def clipped(ratio: Tensor, clip: float) -> Tensor:
+    """ρ (M,), kept between 1 − ε and 1 + ε."""
+    return ratio.clamp(1 - clip, 1 + clip)
+
+
 def clipped_objective(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     """min(ρ Â, clip(ρ, 1 − ε, 1 + ε) Â) of each step (M,): no gradient where ρ is beyond the clip to the better side."""
-    return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    return torch.minimum(ratio * advantage, clipped(ratio, clip) * advantage)
 
 
 def clipped_slope(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     """∂ clipped_objective / ∂ log π (M,): ρ Â, and 0 where ρ is beyond the clip to the better side."""
     plain = ratio * advantage
-    return plain * (plain <= ratio.clamp(1 - clip, 1 + clip) * advantage)
+    return plain * (plain <= clipped(ratio, clip) * advantage)
 
 
 def standardised(advantage: Tensor) -> Tensor:

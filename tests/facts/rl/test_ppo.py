@@ -1,5 +1,7 @@
 """The clipped objective by cases and by its gradient, standardised advantages, explained variance, refusals."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,8 @@ import torch
 import etude
 from etude.core.errors import UserError
 from etude.rl.parts.actor_critic import ActorCritic
-from etude.rl.ppo import clipped_objective, explained_variance, standardised
+from etude.rl.parts.policies import categorical_gradient
+from etude.rl.ppo import clipped_objective, clipped_slope, explained_variance, standardised
 
 
 def tensor(*values):
@@ -94,3 +97,35 @@ def test_a_minibatch_of_one_learns_finite_numbers(tmp_path):
 def test_refusals(settings, said, tmp_path):
     with pytest.raises(UserError, match=said):
         etude.run("rl/ppo", out=tmp_path / "run", quiet=True, **settings)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_gradient_written_out_is_that_of_the_graph(shared):
+    """`follow`, `clipped_slope`, `categorical_gradient` and `backward` against autograd of the loss, float64."""
+    torch.manual_seed(1)
+    model = ActorCritic(3, 4, (5, 6), shared).double()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+        parameter.grad = torch.full_like(parameter, 7.0)  # what stood there is written over
+    state, action = torch.randn(32, 3).double(), torch.randint(4, (32,))
+    old, advantage, returns = (torch.randn(32).double() for _ in range(3))
+    old -= 1.4
+    log_prob, entropy, value = model.judge(state, action)
+    ratio = (log_prob - old).exp()
+    loss = 0.7 * 0.5 * (value - returns).square().mean() - clipped_objective(ratio, advantage, 0.2).mean()
+    want = torch.autograd.grad(loss - 0.3 * entropy.mean(), list(model.parameters()))
+    logits, found, kept = model.follow(state)
+    torch.testing.assert_close(found, value.detach())
+    slope = clipped_slope(ratio.detach(), advantage, 0.2)
+    assert 0 < (slope == 0).sum() < 32
+    model.backward(kept, categorical_gradient(logits, action, slope, 0.3) / -32, 0.7 / 32 * (found - returns))
+    for parameter, gradient in zip(model.parameters(), want, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_an_action_that_cannot_be_taken_has_a_finite_gradient():
+    logits = torch.tensor([[0.3, -math.inf, 1.0]])
+    found = categorical_gradient(logits, torch.tensor([2]), torch.ones(1), 0.5)
+    assert found.isfinite().all()
+    assert found[0, 1] == 0
+    assert found.sum() == pytest.approx(0, abs=1e-6)

@@ -70,9 +70,12 @@ class ActorCritic(nn.Module):
     @torch.no_grad()
     def act(self, state: Tensor, noise: Tensor) -> Tensor:
         """Actions (N,) int64 of states (N, D), noise (N,)."""
-        return categorical_draw(self.logits(state), noise.to(state.device))
+        return categorical_draw(self._logits(state), noise.to(state.device))
 
     @torch.no_grad()
     def best(self, state: Tensor) -> Tensor:
         """The most probable actions (N,) of states (N, D)."""
-        return self.logits(state).argmax(-1)
+        return self._logits(state).argmax(-1)
+
+    def _logits(self, state: Tensor) -> Tensor:
+        return followed(self.policy, followed(self.trunk, state)[-1])[-1]
