@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -47,3 +48,39 @@ def value_map(
         axes.text(cell % shape[1], cell // shape[1], text, ha="center", va="center", color=colour, fontsize=9)
     axes.set(xticks=[], yticks=[], facecolor=PAPER)
     return figure
+
+
+def landscape(
+    q_of: Callable[[NDArray[Any]], NDArray[np.float64]], mean: NDArray[np.float64], deviation: NDArray[np.float64]
+) -> Any:
+    """max Q and argmax Q over the last two observed numbers, three deviations (D,) about the mean (D,), the others at it.
+
+    `q_of` takes states (N, D) float32 to action values (N, A).
+    """
+    from matplotlib.colors import LinearSegmentedColormap, ListedColormap
+
+    from etude.blocks.pictures.panels import label, panels
+    from etude.blocks.pictures.plots import PALETTE, PAPER
+
+    side = np.linspace(-3, 3, 61)
+    state = np.tile(mean, (61 * 61, 1))
+    across, up = np.meshgrid(side, side)
+    state[:, -2] += deviation[-2] * across.ravel()
+    state[:, -1] += deviation[-1] * up.ravel()
+    q = q_of(state.astype(np.float32))
+    (low_x, low_y), (high_x, high_y) = (mean[-2:] + sign * 3 * deviation[-2:] for sign in (-1, 1))
+    ends = (float(low_x), float(high_x), float(low_y), float(high_y))
+    picture, (left, right) = panels(2, width=7.4, height=3.2)
+    shades = LinearSegmentedColormap.from_list("etude", (PAPER, PALETTE[0]))
+    drawn = left.imshow(q.max(1).reshape(61, 61), origin="lower", extent=ends, aspect="auto", cmap=shades)
+    picture.colorbar(drawn, ax=left)
+    colours = ListedColormap([PALETTE[i % len(PALETTE)] for i in range(q.shape[1])])
+    best = q.argmax(1).reshape(61, 61)
+    chosen = right.imshow(
+        best, origin="lower", extent=ends, aspect="auto", cmap=colours, vmin=-0.5, vmax=q.shape[1] - 0.5
+    )
+    picture.colorbar(chosen, ax=right, ticks=range(q.shape[1]))
+    names = [f"observed number {len(mean) - 1}", f"observed number {len(mean)}"]
+    label(left, "max Q", *names)
+    label(right, "the best action", *names)
+    return picture

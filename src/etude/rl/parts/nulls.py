@@ -44,3 +44,20 @@ def unmasked_td_targets(reward: Any, terminated: Any, behind: Any, gamma: float)
 def deathless(world: Any, gamma: float) -> Any:
     """The world as it was. For `evaluation.with_death`."""
     return world
+
+
+def unmasked_expected(reward: Any, terminated: Any, probability: Any, behind: Any, gamma: float) -> Any:
+    """E[r + γ V(s')] behind a termination too (E93). For `fitted.expected`."""
+    return (probability * (reward + gamma * behind)).sum(1)
+
+
+def best_of_all(data: Any, value: Any, gamma: float) -> Any:
+    """y_i is the largest target of any row that has the state s_i, whatever its action (E92). For `fitted.targets`."""
+    import numpy as np
+
+    from etude.rl.fitted import expected
+
+    each = expected(data.reward, data.terminated, data.probability, value[data.there], gamma)
+    most = np.full(len(data.points), -np.inf)
+    np.maximum.at(most, data.here, each)
+    return most[data.here]
