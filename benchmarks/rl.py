@@ -1,6 +1,7 @@
-"""DQN against Stable-Baselines3: environment steps a second with the learning in them, and learning curves.
+"""DQN, PPO and A2C against Stable-Baselines3: environment steps a second with the learning in them, and learning curves.
 
-    python benchmarks/rl.py            the race → results/bench/rl.json
+    python benchmarks/rl.py            the races → results/bench/rl.json
+    python benchmarks/rl.py on_policy  PPO and A2C alone; DQN's rows stay as they are
     python benchmarks/rl.py curves     5 seeds of both, with the peer's default settings and with RL Zoo's
                                        → results/rl/dqn_curves.json and docs/pictures/dqn_vs_sb3.png
 
@@ -10,6 +11,8 @@ The clock of ours is the loop of a real `etude run` (log, checkpoints and one la
 of updates per environment step. Not equal: ours acts in 8 worlds at once; the peer's default is 1. The bar of 6x was set
 for the peer as it comes. The other rows are held against it too, and miss it: with the peer in the same 8 worlds, and
 with RL Zoo's 256-256 network, where matrix products of equal size take most of the time on both sides.
+PPO and A2C have the peer's defaults on both sides, steps of experience between updates included (one world of 2048 steps is
+8 worlds of 256); ours runs in Gymnasium's worlds and in compiled ones.
 """
 
 from __future__ import annotations
@@ -33,6 +36,17 @@ ZOO = {
     "exploration_final_eps": 0.04, "policy_kwargs": {"net_arch": [256, 256]},
 }  # fmt: skip
 DEFAULTS: dict[str, Any] = {}  # the peer's own: 64-64, batch 32, 1 update every 4 steps, learning rate 1e-4
+ON_POLICY: dict[str, dict[str, Any]] = {  # the peer's defaults by our names
+    "PPO": {
+        "passes": 10, "batch": 64, "gamma": 0.99, "gae_lambda": 0.95, "clip_ratio": 0.2, "value_coefficient": 0.5,
+        "entropy_bonus": 0.0, "clip_norm": 0.5, "learning_rate": 3e-4, "schedule": "constant", "widths": (64, 64),
+        "worlds": 8, "segment": 256, "steps": 4 * 2048,
+    },
+    "A2C": {
+        "gamma": 0.99, "gae_lambda": 1.0, "value_coefficient": 0.5, "entropy_bonus": 0.0, "clip_norm": 0.5,
+        "learning_rate": 7e-4, "schedule": "constant", "widths": (64, 64), "segment": 5,
+    },
+}  # fmt: skip
 WORLDS = 8
 SEEDS = range(5)
 
@@ -76,8 +90,59 @@ def _peer(settings: dict[str, Any], seed: int, worlds: int = 1) -> Any:
     return DQN("MlpPolicy", env, seed=seed, device="cpu", **settings)
 
 
+def ours_on_policy(kind: str, flags: dict[str, Any]) -> float:
+    """Seconds an environment step of `etude run rl/ppo` or `rl/a2c`, first step to last."""
+    import etude
+
+    with tempfile.TemporaryDirectory() as folder:
+        light = {"evaluate_every": 0, "evaluation_episodes": 1, "final_episodes": 1, "quiet": True, "threads": 1}
+        result = etude.run(f"rl/{kind.lower()}", out=Path(folder) / "run", **{**ON_POLICY[kind], **flags}, **light)
+        return _loop_seconds(result.folder) / result.metrics["env_steps"]
+
+
+def theirs_on_policy(kind: str, worlds: int, steps: int, total: int) -> float:
+    """Seconds an environment step of the peer's `learn` with its defaults: `steps` of each world between updates."""
+    import stable_baselines3
+    import torch
+    from stable_baselines3.common.env_util import make_vec_env
+
+    torch.set_num_threads(1)
+    env = make_vec_env("CartPole-v1", n_envs=worlds, seed=0)
+    model = getattr(stable_baselines3, kind)("MlpPolicy", env, n_steps=steps, seed=0, device="cpu")
+    start = time.perf_counter()
+    model.learn(total)
+    return (time.perf_counter() - start) / model.num_timesteps
+
+
+def on_policy_rows() -> list[dict[str, object]]:
+    """PPO and A2C: (name, our flags, the peer's worlds, steps between updates and in all, bar)."""
+    from race import race
+
+    compiled = {"engine": "compiled"}
+    races = (
+        ("PPO", "ppo", {}, 1, 2048, 8192, 5.0),
+        ("PPO", "ppo, the peer in 8 worlds", {}, 8, 256, 8192, 5.0),
+        ("PPO", "ppo, compiled worlds", compiled, 1, 2048, 8192, 5.0),
+        ("A2C", "a2c, 8 worlds", {"worlds": 8, "steps": 8000}, 8, 5, 8000, 3.0),
+        ("A2C", "a2c, 8 compiled worlds", {"worlds": 8, "steps": 8000, **compiled}, 8, 5, 8000, 3.0),
+        ("A2C", "a2c, 64 worlds", {"worlds": 64, "steps": 32_000}, 64, 5, 32_000, 4.0),
+        ("A2C", "a2c, 64 compiled worlds", {"worlds": 64, "steps": 32_000, **compiled}, 64, 5, 32_000, 4.0),
+    )
+    return [
+        race(
+            name,
+            lambda kind=kind, flags=flags: ours_on_policy(kind, flags),
+            lambda kind=kind, worlds=worlds, steps=steps, total=total: theirs_on_policy(kind, worlds, steps, total),
+            f"Stable-Baselines3 {kind}", version("stable-baselines3"), bar,
+            f"CartPole-v1, 1 thread, the peer's defaults on both sides; ours {flags.get('worlds', 8)} worlds, peer {worlds}",
+            pairs=7,
+        )
+        for kind, name, flags, worlds, steps, total, bar in races
+    ]  # fmt: skip
+
+
 def rows(only: int | None = None) -> list[dict[str, object]]:
-    """The races, one row each (or one of them)."""
+    """The races of DQN, one row each (or one of them)."""
     from race import race
 
     peer, number = "Stable-Baselines3 DQN", version("stable-baselines3")
@@ -199,6 +264,7 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["curves"]:
         curves()
     else:
-        from race import report
+        from race import RESULTS, report
 
-        report("rl", rows())
+        known = json.loads((RESULTS / "rl.json").read_text()) if sys.argv[1:] == ["on_policy"] else rows()
+        report("rl", [row for row in known if row["name"].startswith("dqn")] + on_policy_rows())
