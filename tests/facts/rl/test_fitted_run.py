@@ -147,7 +147,7 @@ def greedy_return(config, policy, purpose, world):
 def plain(config):
     """The run written plainly. Gives its rows, numbers and function."""
     kind = environment(config.env)
-    world = tables(kind)
+    world, table = tables(kind), getattr(kind.make().unwrapped, "P", None)
     best = optimal_q(world, config.gamma) if world is not None else None
     size, actions = (16, 4) if world is not None else (4, 2)
     outputs = 1 if config.form == "fitted_value" else actions
@@ -157,11 +157,11 @@ def plain(config):
     def policy(x):
         if config.form != "fitted_value":
             return function(x).argmax(1)
+        v = function(np.eye(16))[:, 0]
         look = [
-            [sum(p * (r + config.gamma * (0 if o else function(np.eye(16)[[n]])[0, 0])) for p, n, r, o in moves)
-             for moves in kind.make().unwrapped.P[s].values()]
+            [sum(p * (r + config.gamma * (0 if over else v[n])) for p, n, r, over in table[s][a]) for a in range(4)]
             for s in range(16)
-        ]  # fmt: skip
+        ]
         return np.array(look).argmax(1)[x.argmax(1)]
 
     def z(x):
@@ -189,7 +189,7 @@ def plain(config):
             if world is not None and (not drawn or outputs == 1):
                 visited = drawn[0].argmax(1) if drawn else range(16)
                 pairs = [(s, a) for s in visited for a in range(4)]
-                moves = [[(p, n, r, o) for p, n, r, o in kind.make().unwrapped.P[s][a]] for s, a in pairs]
+                moves = [table[s][a] for s, a in pairs]
                 points = np.eye(16)
                 data = [(s, a, [(p, r, o, np.eye(16)[n]) for p, n, r, o in move]) for (s, a), move in zip(pairs, moves)]
                 action = np.array([a for _, a in pairs])
