@@ -367,7 +367,8 @@ def train(config: Config, run: Run) -> dict[str, float]:
             raise RunError(f"the values have grown beyond {MOST:g} after {step + 1:,} iterations: it diverges")
         fitted, change = q[data.here, data.action], float(np.abs(value - before).max())  # line 6
         row = {"largest_value": float(np.abs(value).max()), "change": change}
-        row["contraction"] = change / box.last["change"] if box.last.get("change") else 0.0
+        if step:
+            row["contraction"] = change / box.last["change"] if box.last["change"] else 0.0
         row["fit_error"] = float(np.sqrt(np.mean((fitted - y) ** 2)))
         if best is not None:
             truth = best.max(1)[data.here] if values else best[data.here, data.action]
@@ -418,8 +419,11 @@ def pictures(
     """The film, the values on the grid or over two observed numbers, and how the iterations went."""
     count = np.arange(1, len(history) + 1)
     if kind is None:
-        growth = {"these features": (count, history[:, 0]), "(6γ/5)^k 2": (count, 2 * (1.2 * config.gamma) ** count)}
-        growth["a table, γ^k"] = (count, config.gamma**count)
+        growth = {
+            "2 (6γ/5)^k": (count, 2 * (1.2 * config.gamma) ** count),
+            "a table, γ^k": (count, config.gamma**count),
+        }
+        growth["these features"] = (count, history[:, 0])
         run.artifact(
             "divergence", curves(growth, "iteration", "largest |V|", log=True), "What each fit makes of no reward."
         )
@@ -437,7 +441,7 @@ def pictures(
         mean = -model.shift.double().cpu().numpy() * deviation
         run.artifact("values", landscape(model.of, mean, deviation), "Slices through the mean of the data.")
     lines = {HISTORY[i].replace("_", " "): (count, np.maximum(history[:, i], 1e-17)) for i in (1, 2, 3)}
-    lines = {name: line for name, line in lines.items() if not np.isnan(line[1]).any()}
+    lines = {name: line for name, line in lines.items() if (line[1] > 1e-17).any()}  # not what is unknown, nor all 0
     run.artifact(
         "progress", curves(lines, "iteration", "", log=True), "Change of a value, what the fit left, and the error."
     )

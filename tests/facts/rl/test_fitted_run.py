@@ -224,7 +224,9 @@ def plain(config):
         after, last = function(points).max(1), change
         change, got = np.abs(after - before).max(), function(x)[np.arange(len(x)), action]
         row = {"step": step + 1, "largest_value": np.abs(after).max(), "change": change}
-        row |= {"contraction": change / last if last else 0.0, "fit_error": np.sqrt(np.mean((got - y) ** 2))}
+        row["fit_error"] = np.sqrt(np.mean((got - y) ** 2))
+        if step:
+            row["contraction"] = change / last if last else 0.0
         if best is not None:
             truth = best.max(1) if outputs == 1 else best
             row["value_error"] = max(

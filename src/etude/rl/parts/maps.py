@@ -81,6 +81,8 @@ def landscape(
     )
     picture.colorbar(chosen, ax=right, ticks=range(q.shape[1]))
     names = [f"observed number {len(mean) - 1}", f"observed number {len(mean)}"]
+    left.grid(False)
+    right.grid(False)
     label(left, "max Q", *names)
     label(right, "the best action", *names)
     return picture
