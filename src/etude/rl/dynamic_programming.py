@@ -41,6 +41,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import sparse
+from scipy.sparse.linalg import spsolve
 from torch import nn
 
 from etude.blocks.acting.environments import environment
@@ -103,7 +105,7 @@ METRICS = {
     "sweeps": "backups of all states, those of evaluations included; linear equations count as none",
 }
 
-UNMASKED = Control("no terminal mask (E93)", swap={"action_values": "etude.rl.parts.nulls.unmasked_action_values"})
+UNMASKED = Control("no terminal mask (E93)", swap={"operator": "etude.rl.parts.nulls.unmasked_operator"})
 RESTED = Control(
     "ends when the policy rests (E91)", flags={"evaluation_sweeps": 1}, swap={"settled": "etude.rl.parts.nulls.rested"}
 )
@@ -147,25 +149,38 @@ def action_values(world: Tables, value: NDArray[np.float64], gamma: float) -> ND
     return (world.probability * (world.reward + gamma * ~world.terminated * value[world.next_state])).sum(2)
 
 
-def solve(world: Tables, policy: NDArray[np.int64], gamma: float) -> NDArray[np.float64]:
-    """V^π = (I − γ P_π)⁻¹ r_π, (S,), of a deterministic policy (S,); what leads to a termination is not in P_π."""
-    here = np.arange(len(policy))
-    leads = world.probability[here, policy] * ~world.terminated[here, policy]  # (S, O)
-    matrix = np.eye(len(policy))
-    np.add.at(matrix, (here[:, None], world.next_state[here, policy]), -gamma * leads)
-    return np.linalg.solve(matrix, (world.probability[here, policy] * world.reward[here, policy]).sum(1))
+def operator(world: Tables, gamma: float) -> tuple[NDArray[np.float64], sparse.csr_array]:
+    """r (S·A,) and γ P (S·A, S), without what leads to a termination: all backups of V (S,) are r + γ P V, Q in one product."""
+    states, actions, outcomes = world.next_state.shape
+    leads = gamma * world.probability * ~world.terminated
+    ends = np.arange(0, leads.size + 1, outcomes)  # a row of `outcomes` entries for every state and action
+    matrix = sparse.csr_array((leads.ravel(), world.next_state.ravel(), ends), (states * actions, states))
+    return (world.probability * world.reward).sum(2).ravel(), matrix
+
+
+def followed(policy: NDArray[np.int64], rows: int) -> NDArray[np.int64]:
+    """Which of the `rows` S·A rows of the operator a deterministic policy (S,) takes: (S,)."""
+    return np.arange(len(policy)) * (rows // len(policy)) + policy
+
+
+def solve(gain: NDArray[np.float64], leads: sparse.csr_array, policy: NDArray[np.int64]) -> NDArray[np.float64]:
+    """V^π = (I − γ P_π)⁻¹ r_π, (S,), of a deterministic policy (S,)."""
+    rows = followed(policy, len(gain))
+    return spsolve((sparse.eye_array(len(policy)) - leads[rows]).tocsc(), gain[rows])
 
 
 def sweep(
-    world: Tables, policy: NDArray[np.int64], value: NDArray[np.float64], gamma: float, times: int
+    gain: NDArray[np.float64],
+    leads: sparse.csr_array,
+    policy: NDArray[np.int64],
+    value: NDArray[np.float64],
+    times: int,
 ) -> NDArray[np.float64]:
     """V ← r_π + γ P_π V, `times` times: (S,)."""
-    here = np.arange(len(policy))
-    probability, next_state = world.probability[here, policy], world.next_state[here, policy]
-    gain = (probability * world.reward[here, policy]).sum(1)
-    leads = gamma * probability * ~world.terminated[here, policy]
+    rows = followed(policy, len(gain))
+    gain, leads = gain[rows], leads[rows]
     for _ in range(times):
-        value = gain + (leads * value[next_state]).sum(1)
+        value = gain + leads @ value
     return value
 
 
@@ -220,29 +235,31 @@ def train(config: Config, run: Run) -> dict[str, float]:
         )
     states, actions = world.next_state.shape[:2]
     if exact := config.algorithm == "policy_iteration" and not config.evaluation_sweeps:
-        afford(f"the linear equations of {states:,} states", 3 * 8 * states**2)
+        afford(f"the linear equations of {states:,} states", 3 * 8 * states**2)  # where no zero stays one
     run.describe(Spec(extra={"env": config.env, "states": states, "actions": actions}))
     model = build(config, Spec(extra={"states": states, "actions": actions}))["model"]
     box = Box(iterations=0, sweeps=0, changes=[])
     run.track(model=model, box=box)  # line 1
+    gain, leads = operator(world, config.gamma)
     value, q, policy = model.value.numpy(), model.q.numpy(), model.policy.numpy()  # views of what is tracked
     run.say(f"{kind.name}: {states:,} states, {actions:,} actions")
 
     for _ in run.steps(config.iterations):  # line 2
         before, old = value.copy(), policy.copy()
         if exact:  # line 3
-            value[:] = solve(world, policy, config.gamma)
+            value[:] = solve(gain, leads, policy)
         elif config.algorithm == "policy_iteration":
-            value[:] = sweep(world, policy, value, config.gamma, config.evaluation_sweeps)
+            value[:] = sweep(gain, leads, policy, value, config.evaluation_sweeps)
             box.sweeps += config.evaluation_sweeps
-        q[:] = action_values(world, value, config.gamma)  # line 4
+        q[:] = (gain + leads @ value).reshape(states, actions)  # line 4
         policy[:] = improve(q, policy)  # line 5
         box.sweeps += 1
         box.iterations += 1
         if config.algorithm == "value_iteration":
             value[:] = q.max(1)  # line 6
         change, moved = float(np.abs(value - before).max()), int((policy != old).sum())
-        box.changes = [*box.changes, change] if len(box.changes) < 10_000 else box.changes
+        if len(box.changes) < 10_000:
+            box.changes.append(change)
         run.log(start_value=float(world.start @ value), change=change, changed_actions=float(moved))
         if settled(moved == 0, change, exact, config.tolerance):  # line 7
             break

@@ -13,7 +13,7 @@ import etude
 from etude.blocks.acting.environments import Environment
 from etude.blocks.acting.tables import Tables, expected_return, optimal_q, tables
 from etude.core.errors import UserError
-from etude.rl.dynamic_programming import action_values, improve, settled, solve, sweep
+from etude.rl.dynamic_programming import action_values, improve, operator, settled, solve, sweep
 from etude.rl.parts.nulls import rested
 
 LAKE = tables("FrozenLake-v1")
@@ -54,6 +54,8 @@ def test_action_values_are_those_of_a_double_loop(seed):
                 behind = 0.0 if world.terminated[s, a, o] else value[world.next_state[s, a, o]]
                 q[s, a] += world.probability[s, a, o] * (world.reward[s, a, o] + 0.9 * behind)
     np.testing.assert_allclose(action_values(world, value, 0.9), q, rtol=0, atol=1e-12)
+    gain, leads = operator(world, 0.9)  # the same of all in one product
+    np.testing.assert_allclose((gain + leads @ value).reshape(6, 3), q, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -63,17 +65,17 @@ def test_solve_and_many_sweeps_give_the_value_of_the_policy(seed):
     series, power = np.zeros(6), np.eye(6)
     for _ in range(600):  # V = Σ_t γ^t P^t r
         series, power = series + power @ gain, 0.9 * power @ move
-    np.testing.assert_allclose(solve(world, policy, 0.9), series, rtol=0, atol=1e-12)
-    np.testing.assert_allclose(sweep(world, policy, np.zeros(6), 0.9, 600), series, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(solve(*operator(world, 0.9), policy), series, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(sweep(*operator(world, 0.9), policy, np.zeros(6), 600), series, rtol=0, atol=1e-12)
     once = gain + 0.9 * move @ series[::-1]
-    np.testing.assert_allclose(sweep(world, policy, series[::-1].copy(), 0.9, 1), once, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(sweep(*operator(world, 0.9), policy, series[::-1].copy(), 1), once, rtol=0, atol=1e-12)
 
 
 def iterate(world, gamma):
     """Policy iteration; every policy and its value on the way."""
     policy, path = np.zeros(len(world.start), np.int64), []
     while True:
-        value = solve(world, policy, gamma)
+        value = solve(*operator(world, gamma), policy)
         path.append((policy, value))
         better = improve(action_values(world, value, gamma), policy)
         if (better == policy).all():
@@ -127,9 +129,9 @@ def test_equally_good_actions_do_not_take_turns():
 def test_one_sweep_is_not_an_evaluation():
     """E91: on the lake the policy rests after one sweep, before any value has moved."""
     policy, value = np.zeros(16, np.int64), np.zeros(16)
-    after = sweep(LAKE, policy, value, 0.99, 1)
+    after = sweep(*operator(LAKE, 0.99), policy, value, 1)
     assert (improve(action_values(LAKE, after, 0.99), policy) == policy).all() or after[0] == 0
-    assert after[0] == 0 < solve(LAKE, iterate(LAKE, 0.99)[-1][0], 0.99)[0]
+    assert after[0] == 0 < solve(*operator(LAKE, 0.99), iterate(LAKE, 0.99)[-1][0])[0]
     assert rested(True, 1.0, False, 1e-9)
     assert not settled(True, 1.0, False, 1e-9)
     assert settled(True, 1e-10, False, 1e-9)
@@ -145,6 +147,8 @@ def test_behind_a_termination_nothing_is_worth_anything():
     kept = replace(world, next_state=np.where(world.terminated, 0, world.next_state))
     masked = action_values(replace(world, next_state=rich), value, 0.9)
     np.testing.assert_array_equal(masked, action_values(kept, value, 0.9))
+    gain, leads = operator(replace(world, next_state=rich), 0.9)
+    np.testing.assert_allclose((gain + leads @ value).reshape(6, 3), masked, rtol=0, atol=1e-9)
 
 
 class Walk(gymnasium.Env):

@@ -18,9 +18,13 @@ def past_returns(reward: Tensor, gamma: float = 1.0, to_go: bool = True) -> Tens
     return reward.cumsum(-1) - reward
 
 
-def unmasked_action_values(world: Any, value: Any, gamma: float) -> Any:
-    """Q = E[r + γ V(s')], which goes on behind a termination (E93). For `dynamic_programming.action_values`."""
-    return (world.probability * (world.reward + gamma * value[world.next_state])).sum(2)
+def unmasked_operator(world: Any, gamma: float) -> Any:
+    """r + γ P V, which goes on behind a termination (E93). For `dynamic_programming.operator`."""
+    from dataclasses import replace
+
+    from etude.rl.dynamic_programming import operator
+
+    return operator(replace(world, terminated=world.terminated & False), gamma)
 
 
 def rested(rests: bool, change: float, exact: bool, tolerance: float) -> bool:
