@@ -60,5 +60,5 @@ $(PY):
 
 .venv/.installed-dev: .venv/.installed
 	@echo "installing what the tests need into .venv ..."
-	@$(PIP) --editable '.[dev,docs,rl,text,track,export]'
+	@$(PIP) --editable '.[dev,docs,rl,atari,mujoco,text,track,export]'
 	@touch $@

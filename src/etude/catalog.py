@@ -31,6 +31,8 @@ PACKAGE = Path(__file__).resolve().parent
 NOT_ROOMS = {"core", "blocks", "data", "optim", "_results", "cli", "__pycache__"}
 EXTRAS = {
     "rl": ("gymnasium",),
+    "atari": ("gymnasium", "ale_py"),
+    "mujoco": ("gymnasium", "mujoco"),
     "text": ("tokenizers",),
     "track": ("tensorboard",),
     "export": ("onnx", "onnxscript", "onnxruntime"),

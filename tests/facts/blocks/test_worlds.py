@@ -272,7 +272,7 @@ def test_missing_package_and_images_are_answered():
     with pytest.raises(UserError, match="--env X-v0 needs a package that is not installed"):
         Environment("X-v0", lacking).make()
     with pytest.raises(UserError, match="image observations"):
-        encoder(spaces.Box(0, 255, (84, 84, 3), np.uint8), "X-v0")
+        encoder(spaces.Box(0, 255, (84, 84, 3), np.uint8), "X-v0", images=False)
 
 
 def test_film_shows_the_episode_or_says_why_not():

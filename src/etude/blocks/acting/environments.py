@@ -2,6 +2,7 @@
 
     CartPole-v1           registered with Gymnasium
     module:Name-v0        the same once the module has been imported (from the working folder too)
+    atari:Pong            an Atari game and its settings (`etude.blocks.acting.atari`)
     path/to/file.py:Name  an environment class, or a function that makes one, in a file of your own (which is run)
     an object             in Python: a class, a function that makes one, or an environment (of which copies are made)
 
@@ -21,6 +22,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,6 +33,7 @@ from numpy.typing import NDArray
 from etude.blocks.acting.memory import afford
 from etude.core import launch
 from etude.core.errors import UserError, nearest
+from etude.core.extras import how
 from etude.core.folder import read_bytes
 from etude.core.trust import is_granted, permit
 
@@ -50,6 +53,12 @@ class Environment:
     """Not part of Gymnasium, so every copy is guarded."""
     note: str = ""
     """One sentence on what will not work with it, or empty."""
+    training: Callable[..., Any] | None = None
+    """Makes one copy to learn in, where that is another one (Atari: rewards clipped, a life for an episode)."""
+    longest: int | None = None
+    """Steps after which the environment itself ends an episode, where no registration says so."""
+    about: str = ""
+    """Its settings in one line, where it has any."""
 
     @property
     def spec(self) -> Any:
@@ -58,13 +67,14 @@ class Environment:
 
         return None if self.entry else gymnasium.registry[self.name.rpartition(":")[2]]
 
-    def make(self, **options: Any) -> Any:
-        """One copy, with UserError in place of every exception."""
+    def make(self, training: bool = False, **options: Any) -> Any:
+        """One copy, to learn in or to be scored in, with UserError in place of every exception."""
         import gymnasium
 
+        entry = self.training if training and self.training else self.entry
         try:
-            if self.entry:
-                env = self.entry(**options)
+            if entry:
+                env = entry(**options)
             else:
                 env = gymnasium.make(self.name.rpartition(":")[2], disable_env_checker=True, **options)
         except Exception as error:
@@ -78,8 +88,8 @@ class Environment:
         return Guard(env, self.name)
 
     def limit(self, most: int | None = None) -> int:
-        """Steps after which an episode is left: the registered time limit or `most`, the smaller; 1000 without either."""
-        registered = self.spec.max_episode_steps if self.spec else None
+        """Steps after which an episode is left: its own time limit or `most`, the smaller; 1000 without either."""
+        registered = self.spec.max_episode_steps if self.spec else self.longest
         return min([int(limit) for limit in (registered, most) if limit is not None], default=LONGEST)
 
 
@@ -90,6 +100,8 @@ def refusal(name: str, error: Exception) -> UserError:
     if isinstance(error, UserError):
         return error
     if isinstance(error, (gymnasium.error.DependencyNotInstalled, ImportError)):
+        if "mujoco" in str(error).lower():
+            return UserError(f"--env {name} needs MuJoCo, which is not installed; run: {how('mujoco')}")
         return UserError(f"--env {name} needs a package that is not installed ({error})")
     return UserError(
         f"--env {name} cannot be made: {error if isinstance(error, gymnasium.error.Error) else spot(error)}"
@@ -115,10 +127,21 @@ def environment(env: str | Environment, given: Any = None) -> Environment:
         if not place.endswith(".py"):
             raise UserError(f"--env {env} names a file; name the environment class in it too, as in {env}:MyEnv")
         return _tried(Environment(env, _entry(_from_file(env, Path(place), name), env), own=True))
+    if env.startswith("atari:"):
+        from etude.blocks.acting import atari
+
+        game = atari.parsed(env)
+        about, longest = game.says(), -(-game.frames // game.repeat)
+        learning = partial(atari.Atari, game, True)
+        return Environment(env, partial(atari.Atari, game), training=learning, longest=longest, about=about)
     import gymnasium
 
     if place:
         _import(env, place)
+    if name.startswith("ALE/") and name not in gymnasium.registry:
+        from etude.blocks.acting.atari import machine
+
+        machine(env)  # whose import registers them
     if name not in gymnasium.registry:
         raise UserError(f"--env {env} is not a registered Gymnasium environment{nearest(name, gymnasium.registry)}")
     maker = gymnasium.registry[name].entry_point
@@ -246,12 +269,13 @@ def _short(file: str) -> str:
 
 def discrete(space: Any, name: str) -> tuple[int, int]:
     """(number of actions, first action) of a Discrete space."""
-    from gymnasium.spaces import Discrete
+    from gymnasium.spaces import Discrete, MultiDiscrete
 
     if not isinstance(space, Discrete):
+        several = "; a wrapper of yours can number all combinations" if isinstance(space, MultiDiscrete) else ""
         raise UserError(
             f"--env {name} has the action space {space}; this method needs discrete actions, as in CartPole-v1 or "
-            "LunarLander-v3"
+            f"LunarLander-v3{several}"
         )
     return int(space.n), int(space.start)
 
@@ -277,8 +301,12 @@ def is_boxed(space: Any) -> bool:
     return isinstance(space, Box)
 
 
-def encoder(space: Any, name: str) -> tuple[int, Callable[[Any], NDArray[np.float32]]]:
-    """(D, function from raw observations (N, …) to fresh float32 (N, D)) of a Box or Discrete space."""
+def encoder(space: Any, name: str, images: bool = True) -> tuple[tuple[int, ...], Callable[[Any], NDArray[Any]]]:
+    """(shape of one state, function from raw observations (N, …) to fresh arrays (N, *shape)) of a Box or Discrete space.
+
+    Images (uint8 with two or three axes) stay bytes, (C, H, W) with the channels first, and are refused without `images`.
+    Everything else becomes one float32 vector, (D,).
+    """
     from gymnasium.spaces import Box, Discrete
 
     if isinstance(space, Discrete):
@@ -291,12 +319,28 @@ def encoder(space: Any, name: str) -> tuple[int, Callable[[Any], NDArray[np.floa
             rows[np.arange(len(state)), state] = 1.0
             return rows
 
-        return size, one_hot
+        return (size,), one_hot
     if not isinstance(space, Box):
-        raise UserError(f"--env {name} has the observation space {space}; Box and Discrete observations are supported")
-    if len(space.shape) >= 2 and space.dtype == np.uint8:
-        raise UserError(f"--env {name} observes images {space.shape}; image observations are not supported here")
+        raise UserError(
+            f"--env {name} has the observation space {space}; Box and Discrete observations are supported, and a function "
+            "that wraps it in gymnasium.wrappers.FlattenObservation makes it a Box"
+        )
+    if len(space.shape) in (2, 3) and space.dtype == np.uint8:
+        if not images:
+            raise UserError(
+                f"--env {name} observes images {space.shape}; image observations are for rl/dqn and rl/ppo, and this method "
+                "learns from vectors"
+            )
+        height, width, last = space.shape if len(space.shape) == 3 else (*space.shape, 1)
+        if last <= height:
+            return (last, height, width), lambda raw: _channels_first(np.asarray(raw), last)
+        return space.shape, lambda raw: np.array(raw)
     size = int(np.prod(space.shape))
     if not size:
         raise UserError(f"--env {name} has the observation space {space}, in which there is nothing to observe")
-    return size, lambda raw: np.array(raw, dtype=np.float32).reshape(-1, size)
+    return (size,), lambda raw: np.array(raw, dtype=np.float32).reshape(-1, size)
+
+
+def _channels_first(images: NDArray[Any], channels: int) -> NDArray[Any]:
+    """(N, H, W) or (N, H, W, C) → (N, C, H, W), a copy."""
+    return np.array(np.moveaxis(images.reshape(*images.shape[:3], channels), -1, 1), order="C")

@@ -19,8 +19,8 @@ from etude.core.errors import RunError, UserError
 from etude.core.randomness import fold
 from etude.core.run import Run
 
-Policy = Callable[[NDArray[np.float32]], NDArray[Any]]
-"""states (N, D) → actions (N,), or (N, A) where they are continuous"""
+Policy = Callable[[NDArray[Any]], NDArray[Any]]
+"""states (N, D), or images (N, C, H, W), → actions (N,), or (N, A) where they are continuous"""
 Copies = Annotated[int, Range(1, 10_000)]
 """How many worlds may be made at once (an evaluation takes one for each episode)."""
 
@@ -40,7 +40,7 @@ def play(
     episode is left after `limit` steps, or as `Environment.limit` says.
     """
     env = environment(env)
-    worlds = Worlds.make(env, episodes, seed, purpose, box=None)
+    worlds = Worlds.make(env, episodes, seed, purpose, box=None, images=True)
     returns, running = np.zeros(episodes), np.ones(episodes, dtype=bool)
     weight = np.ones(episodes)
     for _ in range(env.limit(limit)):

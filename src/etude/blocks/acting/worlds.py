@@ -16,11 +16,13 @@ Needs gymnasium ≥ 1.1 (imported when first used).
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from etude.blocks.acting import physics
 from etude.blocks.acting.compiled import Compiled
 from etude.blocks.acting.environments import Environment, boxed, discrete, encoder, environment, is_boxed, refusal
 from etude.core.randomness import fold
@@ -32,14 +34,14 @@ Engine = Literal["gymnasium", "compiled"]
 class Transition(NamedTuple):
     """What happened in M ≤ n worlds (a world that spent the step on a reset has no row)."""
 
-    state: NDArray[np.float32]
-    """(M, D)"""
+    state: NDArray[Any]
+    """(M, D) float32, or images (M, C, H, W) uint8"""
     action: NDArray[Any]
     """(M,) int64, counted from 0; or (M, A) float32"""
     reward: NDArray[np.float32]
     """(M,)"""
-    next_state: NDArray[np.float32]
-    """(M, D); the state truly reached, also where the episode ended"""
+    next_state: NDArray[Any]
+    """like `state`; the state truly reached, also where the episode ended"""
     terminated: NDArray[np.bool_]
     """(M,); the task is over and nothing follows"""
     truncated: NDArray[np.bool_]
@@ -51,10 +53,10 @@ class Transition(NamedTuple):
 class Worlds:
     """n copies of one environment, stepped together.
 
-    `env` is a Gymnasium vector environment with Box (flattened) or Discrete (one-hot) observations, and with discrete
-    actions, or, with `box`, continuous ones between bounds (None: either); `Worlds.make` builds one from its name. The seed
-    of every copy is a function of (seed, purpose, rank) and nothing else. `state_dict` holds everything that exact
-    continuation needs; see `load_state_dict`.
+    `env` is a Gymnasium vector environment with Box (flattened; with `images`, bytes as they are) or Discrete (one-hot)
+    observations, and with discrete actions, or, with `box`, continuous ones between bounds (None: either); `Worlds.make`
+    builds one from its name. The seed of every copy is a function of (seed, purpose, rank) and nothing else. `state_dict`
+    holds everything that exact continuation needs; see `load_state_dict`.
     """
 
     def __init__(
@@ -65,11 +67,14 @@ class Worlds:
         rank: int = 0,
         name: str = "",
         box: bool | None = False,
+        images: bool = False,
     ) -> None:
         from gymnasium.vector import AutoresetMode
 
         self.env, self.name, self.count = env, name or str(env), int(env.num_envs)
-        self.size, self._encode = encoder(env.single_observation_space, self.name)
+        self.shape, self._encode = encoder(env.single_observation_space, self.name, images)
+        """Of one state: (D,), or (C, H, W) of images."""
+        self.size = int(np.prod(self.shape))
         space = env.single_action_space
         self.box = is_boxed(space) if box is None else box
         """Whether actions are continuous."""
@@ -101,12 +106,13 @@ class Worlds:
         rank: int = 0,
         engine: Engine = "gymnasium",
         box: bool | None = False,
+        images: bool = False,
     ) -> Worlds:
         """Build `count` copies of an environment (what may be named: `etude.blocks.acting.environments`).
 
-        `engine` "compiled" takes the copies of `etude.blocks.acting.compiled`. Raises UserError for an unknown name (with
-        the nearest one), a missing package, actions of the other kind than `box` says, a world that is not compiled, or
-        observations that are images or structures.
+        `engine` "compiled" takes the copies of `etude.blocks.acting.compiled`; `purpose` "training" those to learn in.
+        Raises UserError for an unknown name (with the nearest one), a missing package, actions of the other kind than
+        `box` says, a world that is not compiled, or observations that are structures or, without `images`, images.
         """
         import gymnasium
         from gymnasium.vector import AutoresetMode, SyncVectorEnv
@@ -115,23 +121,24 @@ class Worlds:
         spec = kind.spec
         if engine == "compiled":
             vector: Any = Compiled(kind.name, count)
-        elif not kind.own and spec.vector_entry_point is not None and not spec.additional_wrappers:
+        elif not kind.own and spec is not None and spec.vector_entry_point is not None and not spec.additional_wrappers:
             try:
                 vector = gymnasium.make_vec(spec.id, num_envs=count, vectorization_mode="vector_entry_point")
             except Exception as error:
                 raise refusal(kind.name, error) from error
         else:
-            one = kind.make()
-            encoder(one.observation_space, kind.name)  # before n copies of something unusable are made
+            make = partial(kind.make, training=purpose == "training")
+            one = make()
+            encoder(one.observation_space, kind.name, images)  # before n copies of something unusable are made
             (boxed if is_boxed(one.action_space) and box is not False else discrete)(one.action_space, kind.name)
-            makers = [lambda: one, *(kind.make for _ in range(count - 1))]
+            makers = [lambda: one, *(make for _ in range(count - 1))]
             vector = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
-        return cls(vector, seed, purpose, rank, name=kind.name, box=box)
+        return cls(vector, seed, purpose, rank, name=kind.name, box=box, images=images)
 
     def step(self, action: NDArray[Any]) -> Transition:
         """Take `action` (n,) (counted from 0), or (n, A) within the bounds, in every world; return the real transitions.
 
-        `self.observation` (n, D) is then what the next actions must be chosen from.
+        `self.observation` (n, *shape) is then what the next actions must be chosen from.
         """
         before, resetting = self.observation, self._resetting
         if self.box:
@@ -193,7 +200,7 @@ class Worlds:
         episodes are dropped, new ones start from a seed that is a function of (seed, purpose, rank, steps so far),
         and `note` says so. So is the state of another rank. Gymnasium's classic-control and toy-text worlds continue
         exactly; so does any environment whose unwrapped object has `state_dict` and `load_state_dict` (its random
-        generator is handled here).
+        generator is handled here), as Atari games have them; and MuJoCo's.
         """
         self.steps, self.episodes, self._finished = state["steps"], state["episodes"], list(state["finished"])
         mine = state["rank"] == self._rank  # other ranks must not live through rank 0's episodes again
@@ -213,8 +220,8 @@ class Worlds:
             seed: Any = [fold(self._seed, at, self._rank, f"{self._purpose}/{i}") for i in range(self.count)]
         else:
             seed = fold(self._seed, at, self._rank, self._purpose)
-        self.observation: NDArray[np.float32] = self._encode(self.env.reset(seed=seed)[0])
-        """(n, D): where every world stands."""
+        self.observation: NDArray[Any] = self._encode(self.env.reset(seed=seed)[0])
+        """(n, *shape): where every world stands."""
         self._resetting = self._none
         self._running = np.zeros(self.count)
 
@@ -267,6 +274,8 @@ def _capture(env: Any) -> list[dict[str, Any]] | None:
         kind = kind_of(inner)
         if kind in STATE and all(hasattr(inner, name) for name in STATE[kind]):
             values: Any = {name: getattr(inner, name) for name in STATE[kind]}
+        elif physics.simulated(inner):
+            values = physics.state_of(inner)
         elif hasattr(inner, "state_dict") and hasattr(inner, "load_state_dict"):
             values = inner.state_dict()
         else:
@@ -293,7 +302,9 @@ def _restore(env: Any, states: list[dict[str, Any]], resetting: NDArray[np.bool_
         if state["kind"] != kind_of(inner):
             return False
         values = copy.deepcopy(state["values"])
-        if state["kind"] in STATE:
+        if physics.simulated(inner):
+            physics.put(inner, values)
+        elif state["kind"] in STATE:
             for name, value in values.items():
                 setattr(inner, name, value)
         else:
