@@ -48,17 +48,21 @@ def _undrawn() -> Iterator[None]:
     from matplotlib.figure import Figure
     from PIL import Image
 
+    from etude.blocks.acting import episodes
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             Figure, "savefig", lambda self, path, **settings: Image.new("RGB", (8, 8)).save(path, format="png")
         )
         patch.setattr(Figure, "draw", lambda self, renderer: None)
+        filmed = episodes._filmed
+        patch.setattr(episodes, "_filmed", lambda env, policy, seed, steps, width: filmed(env, policy, seed, steps, 8))
         yield
 
 
 @pytest.fixture(scope="session")
 def undrawn() -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """In this context figures are made, but leave an empty picture: drawing is dear, and is looked at elsewhere."""
+    """In this context figures leave an empty picture, and films are 8 pixels wide: drawing is dear, and is looked at elsewhere."""
     return _undrawn
 
 

@@ -156,9 +156,11 @@ METRICS = {
 EXPERIMENTS = (
     Experiment(
         "pendulum", preset="default", metric="greedy_return", bar=-170.0,
-        published="none for this world in the three papers",
         notes="the last policy's means on 50 fresh episodes",
-        controls=(Control("an untrained network", {"updates": 0, "steps": 256}),),
+        controls=(
+            Control("an untrained network", {"updates": 0, "steps": 256}),
+            Control("a critic that never learns", {"learning_rate": 1e-12}),
+        ),
     ),
 )  # fmt: skip
 

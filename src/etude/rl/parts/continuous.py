@@ -244,7 +244,7 @@ def ending(
 
 @dataclass(frozen=True)
 class Sample:
-    count: Count = 3
+    count: Count = 1
     """Episodes to play."""
     seed: Whole = 0
     """Seed of the worlds."""
