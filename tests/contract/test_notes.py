@@ -39,7 +39,10 @@ def test_a_row_without_a_place_claims_nothing() -> None:
 
 
 def test_every_method_is_in_it() -> None:
-    assert {row["where"] for row in ROWS} >= set(catalog.entries())
+    """Or goes beyond the notes (TD3, SAC), from a section that another method has done."""
+    done = {row["where"]: row["section"] for row in ROWS if row["where"]}
+    for name, entry in catalog.entries().items():
+        assert name in done or entry.section in done.values(), name
 
 
 def test_the_command_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
