@@ -1,0 +1,83 @@
+"""The two objectives and their gradients, as sums over the pairs of a batch.
+
+Legend: v (V, D) vectors of centres, u (V, D) vectors of contexts; B centres in a batch, P pairs, K noise words of a pair.
+Gradients point uphill (∂ of the log-likelihood). The log-likelihood itself is returned with them.
+`terms` and `spread` say what `kernels` computes in machine code on a CPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["add", "shared_noise_terms", "softmax_terms", "spread", "terms"]
+
+
+def terms(v: Tensor, u: Tensor, centre: Tensor, targets: Tensor, logistic: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The terms that belong to single pairs; column 0 of the targets is the context, the others are noise.
+
+    Args:
+        v: (B, D) vectors of the centres of a batch; u: (V, D); centre: (P,) rows of v; targets: (P, 1 + K) rows of u.
+        logistic: log σ(u_o·v_c) + Σ_k log σ(−u_k·v_c), negative sampling; else u_o·v_c, the softmax's numerator (K = 0).
+
+    Returns:
+        the log-likelihood (0-dim, float64), its derivative by each score u·v, (P, 1 + K), and by v, (B, D).
+    """
+    seen = u[targets.long()]  # (P, 1 + K, D)
+    score = (seen @ v[centre.long()].unsqueeze(-1)).squeeze(-1)
+    if logistic:
+        score = torch.cat([score[:, :1], -score[:, 1:]], 1)
+        value = F.logsigmoid(score).double().sum()
+        slope = torch.sigmoid(-score)  # 1 − σ(s)
+        slope = torch.cat([slope[:, :1], -slope[:, 1:]], 1)
+    else:
+        value, slope = score.double().sum(), torch.ones_like(score)
+    uphill = torch.zeros_like(v).index_add_(0, centre.long(), (slope.unsqueeze(1) @ seen).squeeze(1))
+    return value, slope, uphill
+
+
+def spread(into: Tensor, v: Tensor, centre: Tensor, targets: Tensor, slope: Tensor, rate: Tensor) -> None:
+    """into[w] += rate[w] · slope · v[centre] for every target w of every pair, in place: ∂/∂u of `terms`; rate (V,)."""
+    place = targets.flatten().long()
+    change = slope.unsqueeze(-1) * v[centre.long()].unsqueeze(1)
+    into.index_add_(0, place, change.flatten(0, 1) * rate[place].unsqueeze(1))
+
+
+def add(into: Tensor, rows: Tensor, change: Tensor, rate: Tensor) -> None:
+    """into[rows[i]] += rate[rows[i]] · change[i], in place; a row may come several times."""
+    place = rows.long()
+    into.index_add_(0, place, change * rate[place].unsqueeze(1))
+
+
+def shared_noise_terms(v: Tensor, noise: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ over blocks, their centres i and noise words m of weight_i·log σ(−n_m·v_i).
+
+    With weight_i = count_i·K/M this is on average what K noise words of their own would give each pair.
+
+    Args:
+        v: (Blocks, L, D) centres; noise: (Blocks, M, D) vectors u of the noise words that a block shares; weight: (Blocks, L).
+
+    Returns:
+        the sum (0-dim), its derivative by v and by noise.
+    """
+    score, weight = v @ noise.transpose(1, 2), weight.unsqueeze(2)
+    value = -(F.softplus(score) * weight).sum()
+    slope = torch.sigmoid(score).mul_(-weight)
+    return value, slope @ noise, slope.transpose(1, 2) @ v
+
+
+def softmax_terms(v: Tensor, u: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """−Σ over centres of count·log Σ_w exp(u_w·v), the softmax's denominators; the sum runs over the VOCABULARY (E68).
+
+    Args:
+        v: (B, D); u: (V, D), all of it; count: (B,) pairs of each centre.
+
+    Returns:
+        the sum (0-dim), its derivative by v (B, D) and by u (V, D).
+    """
+    weight = count.to(v.dtype).unsqueeze(1)
+    score = v @ u.t()
+    value = -(torch.logsumexp(score, 1, keepdim=True) * weight).sum()
+    slope = score.softmax(1).mul_(-weight)
+    return value, slope @ u, slope.t() @ v
