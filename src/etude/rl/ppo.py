@@ -21,9 +21,14 @@ Differences:
   minibatch of one step is left as it is.
 - The value's error is not clipped; the authors' code does, the paper does not.
 - `--target-kl` ends the passes over a segment where the policy has moved further; the paper has a penalty for that instead.
+- Continuous actions have a Gaussian with one log σ for each number, the same in every state (the paper's section 6.1). The worlds
+  clip an action at its bounds; ρ and log π are those of the action that was drawn.
+- Images go through the convolutions of Mnih et al. (2015), whose gradient is written out too; the authors' code does the
+  same. Observations are not standardised along the way, which its MuJoCo settings do.
 - Rows on which a world only resets are no transitions and are in no mean.
 
-Expect: one core, 25 s: CartPole after 100,000 steps, seeds 0-2: J = 500, 500, 500.
+Expect: one core, 25 s: CartPole after 100,000 steps, seeds 0-2: J = 500, 500, 500; 20 s: MuJoCo's InvertedPendulum after
+60,000 steps: 1000, 1000, 1000 (`--preset cart`); 25 s: Pendulum after 200,000 steps: −183, −169, −186 (`--preset pendulum`).
 
 Command: `etude run rl/ppo --env CartPole-v1 --seed 1`
 """
@@ -53,9 +58,8 @@ from etude.optim import schedules
 from etude.optim.adam import Adam
 from etude.optim.clipping import clip_norm_
 from etude.optim.flat import flatten
-from etude.rl.parts.actor_critic import ActorCritic
+from etude.rl.parts.actor_critic import ActorCritic, GaussianActorCritic
 from etude.rl.parts.films import films
-from etude.rl.parts.policies import categorical_entropy, categorical_gradient, categorical_log_prob
 from etude.rl.parts.rollouts import advantages, collect
 from etude.rl.reinforce import Sample, acting
 
@@ -63,8 +67,9 @@ from etude.rl.reinforce import Sample, acting
 @dataclass(frozen=True)
 class Config:
     env: str = "CartPole-v1"
-    """An environment with discrete actions: registered with Gymnasium (``module:Name-v0`` imports the module first),
-    ``file.py:Name`` of your own (the file is run), or in Python an environment, its class or a function that makes one.
+    """An environment with discrete or continuous actions: registered with Gymnasium (``module:Name-v0`` imports the
+    module first), an Atari game with its settings (``atari:Pong,repeat=4``), ``file.py:Name`` of your own (the file is
+    run), or in Python an environment, its class or a function that makes one.
     """
     steps: Count = 100_000
     """Environment steps in all (on each rank), rounded up to whole segments."""
@@ -99,9 +104,11 @@ class Config:
     schedule: schedules.Schedule = "linear"
     """Learning rate, and ε with it, over the run."""
     widths: tuple[Count, ...] = (64, 64)
-    """Widths of the hidden layers."""
+    """Widths of the hidden layers, of images those behind the convolutions."""
     shared: bool = False
     """One trunk with two heads; off: two networks."""
+    log_std: Annotated[float, Range(-20, 5)] = 0.0
+    """log σ of continuous actions, in their own units, to begin with."""
     evaluate_every: Whole = 10_240
     """Environment steps between greedy evaluations (at the end of a segment); 0: only the last."""
     evaluation_episodes: Copies = 20
@@ -117,9 +124,27 @@ PRESETS = {
     ),
     "default": Config(),
     "acrobot": Config(env="Acrobot-v1", steps=200_000, worlds=16, segment=64, passes=4, gamma=0.99, gae_lambda=0.94),
+    "pendulum": Config(
+        env="Pendulum-v1", engine="compiled", steps=200_000, worlds=16, segment=128, passes=10, batch=128, gamma=0.95,
+        gae_lambda=0.95,
+    ),
+    "cart": Config(
+        env="InvertedPendulum-v5", steps=60_000, segment=64, passes=10, batch=64, gamma=0.99, gae_lambda=0.95,
+        final_episodes=20, evaluation_episodes=5,
+    ),
+    "mujoco": Config(  # the paper's table 3; 1 M steps
+        env="HalfCheetah-v5", steps=1_000_000, worlds=1, segment=2048, passes=10, batch=64, gamma=0.99, gae_lambda=0.95,
+        learning_rate=3e-4, evaluate_every=102_400, evaluation_episodes=5, final_episodes=20,
+    ),
+    "pong": Config(  # the paper's table 5; 40 M frames, for large hardware
+        env="atari:Pong", steps=10_000_000, segment=128, passes=3, gamma=0.99, gae_lambda=0.95, clip_ratio=0.1,
+        entropy_bonus=0.01, learning_rate=2.5e-4, widths=(512,), shared=True, evaluate_every=1_000_000,
+        evaluation_episodes=3, final_episodes=10,
+    ),
 }  # fmt: skip
 
 SETTINGS = {
+    "log_std": {"env": "Pendulum-v1", "log_std": -1.0},
     "env": "Acrobot-v1",
     "schedule": "constant",
     "widths": (12,),
@@ -143,6 +168,17 @@ EXPERIMENTS = (
             Control("one segment", {"steps": 256}),
             Control("advantages whose signs are drawn", swap={"advantages": "etude.rl.parts.nulls.drawn_advantages"}),
         ),
+    ),
+    Experiment(
+        "pendulum", preset="pendulum", metric="sampled_return", bar=-210.0,
+        notes="continuous actions in compiled worlds; an untrained policy has about −1,200",
+        controls=(Control("one segment", {"steps": 2048}),),
+    ),
+    Experiment(
+        "mujoco", preset="cart", metric="sampled_return", bar=950.0,
+        published="solved means 950 (Gymnasium's reward_threshold of InvertedPendulum-v5)",
+        notes="a MuJoCo task of which 1,000 is the most; needs the extra mujoco",
+        controls=(Control("one segment", {"steps": 512}),),
     ),
 )  # fmt: skip
 
@@ -179,15 +215,23 @@ def explained_variance(value: Tensor, returns: Tensor) -> Tensor:
 
 
 def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
-    """`spec.extra` holds "size" (numbers observed) and "actions"."""
-    return {"model": ActorCritic(spec.extra["size"], spec.extra["actions"], config.widths, config.shared)}
+    """`spec.extra` holds "size" (numbers observed) or "shape" (of images), "actions", and "discrete"."""
+    extra = spec.extra
+    size = tuple(extra["shape"]) if "shape" in extra else extra["size"]
+    if extra.get("discrete", True):
+        return {"model": ActorCritic(size, extra["actions"], config.widths, config.shared)}
+    return {"model": GaussianActorCritic(size, extra["actions"], config.widths, config.shared, config.log_std)}
 
 
 @method("rl/ppo", paper="arXiv:1707.06347", section="7.3.5.3, 7.4.4.3, 7.4.4.4", needs=("rl",), threads=1)
 def train(config: Config, run: Run) -> dict[str, float]:
     env = environment(config.env, run.env)
-    worlds = Worlds.make(env, config.worlds, run.seed, "training", run.rank, config.engine)
-    spec = Spec(extra={"env": config.env, "size": worlds.size, "actions": worlds.actions})
+    worlds = Worlds.make(env, config.worlds, run.seed, "training", run.rank, config.engine, box=None, images=True)
+    extra = {"env": config.env, "size": worlds.size, "actions": worlds.actions, "discrete": not worlds.box}
+    images = len(worlds.shape) == 3
+    if config.shared and not config.widths and not images:
+        raise UserError("--shared needs a hidden layer to share, and --widths names none")
+    spec = Spec(extra=extra | ({"shape": list(worlds.shape)} if images else {}))
     whole = config.worlds * config.segment
     if whole < 2:  # of which a reset may be one
         raise UserError("--worlds times --segment is 1, and PPO learns from two steps or more at a time")
@@ -200,8 +244,10 @@ def train(config: Config, run: Run) -> dict[str, float]:
     box = Box(recent=[], seen={})
     run.track(model=model, optimizer=optimizer, worlds=worlds, box=box)
     parameters = sum(p.numel() for p in model.parameters())
-    run.say(f"{env.name}: {worlds.size} numbers observed, {worlds.actions} actions; {parameters:,} parameters")
-    for name, note in (("restarted_worlds", worlds.note), ("environment", env.note)):
+    seen_as = " × ".join(map(str, worlds.shape)) + " bytes" if images else f"{worlds.size} numbers"
+    acts = f"{worlds.actions} numbers in an action" if worlds.box else f"{worlds.actions} actions"
+    run.say(f"{env.name}: {seen_as} observed, {acts}; {parameters:,} parameters")
+    for name, note in (("restarted_worlds", worlds.note), ("environment", env.note), ("game", env.about)):
         if note:
             run.say(note)
             run.artifact(name, note)
@@ -228,15 +274,15 @@ def train(config: Config, run: Run) -> dict[str, float]:
         for _ in range(config.passes):  # line 4
             for index in torch.randperm(len(action), generator=order).to(run.device).split(config.batch):
                 chosen, count = action[index], len(index)
-                logits, value, kept = model.follow(state[index])
-                log_ratio = categorical_log_prob(logits, chosen) - old[index]
-                ratio, entropy, over = log_ratio.exp(), categorical_entropy(logits), value - returns[index]
+                said, value, kept = model.follow(state[index])
+                log_ratio = model.log_prob(said, chosen) - old[index]
+                ratio, entropy, over = log_ratio.exp(), model.entropy(said), value - returns[index]
                 wanted = standardised(advantage[index]) if config.normalise else advantage[index]
                 objective, error = clipped_objective(ratio, wanted, clip).mean(), 0.5 * over.square().mean()
                 loss = config.value_coefficient * error - objective - config.entropy_bonus * entropy.mean()
                 slope = clipped_slope(ratio, wanted, clip)
-                by_logits = categorical_gradient(logits, chosen, slope, config.entropy_bonus) / -count
-                model.backward(kept, by_logits, config.value_coefficient / count * over)  # line 5
+                by_said = model.slopes(said, chosen, slope / -count, config.entropy_bonus / -count)
+                model.backward(kept, by_said, config.value_coefficient / count * over)  # line 5
                 run.average(model, loss=loss)
                 clip_norm_([vector], config.clip_norm)
                 optimizer.step()

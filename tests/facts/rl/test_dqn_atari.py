@@ -187,18 +187,21 @@ def test_colour_and_all_keys():
 
 @pytest.mark.parametrize(
     "name",
-    ["atari:Pong,sticky=0.25,noops=3", pytest.param("atari:Breakout,grey=false,size=20", marks=pytest.mark.long)],
+    [
+        "atari:Pong,sticky=0.5,noops=3,size=20",
+        pytest.param("atari:Breakout,grey=false,size=20", marks=pytest.mark.long),
+    ],
 )
 def test_it_goes_on_exactly_where_it_was(name):
     def walk(worlds, steps, dice):
         rows = [worlds.step(dice.integers(0, worlds.actions, worlds.count)) for _ in range(steps)]
         return [np.concatenate([np.ravel(column) for column in row]) for row in rows]
 
-    worlds = Worlds.make(name, 2, 1, images=True)
+    worlds = Worlds.make(name, 6, 1, images=True)
     walk(worlds, 60, np.random.default_rng(0))
     state = worlds.state_dict()
     want = walk(worlds, 40, np.random.default_rng(5))
-    other = Worlds.make(name, 2, 1, images=True)
+    other = Worlds.make(name, 6, 1, images=True)
     other.load_state_dict(state)
     assert other.note == ""
     for one, two in zip(walk(other, 40, np.random.default_rng(5)), want):

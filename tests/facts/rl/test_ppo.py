@@ -89,7 +89,6 @@ def test_a_minibatch_of_one_learns_finite_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"env": "Pendulum-v1"}, "Pendulum"),
         ({"env": "CartPole-v9"}, "CartPole"),
         ({"worlds": 1, "segment": 1}, "two steps"),
     ],

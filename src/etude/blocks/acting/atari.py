@@ -114,6 +114,16 @@ def machine(env: str) -> Any:
     return ale_py
 
 
+@functools.cache
+def facts(game: str, actions: str) -> tuple[list[Any], tuple[int, int]]:
+    """(keys, shape of the screen) of a game, which has to be loaded for that: 0.1 s."""
+    package = machine(PREFIX + game)
+    package.ALEInterface.setLoggerMode(package.LoggerMode.Error)
+    probe = package.ALEInterface()
+    probe.loadROM(package.roms.get_rom_path(game))
+    return probe.getMinimalActionSet() if actions == "minimal" else probe.getLegalActionSet(), probe.getScreenDims()
+
+
 class Atari(gymnasium.Env):
     """One game. Observes (stack, size, size) uint8, oldest screen first (three planes a screen in colour).
 
@@ -125,33 +135,30 @@ class Atari(gymnasium.Env):
     def __init__(self, game: Game, training: bool = False, render_mode: str | None = None) -> None:
         package = machine(PREFIX + game.game)
         self.game, self.training, self.render_mode = game, training, render_mode
-        package.ALEInterface.setLoggerMode(package.LoggerMode.Error)
-        self._ale, self._state_type = package.ALEInterface(), package.ALEState
+        self._keys, shape = facts(game.game, game.actions)
+        self._ale, self._state_type, self._loaded = package.ALEInterface(), package.ALEState, False
         self._ale.setFloat("repeat_action_probability", game.sticky)
-        self._rom = package.roms.get_rom_path(game.game)
-        self._ale.loadROM(self._rom)
-        self._keys = self._ale.getMinimalActionSet() if game.actions == "minimal" else self._ale.getLegalActionSet()
         self.planes = 1 if game.grey else 3
         self.action_space = gymnasium.spaces.Discrete(len(self._keys))
         self._stack = np.zeros((game.stack * self.planes, game.size, game.size), np.uint8)
         self.observation_space = gymnasium.spaces.Box(0, 255, self._stack.shape, np.uint8)
-        self._screen = np.zeros((2, *self._ale.getScreenDims(), *([] if game.grey else [3])), np.uint8)
-        self._lives, self._begun, self._over = 0, 0, True
+        self._screen = np.zeros((2, *shape, *([] if game.grey else [3])), np.uint8)
+        self._lives, self._begun, self._over, self._held = 0, 0, True, 0
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin a game; after a lost life in training, go on in the one that is running, one frame later."""
         super().reset(seed=seed)
-        if seed is not None:
+        if seed is not None or not self._loaded:
             self._ale.setInt("random_seed", int(self.np_random.integers(2**31)))
-            self._ale.loadROM(self._rom)  # with its new dice
-            self._over = True
+            self._ale.loadROM(machine(self.game.game).roms.get_rom_path(self.game.game))  # with its new dice
+            self._loaded = self._over = True
         if self._over or not self.training:
             self._begin()
         else:
             self._ale.act(self._keys[0])
             if self._ale.game_over():
                 self._begin()
-        self._lives, self._over = self._ale.lives(), False
+        self._lives, self._over, self._held = self._ale.lives(), False, 0
         self._look(0)
         self._screen[1] = 0
         self._push(fill=True)
@@ -168,6 +175,7 @@ class Atari(gymnasium.Env):
     def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Hold one of the keys for `repeat` frames."""
         key, repeat, reward, lost = self._keys[action], self.game.repeat, 0.0, False
+        self._held = int(action)
         for frame in range(repeat):
             reward += self._ale.act(key)
             lost = self.training and self.game.lives and self._ale.lives() < self._lives
@@ -198,17 +206,19 @@ class Atari(gymnasium.Env):
             "machine": np.frombuffer(machine, np.uint8),
             "stack": self._stack,
             "screen": self._screen,
-            "counts": np.array([self._lives, self._begun, self._over]),
+            "counts": np.array([self._lives, self._begun, self._over, self._held]),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken."""
+        lives, begun, over, held = (int(value) for value in state["counts"])
+        for _ in range(100 if self.game.sticky else 0):  # the key that may stick is no part of the machine's state,
+            self._ale.act(self._keys[held])  # and may itself not get through at once
         machine = self._state_type.__new__(self._state_type)
         machine.__setstate__(state["machine"].tobytes())
         self._ale.restoreSystemState(machine)
         self._stack[:], self._screen[:] = state["stack"], state["screen"]
-        lives, begun, over = (int(value) for value in state["counts"])
-        self._lives, self._begun, self._over = lives, begun, bool(over)
+        self._lives, self._begun, self._over, self._held = lives, begun, bool(over), held
 
     def _look(self, place: int) -> None:
         if self.game.grey:

@@ -77,6 +77,7 @@ def film(
         with warnings.catch_warnings(), _no_window():
             # pygame imports pkg_resources, which announces its own retirement; nothing of ours is concerned
             warnings.filterwarnings("ignore", message=r"pkg_resources is deprecated|.*declare_namespace")
+            warnings.filterwarnings("ignore", module="glfw")  # MuJoCo tries a screen first, then goes without
             shots, total = _filmed(env, policy, fold(seed, 0, 0, purpose), min(env.limit(limit), LONGEST), width)
     except Exception as error:
         known = isinstance(error, (UserError, RunError))

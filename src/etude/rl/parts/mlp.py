@@ -1,13 +1,15 @@
 """MLPs forwards and backwards, written out: small networks cost dispatches, and a recorded graph doubles them.
 
-`activations` and `backward`: ReLU, the layers are views of one vector. `followed` and `backed`: linear layers and tanh as torch's
-modules, gradients into their ``.grad``.
+`activations` and `backward`: ReLU, the layers are views of one vector. `followed` and `backed`: linear layers, convolutions, tanh
+and ReLU as torch's modules, gradients into their ``.grad``.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from etude.rl.parts.pixels import Bytes
 
 
 def activations(layers: list[tuple[Tensor, Tensor]], x: Tensor) -> list[Tensor]:
@@ -29,27 +31,49 @@ def backward(layers: list[tuple[Tensor, Tensor]], kept: list[Tensor], delta: Ten
 
 
 def followed(net: nn.Module, x: Tensor) -> list[Tensor]:
-    """Input (N, D) and what leaves every linear layer (after its tanh, if one follows)."""
+    """Input (N, D) or images (N, C, H, W), and what leaves every layer with weights (after its tanh or ReLU, if one follows)."""
     kept = [x]
     for layer in net.modules():
         if isinstance(layer, nn.Linear):
-            kept.append(torch.addmm(layer.bias, kept[-1], layer.weight.t()))
+            kept.append(torch.addmm(layer.bias, kept[-1].flatten(1), layer.weight.t()))
         elif isinstance(layer, nn.Tanh):
             kept[-1].tanh_()
+        elif isinstance(layer, nn.Conv2d):
+            kept.append(layer(kept[-1]))
+        elif isinstance(layer, nn.ReLU):
+            kept[-1].relu_()
+        elif isinstance(layer, Bytes):
+            kept[-1] = layer(kept[-1])
     return kept
 
 
 def backed(net: nn.Module, kept: list[Tensor], delta: Tensor, onward: bool) -> Tensor:
-    """Write ∂L/∂θ of every linear layer into its .grad, given ∂L/∂output `delta` (N, outputs); `onward`: return ∂L/∂x."""
-    layers = [layer for layer in net.modules() if isinstance(layer, (nn.Linear, nn.Tanh))]
+    """Write ∂L/∂θ of every layer into its .grad, given ∂L/∂output `delta` (N, outputs); `onward`: return ∂L/∂x."""
+    layers = [layer for layer in net.modules() if isinstance(layer, (nn.Linear, nn.Tanh, nn.Conv2d, nn.ReLU))]
     place = len(kept) - 1
     for layer in reversed(layers):
         if isinstance(layer, nn.Tanh):
             delta = torch.ops.aten.tanh_backward(delta, kept[place])
             continue
-        torch.mm(delta.t(), kept[place - 1], out=layer.weight.grad)
-        torch.sum(delta, 0, out=layer.bias.grad)
+        if isinstance(layer, nn.ReLU):
+            delta = torch.ops.aten.threshold_backward(delta.view_as(kept[place]), kept[place], 0)
+            continue
         place -= 1
-        if place or onward:
+        further = place > 0 or onward
+        if isinstance(layer, nn.Conv2d):
+            delta = convolved_back(layer, kept[place], delta.view_as(kept[place + 1]), further)
+            continue
+        torch.mm(delta.t(), kept[place].flatten(1), out=layer.weight.grad)
+        torch.sum(delta, 0, out=layer.bias.grad)
+        if further:
             delta = torch.mm(delta, layer.weight)
     return delta
+
+
+def convolved_back(layer: nn.Conv2d, x: Tensor, delta: Tensor, onward: bool) -> Tensor:
+    """Write a convolution's two gradients, given its input and ∂L/∂output; `onward`: return ∂L/∂x, else `delta`."""
+    kind = ([len(layer.weight)], layer.stride, layer.padding, layer.dilation, False, [0, 0], layer.groups)
+    by_x, by_weight, by_bias = torch.ops.aten.convolution_backward(delta, x, layer.weight, *kind, [onward, True, True])
+    layer.weight.grad.copy_(by_weight)  # pyright: ignore[reportOptionalMemberAccess]
+    layer.bias.grad.copy_(by_bias)  # pyright: ignore[reportOptionalMemberAccess]
+    return by_x if onward else delta

@@ -84,6 +84,17 @@ def gaussian_log_prob(mean: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
     return -(0.5 * scaled * scaled + log_std + HALF_LOG_TWO_PI).sum(-1)
 
 
+def gaussian_gradient(
+    mean: Tensor, log_std: Tensor, action: Tensor, slope: Tensor, bonus: float
+) -> tuple[Tensor, Tensor]:
+    """∂/∂mean (N, A) and ∂/∂log σ (A,) of Σ slope log π(a | s) + bonus Σ H, for slope (N,): with z = (a − mean)/σ,
+    slope z/σ, and Σ slope (z² − 1) + bonus N."""
+    inverse = (-log_std).exp()
+    scaled = (action - mean) * inverse
+    by_mean = slope[:, None] * scaled * inverse
+    return by_mean, (slope[:, None] * (scaled * scaled - 1)).sum(0) + bonus * len(mean)
+
+
 def gaussian_entropy(log_std: Tensor) -> Tensor:
     """H = Σ (log σ + ½ log 2πe) (*,) in nats; a density's entropy may be negative."""
     return (log_std + HALF_LOG_TWO_PI + 0.5).sum(-1)

@@ -22,9 +22,9 @@ class Segment(NamedTuple):
     """T steps of n worlds; time first."""
 
     state: Tensor
-    """(T + 1, n, D) float32; the last row is where the worlds stand behind the segment"""
+    """(T + 1, n, D) float32, or images (T + 1, n, C, H, W) uint8; the last row is where the worlds stand behind the segment"""
     action: Tensor
-    """(T, n) int64"""
+    """(T, n) int64; or (T, n, A) float32 as they were drawn, which may be beyond the bounds"""
     reward: Tensor
     """(T, n) float32"""
     terminated: Tensor
@@ -34,14 +34,15 @@ class Segment(NamedTuple):
     real: Tensor
     """(T, n) bool; a transition, not a reset"""
     reached: Tensor
-    """(K, D) float32; the states in which the K truncated steps ended, in the order of `truncated.nonzero()`"""
+    """(K, …) like `state`; the states in which the K truncated steps ended, in the order of `truncated.nonzero()`"""
 
 
 def collect(worlds: Worlds, act: Callable[[Tensor], Tensor], steps: int, device: torch.device) -> Segment:
-    """Let `act` (states (n, D) → actions (n,)) take `steps` steps in the worlds, which go on from where they stand."""
+    """Let `act` (states (n, …) → actions (n,) or (n, A)) take `steps` steps in the worlds, which go on from where they stand."""
     count = worlds.count
-    state = np.empty((steps + 1, count, worlds.size), np.float32)
-    action, reward = np.empty((steps, count), np.int64), np.zeros((steps, count), np.float32)
+    state = np.empty((steps + 1, count, *worlds.shape), worlds.observation.dtype)
+    kind = ((worlds.actions,), np.float32) if worlds.box else ((), np.int64)
+    action, reward = np.empty((steps, count, *kind[0]), kind[1]), np.zeros((steps, count), np.float32)
     flags = np.zeros((3, steps, count), bool)  # terminated, truncated, real
     reached: list[NDArray[Any]] = []
     for t in range(steps):
@@ -53,7 +54,7 @@ def collect(worlds: Worlds, act: Callable[[Tensor], Tensor], steps: int, device:
         if row.truncated.any():
             reached.append(row.next_state[row.truncated])
     state[-1] = worlds.observation
-    last = np.concatenate(reached) if reached else np.empty((0, worlds.size), np.float32)
+    last = np.concatenate(reached) if reached else state[:0, 0]
     return Segment(*(torch.from_numpy(x).to(device) for x in (state, action, reward, *flags, last)))
 
 
