@@ -76,7 +76,6 @@ from etude.rl.parts.continuous import (
     room,
     sentences,
 )
-from etude.rl.parts.policies import gaussian_log_prob
 
 Gradient = Literal["reparameterised", "score", "mean"]
 
@@ -191,22 +190,25 @@ def expected_value(
     return value_of(critic, state, action).mean(0)
 
 
-def objective(
+def climb(
     critic: Callable[[Tensor, Tensor], Tensor],
+    slope: Callable[[Tensor, Tensor], Tensor],
     state: Tensor,
     mean: Tensor,
     noise: Tensor,
     sigma: float,
     gradient: Gradient,
 ) -> Tensor:
-    """What the actor climbs: 0-dim, its gradient with respect to `mean` (N, A) estimates ∇ mean_s E_{a ~ π} Q(s, a)."""
-    if gradient != "score":
-        return expected_value(critic, state, mean, noise, sigma, gradient).mean()
-    with torch.no_grad():
-        action = drawn(mean, noise, sigma)
+    """∇_μ E_{a ~ π} Q(s, a) (N, A) by the draws that `noise` (K, N, A) makes; `slope` is ∇_a Q (N, A), or DDPG's at the mean."""
+    if gradient == "mean":
+        return slope(state, mean)
+    action = drawn(mean, noise, sigma)
+    if gradient == "score":
         advantage = value_of(critic, state, action) - value_of(critic, state, mean[None])
-    log_sigma = torch.full_like(mean[:1], sigma).log()
-    return (advantage * gaussian_log_prob(mean, log_sigma, action)).mean()
+        return (advantage[..., None] * (action - mean)).mean(0) / sigma**2  # ∇_μ log π = (a − μ) / σ²
+    inside = action.abs() <= 1  # where the box cuts, moving the mean moves nothing
+    slopes = slope(state.expand(len(action), -1, -1).flatten(0, 1), action.clamp(-1, 1).flatten(0, 1))
+    return (slopes.view_as(action) * inside).mean(0)
 
 
 def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
@@ -237,7 +239,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
     run.track(model=model, critic=critic, target_model=target_model, target_critic=target_critic, worlds=worlds)
     run.track(actor_optimizer=actor_optimizer, optimizer=optimizer, replay=replay, box=box)
     sentences(run, config, env, worlds, sum(p.numel() for net in (model, critic) for p in net.parameters()))
-    weights, best = list(model.parameters()), acting(model, Bounds(worlds.low, worlds.high))
+    best = acting(model, Bounds(worlds.low, worlds.high))
     rounds = -(-config.steps // config.collect)
 
     for step in run.steps(rounds):  # line 1
@@ -262,30 +264,29 @@ def train(config: Config, run: Run) -> dict[str, float]:
             noise = torch.randn(size, generator=run.generator("noise", step)).to(run.device)
             names = ("state", "action", "reward", "next_state", "terminated")
             losses, values = [], []
-            for k in range(config.updates):
-                s, a, r, after, over = (rows[name][k] for name in names)
-                with torch.no_grad():  # line 4
-                    behind = expected_value(
-                        target_critic, after, target_model(after), noise[k, 0], config.noise, config.gradient
-                    )
-                y = td_target(r, over, behind, config.gamma)
-                q = critic(s, a)[0]
-                loss = 0.5 * (q - y).square().mean()
-                optimizer.zero_grad()
-                loss.backward()
-                run.average(critic, loss=loss)
-                optimizer.step()  # line 5
-                climbed = objective(critic, s, model(s), noise[k, 1], config.noise, config.gradient)
-                actor_optimizer.zero_grad()
-                climbed.neg().backward(inputs=weights)
-                run.average(model)
-                actor_optimizer.step()  # line 6
-                box.updates += 1
-                if box.updates % config.target_every == 0:  # line 7
-                    follow_(target_critic, critic, config.tau)
-                    follow_(target_model, model, config.tau)
-                losses.append(loss.detach())
-                values.append(q.detach().mean())
+            with torch.no_grad():  # the gradients are written out
+                for k in range(config.updates):
+                    s, a, r, after, over = (rows[name][k] for name in names)
+                    there = target_model(after)  # line 4
+                    behind = expected_value(target_critic, after, there, noise[k, 0], config.noise, config.gradient)
+                    y = td_target(r, over, behind, config.gamma)
+                    q, kept = critic.follow(s, a)
+                    error = q - y
+                    loss = 0.5 * error.square().mean()
+                    critic.learn(kept, error / config.batch)
+                    run.average(critic, loss=loss)
+                    optimizer.step()  # line 5
+                    mean, kept = model.act(s)
+                    up = climb(critic, critic.slope, s, mean, noise[k, 1], config.noise, config.gradient)
+                    model.learn(kept, up * (-1 / config.batch))
+                    run.average(model)
+                    actor_optimizer.step()  # line 6
+                    box.updates += 1
+                    if box.updates % config.target_every == 0:  # line 7
+                        follow_(target_critic, critic, config.tau)
+                        follow_(target_model, model, config.tau)
+                    losses.append(loss)
+                    values.append(q.mean())
             run.log(loss=torch.stack(losses).mean(), q_mean=torch.stack(values).mean())
         every = config.evaluate_every
         if step + 1 == rounds or (every and reached // every > step * config.collect // every):

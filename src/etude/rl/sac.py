@@ -174,9 +174,9 @@ class Temperature(nn.Module):
         """α (0-dim), a constant."""
         return self.log_alpha.detach().exp()
 
-    def loss(self, log_prob: Tensor, target: float) -> Tensor:
-        """−log α · mean (log π + H̄) (0-dim) for log π (N,), a constant: α rises where the entropy is below H̄."""
-        return -self.log_alpha * (log_prob.detach().mean() + target)
+    def learn(self, log_prob: Tensor, target: float) -> None:
+        """∇ J(α) = −mean (log π + H̄) of log π (N,) into .grad: α rises where the entropy is below H̄."""
+        self.log_alpha.grad = -(log_prob.mean() + target)
 
 
 def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
@@ -210,7 +210,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
     run.track(temperature_optimizer=temperature_optimizer)
     run.track(actor_optimizer=actor_optimizer, optimizer=optimizer, replay=replay, box=box)
     sentences(run, config, env, worlds, sum(p.numel() for net in (model, critic) for p in net.parameters()))
-    weights, best = list(model.parameters()), acting(model, Bounds(worlds.low, worlds.high))
+    best = acting(model, Bounds(worlds.low, worlds.high))
     rounds = -(-config.steps // config.collect)
 
     for step in run.steps(rounds):  # line 1
@@ -234,35 +234,32 @@ def train(config: Config, run: Run) -> dict[str, float]:
             noise = torch.randn(2, *shape, worlds.actions, generator=run.generator("noise", step)).to(run.device)
             names = ("state", "action", "reward", "next_state", "terminated")
             losses, values, entropies = [], [], []
-            for k in range(config.updates):
-                s, u, r, after, over = (rows[name][k] for name in names)
-                alpha = temperature()
-                with torch.no_grad():  # line 4
-                    there, log_prob = model.draw(after, noise[0, k])
+            with torch.no_grad():  # the gradients are written out
+                for k in range(config.updates):
+                    s, u, r, after, over = (rows[name][k] for name in names)
+                    alpha = temperature()
+                    there, log_prob = model.draw(after, noise[0, k])  # line 4
                     behind = soft_value(target_critic(after, there), log_prob, alpha)
-                y = td_target(r, over, behind, config.gamma)
-                q = critic(s, u)
-                loss = 0.5 * (q - y).square().mean(1).sum()
-                optimizer.zero_grad()
-                loss.backward()
-                run.average(critic, loss=loss)
-                optimizer.step()  # line 5
-                here, log_prob = model.draw(s, noise[1, k])
-                climbed = soft_value(critic(s, here), log_prob, alpha).mean()
-                actor_optimizer.zero_grad()
-                climbed.neg().backward(inputs=weights)
-                run.average(model)
-                actor_optimizer.step()  # line 6
-                if config.automatic:
-                    temperature_optimizer.zero_grad()
-                    temperature.loss(log_prob, target).backward()
-                    run.average(temperature)
-                    temperature_optimizer.step()  # line 7
-                follow_(target_critic, critic, config.tau)  # line 8
-                box.updates += 1
-                losses.append(loss.detach())
-                values.append(q.detach().mean())
-                entropies.append(-log_prob.detach().mean())
+                    y = td_target(r, over, behind, config.gamma)
+                    q, kept = critic.follow(s, u)
+                    error = q - y
+                    loss = 0.5 * error.square().mean(1).sum()
+                    critic.learn(kept, error / config.batch)
+                    run.average(critic, loss=loss)
+                    optimizer.step()  # line 5
+                    here, log_prob, kept = model.act(s, noise[1, k])
+                    model.learn(kept, critic.least_slope(s, here) / -config.batch, alpha / config.batch)
+                    run.average(model)
+                    actor_optimizer.step()  # line 6
+                    if config.automatic:
+                        temperature.learn(log_prob, target)
+                        run.average(temperature)
+                        temperature_optimizer.step()  # line 7
+                    follow_(target_critic, critic, config.tau)  # line 8
+                    box.updates += 1
+                    losses.append(loss)
+                    values.append(q.mean())
+                    entropies.append(-log_prob.mean())
             run.log(entropy=torch.stack(entropies).mean(), temperature=temperature())
             run.log(loss=torch.stack(losses).mean(), q_mean=torch.stack(values).mean())
         every = config.evaluate_every

@@ -196,7 +196,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
     run.track(model=model, critic=critic, target_model=target_model, target_critic=target_critic, worlds=worlds)
     run.track(actor_optimizer=actor_optimizer, optimizer=optimizer, replay=replay, box=box)
     sentences(run, config, env, worlds, sum(p.numel() for net in (model, critic) for p in net.parameters()))
-    weights, best = list(model.parameters()), acting(model, Bounds(worlds.low, worlds.high))
+    best = acting(model, Bounds(worlds.low, worlds.high))
     rounds = -(-config.steps // config.collect)
 
     for step in run.steps(rounds):  # line 1
@@ -220,30 +220,29 @@ def train(config: Config, run: Run) -> dict[str, float]:
             noise = torch.randn(*shape, worlds.actions, generator=run.generator("noise", step)).to(run.device)
             names = ("state", "action", "reward", "next_state", "terminated")
             losses, values = [], []
-            for k in range(config.updates):
-                s, u, r, after, over = (rows[name][k] for name in names)
-                with torch.no_grad():  # line 4
-                    there = smeared(target_model(after), noise[k], config.target_noise, config.noise_clip)
+            with torch.no_grad():  # the gradients are written out
+                for k in range(config.updates):
+                    s, u, r, after, over = (rows[name][k] for name in names)
+                    there = smeared(target_model(after), noise[k], config.target_noise, config.noise_clip)  # line 4
                     behind = target_critic(after, there)
-                behind = least(behind) if config.clipped else behind
-                y = td_target(r, over, behind, config.gamma)  # (2, N)
-                q = critic(s, u)
-                loss = (q - y).square().mean(1).sum()
-                optimizer.zero_grad()
-                loss.backward()
-                run.average(critic, loss=loss)
-                optimizer.step()  # line 5
-                box.updates += 1
-                if box.updates % config.delay == 0:  # line 6
-                    climbed = critic(s, model(s))[0].mean()
-                    actor_optimizer.zero_grad()
-                    climbed.neg().backward(inputs=weights)
-                    run.average(model)
-                    actor_optimizer.step()  # line 7
-                    follow_(target_critic, critic, config.tau)  # line 8
-                    follow_(target_model, model, config.tau)
-                losses.append(loss.detach())
-                values.append(q.detach().mean())
+                    behind = least(behind) if config.clipped else behind
+                    y = td_target(r, over, behind, config.gamma)  # (2, N)
+                    q, kept = critic.follow(s, u)
+                    error = q - y
+                    loss = error.square().mean(1).sum()
+                    critic.learn(kept, error * (2 / config.batch))
+                    run.average(critic, loss=loss)
+                    optimizer.step()  # line 5
+                    box.updates += 1
+                    if box.updates % config.delay == 0:  # line 6
+                        best_u, kept = model.act(s)
+                        model.learn(kept, critic.slope(s, best_u) * (-1 / config.batch))
+                        run.average(model)
+                        actor_optimizer.step()  # line 7
+                        follow_(target_critic, critic, config.tau)  # line 8
+                        follow_(target_model, model, config.tau)
+                    losses.append(loss)
+                    values.append(q.mean())
             run.log(loss=torch.stack(losses).mean(), q_mean=torch.stack(values).mean())
         every = config.evaluate_every
         if step + 1 == rounds or (every and reached // every > step * config.collect // every):

@@ -60,9 +60,8 @@ def mlp(sizes):
 
 
 def pair(sizes):
-    """Two MLPs whose layers are drawn in turn."""
-    layers = [[nn.Linear(a, b) for _ in range(2)] for a, b in pairwise(sizes)]
-    return [nn.Sequential(*[p for layer in layers for p in (layer[i], nn.ReLU())][:-1]) for i in range(2)]
+    """Two MLPs, one drawn after the other."""
+    return [mlp(sizes) for _ in range(2)]
 
 
 def q(net, state, u):
@@ -167,13 +166,17 @@ def flat(net):
     return torch.cat([p.t().flatten() if p.dim() == 2 else p.flatten() for p in parts])
 
 
+def flat_state(state):
+    return torch.cat([p.t().flatten() if p.dim() == 2 else p.flatten() for p in state.values()])
+
+
 def saved(loaded, name):
     """The network of that name from the checkpoint, in the order of `flat`; of critics (n, parameters)."""
     state = loaded.state[name] if name in loaded.state else loaded.modules[name].state_dict()
     if "critic" not in name:
-        return torch.cat([p.t().flatten() if p.dim() == 2 else p.flatten() for p in state.values()])
-    layers = len(state) // 2
-    return torch.cat([state[f"{kind}.{i}"].flatten(1) for i in range(layers) for kind in ("weights", "biases")], 1)
+        return flat_state(state)
+    nets = sorted({key.split(".")[1] for key in state})
+    return torch.stack([flat_state({k: p for k, p in state.items() if k.startswith(f"nets.{i}.")}) for i in nets])
 
 
 def ours(name, settings, folder):

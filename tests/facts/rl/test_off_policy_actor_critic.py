@@ -16,7 +16,7 @@ import etude
 from etude.blocks.acting.worlds import Worlds
 from etude.core.errors import RunError, UserError
 from etude.rl import off_policy_actor_critic as opac
-from etude.rl.off_policy_actor_critic import expected_value, objective
+from etude.rl.off_policy_actor_critic import climb, expected_value
 from etude.rl.parts import continuous
 from etude.rl.parts.continuous import (
     Bounds,
@@ -65,16 +65,21 @@ def smooth(state, action):
     return (torch.sin(2 * action[:, 0] + state[:, 0]) - 0.3 * (action**2).sum(-1) * state[:, 1])[None]
 
 
+def smooth_slope(state, action):
+    """∂/∂a of it, (N, A)."""
+    action = action.detach().requires_grad_()
+    return torch.autograd.grad(smooth(state, action).sum(), action)[0]
+
+
 @pytest.mark.parametrize("where", [0.2, 0.95])
 def test_score_and_reparameterised_gradients_agree_in_mean_by_quadrature(where):
     state, sigma, grid = torch.tensor([[0.4, -0.7]], dtype=torch.float64), 0.3, torch.linspace(-7, 7, 70_001).double()
     weight = (-0.5 * grid**2).exp() / (-0.5 * grid**2).exp().sum()
 
     def gradient(kind):
-        """Σ_k w_k of the gradient by draw k alone: a row of `mean` each, so that one backward gives them all."""
-        mean = torch.full((len(grid), 1), where, dtype=torch.float64, requires_grad=True)
-        value = objective(smooth, state.expand(len(grid), -1), mean, grid.view(1, -1, 1), sigma, kind)
-        (each,) = torch.autograd.grad(value * len(grid), mean)
+        """Σ_k w_k of the gradient by draw k alone: a row of `mean` each."""
+        mean = torch.full((len(grid), 1), where, dtype=torch.float64)
+        each = climb(smooth, smooth_slope, state.expand(len(grid), -1), mean, grid.view(1, -1, 1), sigma, kind)
         return float(weight @ each[:, 0])
 
     def integral(mean):
@@ -85,8 +90,8 @@ def test_score_and_reparameterised_gradients_agree_in_mean_by_quadrature(where):
     assert abs(want) > 0.02
     assert gradient("score") == pytest.approx(want, abs=1e-5)  # measured 1e-7 and 3e-6
     assert gradient("reparameterised") == pytest.approx(want, abs=1e-3 if where > 0.5 else 1e-5)
-    mean = torch.tensor([[where]], dtype=torch.float64, requires_grad=True)
-    (still,) = torch.autograd.grad(objective(smooth, state, mean, grid[:1].view(1, 1, 1), sigma, "mean"), mean)
+    mean = torch.tensor([[where]], dtype=torch.float64)
+    still = climb(smooth, smooth_slope, state, mean, grid[:1].view(1, 1, 1), sigma, "mean")
     by_hand = 2 * math.cos(2 * where + 0.4) - 0.6 * where * -0.7
     assert float(still) == pytest.approx(by_hand, rel=1e-12)
 
@@ -98,8 +103,11 @@ def test_gradients_are_unbiased_through_the_networks():
     state, noise = torch.randn(3, 2).double(), torch.randn(4000, 3, 2).double()
     grads = {}
     for kind in ("reparameterised", "score"):
-        value = objective(critic, state, actor(state), noise, 0.2, kind)
-        grads[kind] = torch.cat([g.flatten() for g in torch.autograd.grad(value, list(actor.parameters()))])
+        mean = actor(state)
+        with torch.no_grad():
+            up = climb(critic, critic.slope, state, mean, noise, 0.2, kind)
+        slopes = torch.autograd.grad(mean, list(actor.parameters()), up / len(state))
+        grads[kind] = torch.cat([g.flatten() for g in slopes])
     # measured 0.0013 of a gradient of norm 0.089
     assert (grads["score"] - grads["reparameterised"]).norm() < 0.03 * grads["reparameterised"].norm()
 
@@ -161,7 +169,7 @@ def test_critics_are_separate_mlps_that_start_like_torch():
     torch.manual_seed(3)
     critics = Critics(2, 3, 1, (8, 5))
     torch.manual_seed(3)
-    layers = [[nn.Linear(a, b) for _ in range(2)] for a, b in ((4, 8), (8, 5), (5, 1))]
+    layers = list(zip(*([nn.Linear(a, b) for a, b in ((4, 8), (8, 5), (5, 1))] for _ in range(2))))
     state, action = torch.randn(6, 3), torch.randn(6, 1)
     got = critics(state, action)
     for i in range(2):
@@ -169,6 +177,52 @@ def test_critics_are_separate_mlps_that_start_like_torch():
         want = nn.Sequential(a, nn.ReLU(), b, nn.ReLU(), c)(torch.cat([state, action], 1))[:, 0]
         torch.testing.assert_close(got[i], want)
     assert not torch.allclose(got[0], got[1])
+
+
+def gradients(module, value):
+    """By the graph, one tensor a parameter; `.grad` is made ready for what is written out."""
+    found = torch.autograd.grad(value, list(module.parameters()))
+    for p in module.parameters():
+        p.grad = torch.full_like(p, 9.0)
+    return found
+
+
+@pytest.mark.parametrize("widths", [(), (7,), (6, 5)])
+def test_gradients_written_out_are_those_of_the_graph(widths):
+    torch.manual_seed(5)
+    state, noise, pull = torch.randn(9, 3).double(), torch.randn(9, 2).double(), torch.randn(9, 2).double()
+    critics, actor = Critics(2, 3, 2, widths).double(), DeterministicActor(3, 2, widths).double()
+    policy = SquashedGaussian(3, 2, widths).double()
+    with torch.no_grad():
+        policy.pairs[-1][1][2:] = torch.tensor([2.1, -1.0])  # one log σ in most rows beyond what is allowed
+    action, weight = (torch.rand(9, 2).double() * 2 - 1).requires_grad_(), torch.randn(2, 9).double()
+    smaller = critics(state, action).amin(0)
+    towards, towards_least = (
+        torch.autograd.grad(value.sum(), action)[0] for value in (critics(state, action)[0], smaller)
+    )
+    want = gradients(critics, (weight * critics(state, action)).sum())
+    with torch.no_grad():
+        torch.testing.assert_close(critics.slope(state, action), towards)
+        torch.testing.assert_close(critics.least_slope(state, action), towards_least)
+        q, kept = critics.follow(state, action)
+        torch.testing.assert_close(q, critics(state, action))
+        critics.learn(kept, weight)
+    torch.testing.assert_close([p.grad for p in critics.parameters()], list(want))
+
+    want = gradients(actor, (pull * actor(state)).sum())
+    with torch.no_grad():
+        u, kept = actor.act(state)
+        torch.testing.assert_close(u, actor(state))
+        actor.learn(kept, pull)
+    torch.testing.assert_close([p.grad for p in actor.parameters()], list(want))
+
+    u, log_prob = policy.draw(state, noise)
+    want = gradients(policy, (pull * u).sum() + 0.7 * log_prob.sum())
+    with torch.no_grad():
+        again, density, kept = policy.act(state, noise)
+        torch.testing.assert_close((again, density), (u.detach(), log_prob.detach()))
+        policy.learn(kept, pull, 0.7)
+    torch.testing.assert_close([p.grad for p in policy.parameters()], list(want))
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.005, 0.7, 1.0])

@@ -4,7 +4,9 @@ Actions are u ∈ [−1, 1]^A inside (networks, buffer, noise) and a = middle + 
 
     DeterministicActor   u = tanh(f_θ(s))
     SquashedGaussian     u = tanh(x), x ~ N(mean_θ(s), diag σ_θ(s)²)
-    Critics              n action values Q_φ(s, u) side by side, one batched product a layer
+    Critics              n action values Q_φ(s, u)
+
+Their gradients are written out: `act` or `follow` keeps the activations, `learn` turns a slope into every .grad.
 
 Shapes: N states of D numbers, A numbers in an action. Everything computes in the dtype of the parameters. Weights begin as in
 `torch.nn.Linear`.
@@ -34,6 +36,7 @@ from etude.core.config import Count, Whole
 from etude.core.errors import UserError
 from etude.core.run import Loaded, Run
 from etude.rl.parts.films import films
+from etude.rl.parts.mlp import activations, backward, input_slope
 from etude.rl.parts.policies import HALF_LOG_TWO_PI
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -81,47 +84,90 @@ def frozen(module: Module) -> Module:
 # ------------------------------------------------------------------------------------------------------- networks
 
 
-def relu_mlp(inputs: int, widths: Sequence[int], outputs: int) -> nn.Sequential:
-    """Linear layers of these widths with ReLU between them: (N, inputs) → (N, outputs)."""
-    parts: list[nn.Module] = []
-    for a, b in pairwise((inputs, *widths, outputs)):
-        parts += [nn.Linear(a, b), nn.ReLU()]
-    return nn.Sequential(*parts[:-1])
+class MLP(nn.Module):
+    """Linear layers of these widths with ReLU between them; its gradient is written out (`etude.rl.parts.mlp`)."""
+
+    def __init__(self, inputs: int, widths: Sequence[int], outputs: int) -> None:
+        super().__init__()
+        layers = [nn.Linear(a, b) for a, b in pairwise((inputs, *widths, outputs))]
+        self.layers = nn.ModuleList(layers)
+        self.pairs: list[tuple[Tensor, Tensor]] = [(layer.weight, layer.bias) for layer in layers]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs) → (N, outputs)."""
+        return self.follow(x)[-1]
+
+    def follow(self, x: Tensor) -> list[Tensor]:
+        """Input, hidden layers and output: (N, width) each."""
+        return activations(self.pairs, x)
+
+    def backward(self, kept: list[Tensor], delta: Tensor) -> None:
+        """Write ∂L/∂θ into every .grad, which must be there, given ∂L/∂output `delta` (N, outputs)."""
+        backward(self.pairs, kept, delta, [(w.grad, b.grad) for w, b in self.pairs])  # pyright: ignore[reportArgumentType]
 
 
-class DeterministicActor(nn.Module):
+class DeterministicActor(MLP):
     """u = tanh(f_θ(s))."""
 
     def __init__(self, size: int, actions: int, widths: Sequence[int]) -> None:
-        super().__init__()
+        super().__init__(size, widths, actions)
         self.actions = actions
-        self.net = relu_mlp(size, widths, actions)
 
     def forward(self, state: Tensor) -> Tensor:
         """u (N, A) of states (N, D)."""
-        return self.net(state).tanh()
+        return super().forward(state).tanh()
 
     best = forward
 
+    def act(self, state: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """u (N, A) of states (N, D), and what `learn` needs."""
+        kept = self.follow(state)
+        kept[-1].tanh_()
+        return kept[-1], kept
 
-class SquashedGaussian(nn.Module):
+    def learn(self, kept: list[Tensor], slope: Tensor) -> None:
+        """Write ∂L/∂θ into .grad, given ∂L/∂u `slope` (N, A)."""
+        self.backward(kept, torch.ops.aten.tanh_backward(slope, kept[-1]))
+
+
+class SquashedGaussian(MLP):
     """u = tanh(x), x ~ N(mean_θ(s), diag σ_θ(s)²): a density on the open box."""
 
     def __init__(self, size: int, actions: int, widths: Sequence[int]) -> None:
-        super().__init__()
+        super().__init__(size, widths, 2 * actions)
         self.actions = actions
-        self.net = relu_mlp(size, widths, 2 * actions)
 
     def forward(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """mean and log σ of x, (N, A) each, of states (N, D)."""
-        mean, log_std = self.net(state).chunk(2, -1)
+        mean, log_std = super().forward(state).chunk(2, -1)
         return mean, log_std.clamp(*LOG_STD)
 
     def draw(self, state: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """u (N, A) and its log density (N,) with their graph, for states (N, D) and standard normal noise (N, A)."""
+        """u (N, A) and its log density (N,), for states (N, D) and standard normal noise (N, A)."""
         mean, log_std = self(state)
         x = mean + log_std.exp() * noise
         return x.tanh(), squashed_log_prob(x, mean, log_std)
+
+    def act(self, state: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The same as `draw`, and what `learn` needs."""
+        kept = self.follow(state)
+        mean, free = kept[-1].chunk(2, -1)
+        log_std = free.clamp(*LOG_STD)
+        spread = log_std.exp() * noise
+        x = mean + spread
+        u = x.tanh()
+        return u, squashed_log_prob(x, mean, log_std), [*kept, u, spread]
+
+    def learn(self, kept: list[Tensor], slope: Tensor, entropy: Tensor | float) -> None:
+        """Write ∂L/∂θ into .grad, given ∂L/∂u `slope` (N, A) and ∂L/∂log π `entropy` (one number for all rows).
+
+        With x = mean + σ ε: ∂log π/∂x = 2u by tanh alone (x − mean stays σ ε), and ∂log π/∂log σ = 2u σ ε − 1.
+        """
+        *kept, u, spread = kept
+        by_x = torch.ops.aten.tanh_backward(slope, u) + 2 * entropy * u
+        free = kept[-1][:, u.shape[1] :]
+        inside = (free >= LOG_STD[0]) & (free <= LOG_STD[1])
+        self.backward(kept, torch.cat([by_x, (by_x * spread - entropy) * inside], 1))
 
     def best(self, state: Tensor) -> Tensor:
         """tanh(mean) (N, A)."""
@@ -129,26 +175,44 @@ class SquashedGaussian(nn.Module):
 
 
 class Critics(nn.Module):
-    """n action values Q_i(s, u), each an MLP with ReLU of its own weights."""
+    """n action values Q_i(s, u), each an MLP of its own weights."""
 
     def __init__(self, count: int, size: int, actions: int, widths: Sequence[int]) -> None:
         super().__init__()
-        self.count = count
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for a, b in pairwise((size + actions, *widths, 1)):
-            drawn = [nn.Linear(a, b) for _ in range(count)]
-            self.weights.append(torch.stack([layer.weight.detach().t() for layer in drawn]))
-            self.biases.append(torch.stack([layer.bias.detach()[None] for layer in drawn]))
+        self.each = [MLP(size + actions, widths, 1) for _ in range(count)]
+        self.nets = nn.ModuleList(self.each)
+        self.size = size
 
     def forward(self, state: Tensor, action: Tensor) -> Tensor:
         """Q (n, N) of states (N, D) and u (N, A)."""
-        x = torch.cat([state, action], -1).expand(self.count, -1, -1)
-        last = len(self.weights) - 1
-        for index, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            x = torch.baddbmm(bias, x, weight)
-            if index < last:
-                x = x.relu()
-        return x[..., 0]
+        return self.follow(state, action)[0]
+
+    def follow(self, state: Tensor, action: Tensor) -> tuple[Tensor, list[list[Tensor]]]:
+        """Q (n, N), and what `learn` needs."""
+        x = torch.cat([state, action], -1)
+        kept = [net.follow(x) for net in self.each]
+        return torch.stack([layers[-1][:, 0] for layers in kept]), kept
+
+    def learn(self, kept: list[list[Tensor]], delta: Tensor) -> None:
+        """Write ∂L/∂φ into .grad, given ∂L/∂Q `delta` (n, N)."""
+        for net, layers, d in zip(self.each, kept, delta):
+            net.backward(layers, d[:, None])
+
+    def slope(self, state: Tensor, action: Tensor) -> Tensor:
+        """∂Q_1/∂u (N, A)."""
+        net = self.each[0]
+        kept = net.follow(torch.cat([state, action], -1))
+        return input_slope(net.pairs, kept, torch.ones_like(kept[-1]))[:, self.size :]
+
+    def least_slope(self, state: Tensor, action: Tensor) -> Tensor:
+        """∂/∂u of min_i Q_i (N, A), that of the smaller one in each row."""
+        q, kept = self.follow(state, action)
+        least = q.argmin(0)
+        slopes = [
+            input_slope(net.pairs, layers, (least == i).to(q.dtype)[:, None])
+            for i, (net, layers) in enumerate(zip(self.each, kept))
+        ]
+        return torch.stack(slopes).sum(0)[:, self.size :]
 
 
 # --------------------------------------------------------------------------------------------------------- acting

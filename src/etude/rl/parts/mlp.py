@@ -1,7 +1,7 @@
 """MLPs forwards and backwards, written out: small networks cost dispatches, and a recorded graph doubles them.
 
-`activations` and `backward`: ReLU, the layers are views of one vector. `followed` and `backed`: linear layers, convolutions, tanh
-and ReLU as torch's modules, gradients into their ``.grad``.
+`activations`, `backward` and `input_slope`: ReLU, the layers are pairs of tensors (views of one vector).
+`followed` and `backed`: linear layers, convolutions, tanh and ReLU as torch's modules, gradients into their ``.grad``.
 """
 
 from __future__ import annotations
@@ -28,6 +28,15 @@ def backward(layers: list[tuple[Tensor, Tensor]], kept: list[Tensor], delta: Ten
         torch.sum(delta, 0, out=out[index][1])
         if index:
             delta = torch.mm(delta, layers[index][0]).mul_(kept[index].sign())  # sign of a ReLU's output is its slope
+
+
+def input_slope(layers: list[tuple[Tensor, Tensor]], kept: list[Tensor], delta: Tensor) -> Tensor:
+    """∂L/∂x (N, D), given ∂L/∂output `delta` (N, outputs) and the activations; the layers learn nothing from it."""
+    for index in reversed(range(len(layers))):
+        delta = torch.mm(delta, layers[index][0])
+        if index:
+            delta.mul_(kept[index].sign())
+    return delta
 
 
 def followed(net: nn.Module, x: Tensor) -> list[Tensor]:
