@@ -93,7 +93,7 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.pairs: list[tuple[Tensor, Tensor]] = [(layer.weight, layer.bias) for layer in layers]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def out(self, x: Tensor) -> Tensor:
         """(N, inputs) → (N, outputs)."""
         return self.follow(x)[-1]
 
@@ -115,7 +115,7 @@ class DeterministicActor(MLP):
 
     def forward(self, state: Tensor) -> Tensor:
         """u (N, A) of states (N, D)."""
-        return super().forward(state).tanh()
+        return self.out(state).tanh()
 
     best = forward
 
@@ -139,7 +139,7 @@ class SquashedGaussian(MLP):
 
     def forward(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """mean and log σ of x, (N, A) each, of states (N, D)."""
-        mean, log_std = super().forward(state).chunk(2, -1)
+        mean, log_std = self.out(state).chunk(2, -1)
         return mean, log_std.clamp(*LOG_STD)
 
     def draw(self, state: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
