@@ -189,6 +189,8 @@ def test_reported_numbers_are_those_of_the_saved_vectors(tmp_path):
     assert result.metrics["test_nats_per_context"] == pytest.approx(expected, rel=1e-5)
     alone = -sum(math.log(known.share[o]) for _, o in pairs) / len(pairs)
     assert result.metrics["test_unigram_nats_per_context"] == pytest.approx(alone, rel=1e-9)
+    gain = result.metrics["test_unigram_nats_per_context"] - result.metrics["test_nats_per_context"]
+    assert result.metrics["test_gain_nats"] == pytest.approx(gain, abs=1e-12)
     ids, size = known.ids[0], min(500, len(known.words))
     table = np.zeros((size, size))
     for i, a in enumerate(ids):
