@@ -88,7 +88,8 @@ class SelfAttention(nn.Module):
                 part = part.new_zeros(mask.numel(), part.shape[-1]).index_copy(0, rows, part).view(*mask.shape, -1)
             parts.append(part.unflatten(-1, (self.heads, -1)).transpose(1, 2))  # (B, H, T, d)
         seen = None if mask is None else mask[:, None, None, :]
-        out = attend(*parts, seen, dropout=self.chance if self.training else 0.0).transpose(1, 2).flatten(2)
+        q, k, v = parts
+        out = attend(q, k, v, seen, dropout=self.chance if self.training else 0.0).transpose(1, 2).flatten(2)
         return out if rows is None else out.flatten(0, 1).index_select(0, rows)
 
 
@@ -148,7 +149,7 @@ class Bert(nn.Module):
             else:
                 x = x.flatten(0, 1).index_select(0, rows)
         found = [x]
-        for layer in self.encoder["layer"]:
+        for layer in self.encoder["layer"].children():
             x = layer(x, mask, rows)
             found = [x] if last else [*found, x]
         if rows is not None:
@@ -183,7 +184,7 @@ class PreTraining(nn.Module):
         """Logits of the tokens, (B, T, V), or (P, V) at `places` (P,) of the flat (B·T); and of "B follows A", "not": (B, 2)."""
         last = self.bert(ids, types, mask)
         x = last if places is None else last.flatten(0, 1).index_select(0, places)
-        head = self.cls["predictions"]
+        head: Any = self.cls["predictions"]
         x = self.bert_activation(head["transform"]["dense"](x))
         table = self.bert.embeddings.word_embeddings.weight
         tokens = affine(head["transform"]["LayerNorm"](x), table.t(), head.get_parameter("bias"))
