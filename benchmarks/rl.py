@@ -1,7 +1,7 @@
 """DQN, PPO and A2C against Stable-Baselines3: environment steps a second with the learning in them, and learning curves.
 
     python benchmarks/rl.py            the races → results/bench/rl.json
-    python benchmarks/rl.py on_policy  PPO and A2C alone; DQN's rows stay as they are
+    python benchmarks/rl.py on_policy  PPO and A2C alone; DQN's rows stay as they are (`a2c`, `ppo`: these rows alone)
     python benchmarks/rl.py curves     5 seeds of both, with the peer's default settings and with RL Zoo's
                                        → results/rl/dqn_curves.json and docs/pictures/dqn_vs_sb3.png
 
@@ -114,8 +114,8 @@ def theirs_on_policy(kind: str, worlds: int, steps: int, total: int) -> float:
     return (time.perf_counter() - start) / model.num_timesteps
 
 
-def on_policy_rows() -> list[dict[str, object]]:
-    """PPO and A2C: (name, our flags, the peer's worlds, steps between updates and in all, bar)."""
+def on_policy_rows(only: str = "") -> list[dict[str, object]]:
+    """PPO and A2C, or one of them: (name, our flags, the peer's worlds, steps between updates and in all, bar)."""
     from race import race
 
     compiled = {"engine": "compiled"}
@@ -138,6 +138,7 @@ def on_policy_rows() -> list[dict[str, object]]:
             pairs=7,
         )
         for kind, name, flags, worlds, steps, total, bar in races
+        if name.startswith(only)
     ]  # fmt: skip
 
 
@@ -266,5 +267,8 @@ if __name__ == "__main__":
     else:
         from race import RESULTS, report
 
-        known = json.loads((RESULTS / "rl.json").read_text()) if sys.argv[1:] == ["on_policy"] else rows()
-        report("rl", [row for row in known if row["name"].startswith("dqn")] + on_policy_rows())
+        part = sys.argv[1:]
+        known = json.loads((RESULTS / "rl.json").read_text()) if part else rows()
+        fresh = on_policy_rows(part[0] if part in (["ppo"], ["a2c"]) else "")
+        told = {row["name"] for row in fresh}
+        report("rl", [row for row in known if row["name"] not in told] + fresh)

@@ -40,6 +40,14 @@ def drawn_advantages(segment: Any, value: Any, gamma: float, lam: float) -> tupl
     return found.abs() * torch.where(torch.rand_like(found) < 0.5, -1.0, 1.0), returns
 
 
+def drawn_signs(rows: Any, gamma: float, lam: float) -> Any:
+    """The same for `remembered.advantages`."""
+    from etude.rl.parts.remembered import advantages
+
+    found, returns = advantages(rows, gamma, lam)
+    return abs(found) * torch.where(torch.rand(found.shape) < 0.5, -1.0, 1.0).numpy(), returns
+
+
 def unmasked_td_targets(reward: Any, terminated: Any, behind: Any, gamma: float) -> Any:
     """y = r + γ V(s') behind a termination too (E93). For `evaluation.td_targets`."""
     return reward + gamma * behind
