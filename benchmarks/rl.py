@@ -123,10 +123,10 @@ def on_policy_rows(only: str = "") -> list[dict[str, object]]:
         ("PPO", "ppo", {}, 1, 2048, 8192, 5.0),
         ("PPO", "ppo, the peer in 8 worlds", {}, 8, 256, 8192, 5.0),
         ("PPO", "ppo, compiled worlds", compiled, 1, 2048, 8192, 5.0),
-        ("A2C", "a2c, 8 worlds", {"worlds": 8, "steps": 8000}, 8, 5, 8000, 3.0),
-        ("A2C", "a2c, 8 compiled worlds", {"worlds": 8, "steps": 8000, **compiled}, 8, 5, 8000, 3.0),
-        ("A2C", "a2c, 64 worlds", {"worlds": 64, "steps": 32_000}, 64, 5, 32_000, 4.0),
-        ("A2C", "a2c, 64 compiled worlds", {"worlds": 64, "steps": 32_000, **compiled}, 64, 5, 32_000, 4.0),
+        ("A2C", "a2c, 8 worlds", {"worlds": 8, "steps": 24_000}, 8, 5, 24_000, 3.0),
+        ("A2C", "a2c, 8 compiled worlds", {"worlds": 8, "steps": 24_000, **compiled}, 8, 5, 24_000, 3.0),
+        ("A2C", "a2c, 64 worlds", {"worlds": 64, "steps": 96_000}, 64, 5, 96_000, 4.0),
+        ("A2C", "a2c, 64 compiled worlds", {"worlds": 64, "steps": 96_000, **compiled}, 64, 5, 96_000, 4.0),
     )
     return [
         race(
