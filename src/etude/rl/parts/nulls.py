@@ -20,11 +20,12 @@ def past_returns(reward: Tensor, gamma: float = 1.0, to_go: bool = True) -> Tens
 
 def unmasked_operator(world: Any, gamma: float) -> Any:
     """r + γ P V, which goes on behind a termination (E93). For `dynamic_programming.operator`."""
-    from dataclasses import replace
+    from scipy import sparse
 
-    from etude.rl.dynamic_programming import operator
-
-    return operator(replace(world, terminated=world.terminated & False), gamma)
+    states, actions, outcomes = world.next_state.shape
+    leads, ends = (gamma * world.probability).ravel(), [outcomes * row for row in range(states * actions + 1)]
+    matrix = sparse.csr_array((leads, world.next_state.ravel(), ends), (states * actions, states))
+    return (world.probability * world.reward).sum(2).ravel(), matrix
 
 
 def rested(rests: bool, change: float, exact: bool, tolerance: float) -> bool:

@@ -136,11 +136,12 @@ def drawn(logits: NDArray[np.float32], uniform: NDArray[np.float64]) -> NDArray[
 
 def advantages(rows: Remembered, gamma: float, lam: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Generalised advantages A (T, n) and the returns A + V(s) (T, n): `rollouts.advantages` where all values are known."""
-    error = rows.reward + gamma * np.where(rows.terminated, np.float32(0), rows.behind) - rows.value
+    later = np.where(rows.terminated, np.float32(0), rows.behind)
+    error = np.asarray(rows.reward + gamma * later - rows.value, np.float32)
     fade = (gamma * lam * ~(rows.terminated | rows.truncated)).astype(np.float32)
     for t in range(len(error) - 2, -1, -1):
         error[t] += fade[t] * error[t + 1]
-    return error, error + rows.value
+    return error, np.asarray(error + rows.value, np.float32)
 
 
 def _layers(net: nn.Module) -> list[_Layer]:
