@@ -19,10 +19,12 @@ Differences:
 - E94 (7.6.2): the notes' ε-greedy gives the others ε/(|A|−1); the standard form spreads ε over all actions. Both are
   here (`--exploration notes_epsilon_greedy`); Boltzmann has a temperature.
 - E96 (7.6.5): Nature's DQN on Atari also stacks 4 frames, repeats actions, clips rewards to ±1, uses RMSProp and a
-  buffer of 1 M. Here states are vectors, rewards are as they are, Adam takes the steps. Huber is the error clipping.
-- Line 5 writes the gradient out (backpropagation through an MLP is five lines) instead of recording a graph, and all
-  parameters are one vector φ; a test holds it against autograd. As φ' does not change in line 5 the targets of all K
-  minibatches are computed at once.
+  buffer of 1 M. Here that is the world's (`--env atari:Pong,repeat=4,stack=4,clip=true`, its defaults) and the convolutions are
+  Nature's, but Adam takes the steps. Other rewards are as they are. Huber is the error clipping.
+- Line 5 writes the gradient out (backpropagation is a few lines) instead of recording a graph, and all parameters are one
+  vector φ; a test holds it against autograd. As φ' does not change in line 5 the targets of all K minibatches are
+  computed at once. Adam's subnormal averages are flushed to 0 (`optim.denormals`), which halves the time.
+- ε falls from 1: all actions are drawn uniformly to begin with.
 - Against Stable-Baselines3 2.9 at equal hyperparameters: n = 8 worlds (its default is 1) at the same number of updates
   per environment step; ε decides for each world by itself; the target is copied at the start of a round's learning,
   which is the same when N is at most a round. Default init, Adam, Huber and gradient clipping at 10 are the same.
@@ -44,7 +46,7 @@ import copy
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -52,11 +54,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from etude.blocks.acting.environments import environment
-from etude.blocks.acting.episodes import Copies, film, play, show
+from etude.blocks.acting.episodes import Copies, play, show
 from etude.blocks.acting.memory import afford_learning
-from etude.blocks.acting.replay import Replay
+from etude.blocks.acting.replay import Replay, Screens
 from etude.blocks.acting.returns import td_target
-from etude.blocks.acting.worlds import Worlds
+from etude.blocks.acting.worlds import Engine, Worlds
 from etude.catalog import Control, Experiment, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, NonNegative, Positive, Probability, Whole
@@ -65,7 +67,10 @@ from etude.core.randomness import fold
 from etude.core.run import Loaded, Run
 from etude.core.spec import Spec
 from etude.optim.adam import Adam
+from etude.optim.denormals import flushed
+from etude.rl.parts.films import films
 from etude.rl.parts.mlp import activations, backward
+from etude.rl.parts.pixels import CONVOLUTIONS, flat_size
 from etude.rl.q_learning import boltzmann, draw, epsilon_greedy, linear, spread
 
 
@@ -73,12 +78,15 @@ from etude.rl.q_learning import boltzmann, draw, epsilon_greedy, linear, spread
 class Config:
     env: str = "CartPole-v1"
     """An environment with discrete actions: registered with Gymnasium (``module:Name-v0`` imports the module first),
-    ``file.py:Name`` of your own (the file is run), or in Python an environment, its class or a function that makes one.
+    an Atari game with its settings (``atari:Pong,repeat=4``), ``file.py:Name`` of your own (the file is run), or in Python
+    an environment, its class or a function that makes one.
     """
     steps: Count = 50_000
     """Environment steps in all (on each rank), rounded up to whole rounds."""
     worlds: Copies = 8
     """Copies of the environment that act together."""
+    engine: Engine = "gymnasium"
+    """Gymnasium's worlds, or the classic ones compiled: the same transitions, many times as fast."""
     collect: Count = 256
     """Environment steps in a round, before its updates."""
     updates: Whole = 128
@@ -98,7 +106,7 @@ class Config:
     clip_norm: Positive = 10.0
     """The gradient is scaled down to this norm."""
     widths: tuple[Count, ...] = (256, 256)
-    """Widths of the hidden layers."""
+    """Widths of the hidden layers, of images those behind the convolutions."""
     action_outputs: bool = True
     """One output for each action; off: the action is an input and Q(s, a) the one output (7.6.6)."""
     double: bool = False
@@ -107,10 +115,8 @@ class Config:
     """Huber loss; off: ½(Q − y)² as in the notes."""
     exploration: Literal["epsilon_greedy", "notes_epsilon_greedy", "boltzmann"] = "epsilon_greedy"
     """How actions are tried out."""
-    epsilon_start: Probability = 1.0
-    """ε at the first step."""
     epsilon_end: Probability = 0.04
-    """ε after its descent."""
+    """ε after its descent from 1."""
     epsilon_fraction: NonNegative = 0.16
     """Share of the steps over which ε falls linearly."""
     temperature: Positive = 1.0
@@ -138,6 +144,11 @@ PRESETS = {
     "sb3": Config(  # Stable-Baselines3's own defaults, with which nothing is solved in 50,000 steps
         collect=32, updates=8, batch=32, buffer=1_000_000, learning_starts=100, target_every=10_000, learning_rate=1e-4,
         widths=(64, 64), epsilon_end=0.05, epsilon_fraction=0.1, evaluate_every=3200,
+    ),
+    "pong": Config(  # Nature's table 1 with Adam; 40 M frames and 15 GB of memory, for large hardware
+        env="atari:Pong", steps=10_000_000, collect=32, updates=8, batch=32, buffer=1_000_000, learning_starts=50_000,
+        target_every=10_000, learning_rate=1e-4, widths=(512,), epsilon_end=0.1, epsilon_fraction=0.1,
+        evaluate_every=500_000, evaluation_episodes=3, final_episodes=10,
     ),
 }  # fmt: skip
 
@@ -179,26 +190,40 @@ EXPERIMENTS = (
 )  # fmt: skip
 
 
-FIELDS = ("state", "action", "reward", "next_state", "terminated")
+FIELDS = ("state", "action", "reward", "next_state", "terminated", "truncated")
+PIECE = 512
+"""States whose targets are computed together: activations of more leave the processor's cache."""
 
 # B minibatch, S state, A actions, D input of the network (S, or S + A without action outputs)
 
 
 class QNetwork(nn.Module):
-    """Q_φ(s, ·), (N, S) → (N, A): an MLP with ReLU whose parameters are one vector φ: one kernel updates them all."""
+    """Q_φ(s, ·), (N, S) → (N, A): an MLP with ReLU whose parameters are one vector φ: one kernel updates them all.
 
-    def __init__(self, state: int, actions: int, widths: tuple[int, ...], action_outputs: bool = True) -> None:
+    `state` is S, or (C, H, W) of images, which go through the convolutions of `rl.parts.pixels` first.
+    """
+
+    def __init__(
+        self, state: int | tuple[int, ...], actions: int, widths: tuple[int, ...], action_outputs: bool = True
+    ) -> None:
         super().__init__()
         self.actions, self.action_outputs = actions, action_outputs
-        self.widths = (state, *widths, actions) if action_outputs else (state + actions, *widths, 1)
-        parts = [part for a, b in pairwise(self.widths) for part in nn.Linear(a, b).parameters()]
-        self.phi = nn.Parameter(torch.cat([part.detach().flatten() for part in parts]))
+        planes = 0 if isinstance(state, int) else state[0]
+        size = state if isinstance(state, int) else flat_size(state)
+        self.widths = (size, *widths, actions) if action_outputs else (size + actions, *widths, 1)
+        layers: list[nn.Conv2d | nn.Linear] = []
+        for out, kernel, stride in CONVOLUTIONS if planes else ():
+            layers.append(nn.Conv2d(planes, out, kernel, stride))
+            planes = out
+        layers += [nn.Linear(a, b) for a, b in pairwise(self.widths)]
+        parts = [part.detach() for layer in layers for part in layer.parameters()]
+        self.shapes = [part.shape for part in parts]
+        self.phi = nn.Parameter(torch.cat([part.flatten() for part in parts]))
 
     def layers(self, vector: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Views of a vector of φ's length as (weight (out, in), bias (out,)) of each layer."""
-        sizes = [size for a, b in pairwise(self.widths) for size in (a * b, b)]
-        pieces = vector.split(sizes)
-        return [(w.view(len(b), -1), b) for w, b in zip(pieces[::2], pieces[1::2])]
+        """Views of a vector of φ's length as (weight (out, in), bias (out,)) of each layer; convolutions (out, in, k, k)."""
+        pieces = [part.view(shape) for part, shape in zip(vector.split([s.numel() for s in self.shapes]), self.shapes)]
+        return list(zip(pieces[::2], pieces[1::2]))
 
     def inputs(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Network input (*, D) and output column (*, 1) whose value is Q(s, a), for states (*, S), actions (*,)."""
@@ -238,8 +263,9 @@ def act(q: NDArray, uniform: NDArray, config: Config, epsilon: float) -> NDArray
 
 
 def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
-    """`spec.extra` holds "size" (S) and "actions" (A)."""
-    return {"model": QNetwork(spec.extra["size"], spec.extra["actions"], config.widths, config.action_outputs)}
+    """`spec.extra` holds "size" (S) or "shape" (of images), and "actions" (A)."""
+    size = tuple(spec.extra["shape"]) if "shape" in spec.extra else spec.extra["size"]
+    return {"model": QNetwork(size, spec.extra["actions"], config.widths, config.action_outputs)}
 
 
 @method("rl/dqn", paper="arXiv:1312.5602", section="7.6.3, 7.6.4, 7.6.5, 7.6.6, 7.6.8", needs=("rl",), threads=1)
@@ -247,8 +273,14 @@ def train(config: Config, run: Run) -> dict[str, float]:
     if config.worlds > config.collect or config.collect > config.buffer:
         raise UserError("--worlds, --collect and --buffer must not fall: worlds <= collect <= buffer")
     env = environment(config.env, run.env)
-    worlds = Worlds.make(env, config.worlds, run.seed, "training", run.rank)
-    spec = Spec(extra={"env": config.env, "size": worlds.size, "actions": worlds.actions})
+    worlds = Worlds.make(env, config.worlds, run.seed, "training", run.rank, config.engine, images=True)
+    images = len(worlds.shape) == 3
+    if images and not config.action_outputs:
+        raise UserError(
+            f"--env {env.name} observes images, beside which an action is no input: leave --action-outputs on"
+        )
+    extra = {"env": config.env, "size": worlds.size, "actions": worlds.actions}
+    spec = Spec(extra=extra | ({"shape": list(worlds.shape)} if images else {}))
     if config.exploration == "notes_epsilon_greedy":
         spread(0.0, worlds.actions)
     afford_learning([worlds.size + worlds.actions, *config.widths, worlds.actions], config.updates * config.batch)
@@ -257,26 +289,36 @@ def train(config: Config, run: Run) -> dict[str, float]:
     target = copy.deepcopy(model)
     optimizer = Adam(model.parameters(), lr=config.learning_rate)
     rounds = -(-config.steps // config.collect)
-    replay = Replay(
-        min(config.buffer, rounds * config.collect + config.worlds),  # room for more would stay empty
-        state=np.zeros(worlds.size, np.float32), action=np.int64(0), reward=np.float32(0),
-        next_state=np.zeros(worlds.size, np.float32), terminated=False,
-    )  # fmt: skip
+    room = min(config.buffer, rounds * config.collect + config.worlds)  # more would stay empty
+    if images and room < (least := (worlds.shape[0] // worlds.planes + 1) * config.worlds):
+        raise UserError(
+            f"--buffer must hold {least} transitions at least, from which stacks of screens can be put together"
+        )
+    if images:
+        replay: Replay = Screens(room, config.worlds, worlds.shape, worlds.planes)
+    else:
+        one = np.zeros(worlds.size, np.float32)
+        replay = Replay(
+            room, state=one, action=np.int64(0), reward=np.float32(0), next_state=one, terminated=False, truncated=False
+        )
     box = Box(copied=0, updates=0, recent=[], best=-float("inf"), best_phi=model.phi.detach().clone(), last=0.0)
     run.track(model=model, target=target, optimizer=optimizer, replay=replay, worlds=worlds, box=box)
-    for name, note in _notes(config, rounds, worlds.note, env.note).items():
+    if worlds.note and isinstance(replay, Screens):
+        replay.begin()
+    for name, note in _notes(config, rounds, worlds.note, env.note, env.about).items():
         run.say(note)
         run.artifact(name, note)
-    run.say(f"{env.name}: {worlds.size} numbers observed, {worlds.actions} actions; {model.phi.numel():,} parameters")
+    seen_as = " × ".join(map(str, worlds.shape)) + " bytes" if images else f"{worlds.size} numbers"
+    run.say(f"{env.name}: {seen_as} observed, {worlds.actions} actions; {model.phi.numel():,} parameters")
 
     # views of φ, φ' and the gradient: nothing below is recorded by autograd
     gradient = model.phi.grad = torch.zeros_like(model.phi)
     online, frozen, slopes = model.layers(model.phi.detach()), model.layers(target.phi.detach()), model.layers(gradient)
 
-    def q_of(state: NDArray[np.float32]) -> NDArray[np.float32]:
+    def q_of(state: NDArray[Any]) -> NDArray[np.float32]:
         return model.values(online, torch.from_numpy(state).to(run.device)).cpu().numpy()
 
-    def greedy(state: NDArray[np.float32]) -> NDArray[np.int64]:
+    def greedy(state: NDArray[Any]) -> NDArray[np.int64]:
         return q_of(state).argmax(1)
 
     even = np.full((config.worlds, worlds.actions), 1 / worlds.actions)
@@ -286,7 +328,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
         while worlds.steps < reached:  # line 2; some worlds may be a few steps further
             waiting = worlds.steps < config.learning_starts
             progress = worlds.steps / config.steps
-            epsilon = linear(config.epsilon_start, config.epsilon_end, config.epsilon_fraction, progress)
+            epsilon = linear(1.0, config.epsilon_end, config.epsilon_fraction, progress)
             uniform = torch.rand(config.worlds, generator=dice, dtype=torch.float64).numpy()
             action = draw(even, uniform) if waiting else act(q_of(worlds.observation), uniform, config, epsilon)
             row = worlds.step(action)
@@ -306,27 +348,26 @@ def train(config: Config, run: Run) -> dict[str, float]:
             index = replay.sample((config.updates, config.batch), run.generator("replay", step))  # line 4
             rows = replay.gather(index, run.device)
             x, column = model.inputs(rows["state"], rows["action"])
-            following = rows["next_state"].flatten(0, 1)
-            behind = model.values(frozen, following).view(*index.shape, -1)  # (K, B, A)
+            pieces = rows["next_state"].flatten(0, 1).split(PIECE)
+            behind = torch.cat([model.values(frozen, piece) for piece in pieces]).view(*index.shape, -1)  # (K, B, A)
             y = td_target(rows["reward"], rows["terminated"], behind.amax(-1), config.gamma)  # (K, B)
-            error = torch.empty_like(y)
-            batches = zip(x.unbind(), column.unbind(), y.unbind(), error.unbind(), strict=True)
-            for k, (x_k, column_k, y_k, error_k) in enumerate(batches):  # line 5
-                if config.double:
-                    best = model.values(online, rows["next_state"][k]).argmax(1, keepdim=True)
-                    chosen = behind[k].gather(1, best)[:, 0]
-                    y_k.copy_(td_target(rows["reward"][k], rows["terminated"][k], chosen, config.gamma))
-                kept = activations(online, x_k)
-                torch.sub(kept[-1].gather(1, column_k)[:, 0], y_k, out=error_k)
-                delta = torch.zeros_like(kept[-1])
-                delta.scatter_(1, column_k, slope(error_k, config.huber)[:, None] / config.batch)
-                backward(online, kept, delta, slopes)
-                if run.world > 1:
-                    run.average(model)
-                norm = torch.linalg.vector_norm(gradient)
-                run.average(gradient_norm=norm)  # finite exactly when the gradient is, and much cheaper to look at
-                gradient.mul_((config.clip_norm / (norm + 1e-6)).clamp_(max=1.0))
-                optimizer.step()
+            said = y.new_empty(*y.shape, 1 if not config.action_outputs else worlds.actions)  # Q_φ(s, ·)
+            weight = torch.zeros_like(said).scatter_(2, column, 1 / config.batch)  # of each of them in the loss
+            with flushed():
+                for k, (x_k, y_k, said_k, weight_k) in enumerate(zip(x, y[..., None], said, weight)):  # line 5
+                    if config.double:
+                        best = model.values(online, rows["next_state"][k]).argmax(1, keepdim=True)
+                        chosen = behind[k].gather(1, best)[:, 0]
+                        y[k] = td_target(rows["reward"][k], rows["terminated"][k], chosen, config.gamma)
+                    kept = activations(online, x_k, said_k)
+                    backward(online, kept, slope(said_k - y_k, config.huber).mul_(weight_k), slopes)
+                    if run.world > 1:
+                        run.average(model)
+                    norm = torch.linalg.vector_norm(gradient)
+                    run.average(gradient_norm=norm)  # finite exactly when the gradient is, and much cheaper to look at
+                    gradient.mul_((config.clip_norm / (norm + 1e-6)).clamp_(max=1.0))
+                    optimizer.step()
+            error = said.gather(2, column)[..., 0] - y
             if not model.phi.isfinite().all():
                 raise RunError(f"the weights are no longer finite in round {step + 1}; lower --learning-rate")
             box.updates += config.updates
@@ -345,7 +386,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
 
     fresh = (config.final_episodes, run.seed, "final evaluation")
     returns, discounted = play(env, greedy, *fresh), play(env, greedy, *fresh, gamma=config.gamma)
-    value = q_of(Worlds.make(env, *fresh).observation).max(1)
+    value = q_of(Worlds.make(env, *fresh, images=True).observation).max(1)
     show(run, env, greedy)
     worlds.close()
     lately = {"training_return": float(np.mean(box.recent))} if box.recent else {}  # no episode may have ended
@@ -362,7 +403,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
 
 def _notes(config: Config, rounds: int, *said: str) -> dict[str, str]:
     """What a reader of this run must know, by the name of its artifact."""
-    notes = dict(zip(("restarted_worlds", "environment"), said))
+    notes = dict(zip(("restarted_worlds", "environment", "game"), said))
     most = rounds * config.collect
     if not config.updates or most <= config.learning_starts:
         why = f"--learning-starts is {config.learning_starts:,} and the run takes {most:,} environment steps"
@@ -382,19 +423,9 @@ class Sample:
 def sample(loaded: Loaded, options: Sample, folder: Path) -> str:
     """Play greedily, write each episode as a GIF where the environment can be drawn, and return the scores."""
     model = loaded.model
-    env = environment(loaded.config.env)
 
-    def greedy(state: NDArray[np.float32]) -> NDArray[np.int64]:
+    def greedy(state: NDArray[Any]) -> NDArray[np.int64]:
         with torch.no_grad():
             return model(torch.from_numpy(state)).argmax(1).numpy()
 
-    lines = []
-    for index in range(options.count):
-        pictures, total, reason = film(env, greedy, fold(options.seed, index))
-        if not pictures:
-            returns = play(env, greedy, options.count, options.seed)
-            return f"{reason}\nreturns: " + ", ".join(f"{value:g}" for value in returns)
-        path = folder / f"episode-{index}.gif"
-        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=50, loop=0)
-        lines.append(f"{path}: return {total:g}")
-    return "\n".join(lines)
+    return films(environment(loaded.config.env), greedy, options.count, options.seed, folder)

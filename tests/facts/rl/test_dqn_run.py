@@ -93,7 +93,7 @@ def plain(config):
         while taken < (step + 1) * config.collect:
             waiting = taken < config.learning_starts
             done = min(1.0, taken / config.steps / config.epsilon_fraction)
-            epsilon = config.epsilon_start + (config.epsilon_end - config.epsilon_start) * done
+            epsilon = 1 + (config.epsilon_end - 1) * done
             with torch.no_grad():
                 q = net(torch.from_numpy(worlds.observation)).numpy()
             actions = []
@@ -195,7 +195,7 @@ CHANGES = (
     {"collect": 24, "worlds": 3},
     {"exploration": "notes_epsilon_greedy", "epsilon_end": 0.3},
     {"exploration": "boltzmann", "temperature": 0.05},
-    {"epsilon_start": 0.6, "epsilon_end": 0.2, "epsilon_fraction": 0.4},
+    {"epsilon_end": 0.2, "epsilon_fraction": 0.4},
     {"keep_best": False, "evaluate_every": 16},
 )
 

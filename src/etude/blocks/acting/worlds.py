@@ -75,6 +75,9 @@ class Worlds:
         self.shape, self._encode = encoder(env.single_observation_space, self.name, images)
         """Of one state: (D,), or (C, H, W) of images."""
         self.size = int(np.prod(self.shape))
+        first = getattr(env, "envs", [env])[0]
+        self.planes = int(getattr(getattr(first, "unwrapped", first), "planes", self.shape[0]))
+        """Of an image's C planes, those of its newest screen, which come last; before them the older ones."""
         space = env.single_action_space
         self.box = is_boxed(space) if box is None else box
         """Whether actions are continuous."""

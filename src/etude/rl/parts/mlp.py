@@ -9,25 +9,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from etude.rl.parts.pixels import Bytes
+from etude.rl.parts.pixels import CONVOLUTIONS, Bytes, floats
 
 
-def activations(layers: list[tuple[Tensor, Tensor]], x: Tensor) -> list[Tensor]:
-    """Input, every hidden layer after ReLU, and output of the MLP: (N, width) each."""
-    kept = [x]
-    for weight, bias in layers[:-1]:
-        kept.append(torch.addmm(bias, kept[-1], weight.t()).relu_())
+def activations(layers: list[tuple[Tensor, Tensor]], x: Tensor, out: Tensor | None = None) -> list[Tensor]:
+    """Input, every hidden layer after ReLU, and output of the network: (N, width) each; `out`: where the last is written.
+
+    Layers whose weights have four axes are the convolutions of `pixels`, in their order, for images (N, C, H, W).
+    """
+    kept = [floats(x, layers[0][0].dtype)]
+    for index, (weight, bias) in enumerate(layers[:-1]):
+        if weight.dim() == 4:
+            kept.append(torch.conv2d(kept[-1], weight, bias, CONVOLUTIONS[index][2]).relu_())
+        else:
+            kept.append(torch.addmm(bias, kept[-1].flatten(1), weight.t()).relu_())
     weight, bias = layers[-1]
-    return [*kept, torch.addmm(bias, kept[-1], weight.t())]
+    return [*kept, torch.addmm(bias, kept[-1].flatten(1), weight.t(), out=out)]
 
 
 def backward(layers: list[tuple[Tensor, Tensor]], kept: list[Tensor], delta: Tensor, out: list[tuple[Tensor, Tensor]]):
     """Write ∂L/∂φ into `out` (same views as `layers`), given ∂L/∂output `delta` (N, outputs) and the activations."""
     for index in reversed(range(len(layers))):
-        torch.mm(delta.t(), kept[index], out=out[index][0])
-        torch.sum(delta, 0, out=out[index][1])
+        weight, below = layers[index][0], kept[index]
+        if weight.dim() == 4:
+            kind = ([len(weight)], [CONVOLUTIONS[index][2]] * 2, [0, 0], [1, 1], False, [0, 0], 1)
+            found = torch.ops.aten.convolution_backward(delta, below, weight, *kind, [index > 0, True, True])
+            out[index][0].copy_(found[1]), out[index][1].copy_(found[2])
+            delta = found[0]
+        else:
+            torch.mm(delta.t(), below.flatten(1), out=out[index][0])
+            torch.sum(delta, 0, out=out[index][1])
+            if index:
+                delta = torch.mm(delta, weight).view_as(below)
         if index:
-            delta = torch.mm(delta, layers[index][0]).mul_(kept[index].sign())  # sign of a ReLU's output is its slope
+            delta = torch.ops.aten.threshold_backward(delta, below, 0)  # ReLU
 
 
 def input_slope(layers: list[tuple[Tensor, Tensor]], kept: list[Tensor], delta: Tensor) -> Tensor:
