@@ -37,7 +37,7 @@ CURVES: dict[str, dict[str, Any]] = {
 POINTS: dict[str, dict[str, Any]] = {
     "rl/fitted": {},
     "imitation/behaviour_cloning": {"preset": "pole"},
-    "imitation/dagger": {},
+    "imitation/dagger": {"preset": "few"},
 }
 GIVEN = {  # what those without a curve learn from, read off their results or settings
     "rl/fitted": ("transitions of the uniform policy", 10_000),
@@ -62,7 +62,7 @@ def learn(name: str, flags: dict[str, Any], seed: int) -> dict[str, Any]:
         if "greedy_return" in row and name in CURVES:
             points.append((steps, row["greedy_return"]))
     points = [point for point in points if point[0] <= STEPS * 1.05]
-    score = result.metrics["greedy_return"]
+    score = result.metrics.get("greedy_return", result.metrics.get("learner_return"))
     given = result.metrics.get("labels", config.get("transitions"))
     return {"seed": seed, "curve": points, "greedy_return": score, "given": given, "seconds": round(seconds, 1)}
 

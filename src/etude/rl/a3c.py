@@ -123,6 +123,7 @@ SETTINGS = {
     "widths": (12,),
     "shared": True,
     "gae_lambda": 0.5,
+    "steps": 1500,
     "workers": 2,
 }
 

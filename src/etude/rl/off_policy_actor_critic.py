@@ -140,6 +140,7 @@ PRESETS = {
 SETTINGS = {
     "env": "MountainCarContinuous-v0",
     "engine": "compiled",
+    "steps": 800,
     "buffer": 300,
     "learning_starts": 300,
     "widths": (12,),
