@@ -1,0 +1,1 @@
+"""Detection: what is in a picture, and where."""

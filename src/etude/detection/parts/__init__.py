@@ -1,0 +1,1 @@
+"""What detectors share: boxes, suppression, average precision, scenes, pictures."""
