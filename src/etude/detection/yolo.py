@@ -1,4 +1,4 @@
-"""YOLO: one pass says for each cell of a grid which boxes are there and of what class
+"""YOLO: one pass says for each cell of a grid which boxes are there, and what
 
 Paper: Redmon, Divvala, Girshick, Farhadi, You Only Look Once: Unified, Real-Time Object Detection, 2015, arXiv:1506.02640.
 

@@ -98,7 +98,14 @@ def scenes(name: str, size: int, examples: int | None = None, most: int = 3) -> 
     ]
     mean, std = moments(parts[0].x.numpy())
     spec = Spec(tuple(parts[0].x.shape[1:]), whole.spec.classes, mean, std, {"boxes": True})
-    return Scenes(whole.name, *parts, spec, f"{whole.source}; scattered over canvases of {size} × {size} pixels")
+    return Scenes(
+        whole.name,
+        parts[0],
+        parts[1],
+        parts[2],
+        spec,
+        f"{whole.source}; scattered over canvases of {size} × {size} pixels",
+    )
 
 
 def scattered(x: Tensor, y: Tensor, count: int, size: int, most: int, seed: int) -> Scene:
@@ -176,7 +183,7 @@ def _annotated(name: str, size: int, examples: int | None) -> Scenes:
         parts[0] = parts[0].at(torch.arange(examples))
     mean, std = moments(parts[0].x.numpy())
     spec = Spec(tuple(parts[0].x.shape[1:]), classes, mean, std, {"boxes": True})
-    return Scenes(name, *parts, spec, source, dropped)
+    return Scenes(name, parts[0], parts[1], parts[2], spec, source, dropped)
 
 
 def _padded(rows: Annotated) -> Scene:
