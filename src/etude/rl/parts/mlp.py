@@ -34,7 +34,8 @@ def backward(layers: list[tuple[Tensor, Tensor]], kept: list[Tensor], delta: Ten
         if weight.dim() == 4:
             kind = ([len(weight)], [CONVOLUTIONS[index][2]] * 2, [0, 0], [1, 1], False, [0, 0], 1)
             found = torch.ops.aten.convolution_backward(delta, below, weight, *kind, [index > 0, True, True])
-            out[index][0].copy_(found[1]), out[index][1].copy_(found[2])
+            for place, value in zip(out[index], found[1:]):
+                place.copy_(value)
             delta = found[0]
         else:
             torch.mm(delta.t(), below.flatten(1), out=out[index][0])
