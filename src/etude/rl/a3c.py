@@ -265,6 +265,8 @@ def train(config: Config, run: Run) -> dict[str, float]:
                     for _, (returns, losses) in crew.hear():
                         finished += returns
                         seen = losses
+            if step + 1 == rounds:
+                crew.end()
             vector.data.copy_(theta)
             if finished := finished + (worlds.drain() if own else []):
                 box.recent = (box.recent + finished)[-100:]
@@ -275,7 +277,6 @@ def train(config: Config, run: Run) -> dict[str, float]:
                 score = play(env, acting(model), config.evaluation_episodes, fold(run.seed, step))
                 run.log(greedy_return=float(score.mean()))
 
-    vector.data.copy_(theta)
     worlds.close()
     if crew.replaced:
         run.say(

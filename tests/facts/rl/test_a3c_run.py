@@ -46,6 +46,10 @@ def _no_film(monkeypatch):
     monkeypatch.setattr(a3c, "show", lambda *given: None)
 
 
+def flat_of(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
 def plain(config):
     """The run of one worker written plainly: its rows, its numbers and its network."""
     torch.manual_seed(fold(SEED, 0, 0, "init"))
@@ -177,14 +181,33 @@ def test_workers_share_the_steps_and_their_updates_reach_the_weights(tmp_path):
     assert "without waiting" in (result.folder / "report.html").read_text()
 
 
-def test_a_run_of_two_goes_on_from_its_weights(tmp_path):
+def test_a_run_of_two_saves_the_shared_weights_and_goes_on_from_them(tmp_path, monkeypatch):
+    shared, begun, share, enter = [], [], torch.Tensor.share_memory_, workers.Crew.__enter__
+
+    def sharing(tensor):
+        shared.append(tensor)
+        return share(tensor)
+
+    def entering(crew):
+        begun.append(shared[0].clone())
+        return enter(crew)
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", sharing)
+    monkeypatch.setattr(workers.Crew, "__enter__", entering)
     first = etude.run("rl/a3c", out=tmp_path / "run", seed=SEED, quiet=True, **TWO)
-    saved = etude.load(first.folder).state["box"]["taken"].clone()
+    loaded = etude.load(first.folder)
+    kept = flat_of(loaded.model)
+    assert kept.equal(shared[0])
+    assert not kept.equal(begun[0])
+    saved = loaded.state["box"]["taken"].clone()
+    shared.clear()
     etude.resume(first.folder, steps=900)
     state = etude.load(first.folder).state
+    assert begun[1].equal(kept)
     assert (state["box"]["taken"] >= saved).all()
     assert 900 <= state["box"]["taken"].sum() <= 900 + 2 * 18
-    assert torch.isfinite(plainly.flat(etude.load(first.folder).model)).all()
+    assert flat_of(etude.load(first.folder).model).equal(shared[0])
+    assert torch.isfinite(shared[0]).all()
 
 
 # ------------------------------------------------------------------------------------------------------- processes
@@ -278,4 +301,7 @@ def test_nobody_is_left_when_the_run_is_killed(tmp_path):
     end = time.monotonic() + 10
     while any(map(alive, children)) and time.monotonic() < end:
         time.sleep(0.1)
-    assert not any(map(alive, children))
+    left = [pid for pid in map(int, children) if alive(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left

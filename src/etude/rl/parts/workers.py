@@ -49,6 +49,10 @@ class Crew:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Nobody works any more when this returns; what was told and not heard is lost."""
         self._stop.fill_(1)
         for process in self._processes:
             process.join(5)
@@ -57,6 +61,7 @@ class Crew:
                 process.join()
         for pipe in self._pipes:
             pipe.close()
+        self._processes, self._pipes = [], []
 
     @property
     def pids(self) -> list[int]:
