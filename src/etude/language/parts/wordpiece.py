@@ -6,6 +6,7 @@ Devlin et al., 2018, arXiv:1810.04805. Pieces are learned as byte pairs are, by 
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import unicodedata
 from collections import Counter, defaultdict
@@ -68,17 +69,22 @@ class WordPiece:
                 where[pair].add(place)
         tokens = [*SPECIALS, *letters]
         known = set(tokens)
-        while len(tokens) < size and pairs:
-            count = max(pairs.values())
-            if count < 2:
+        heap = [(-count, pair) for pair, count in pairs.items()]  # an entry whose count has changed is passed over
+        heapq.heapify(heap)
+        while len(tokens) < size and heap:
+            count, best = heapq.heappop(heap)
+            if -count != pairs[best]:
+                continue
+            if count > -2:
                 break
-            best = min(pair for pair, number in pairs.items() if number == count)
             joined = best[0] + best[1].removeprefix("##")
+            changed = set()
             for place in sorted(where[best]):
                 word, times, at = spelled[place], often[place], 0
                 for pair in itertools.pairwise(word):
                     pairs[pair] -= times
                     where[pair].discard(place)
+                    changed.add(pair)
                 while at < len(word) - 1:
                     if (word[at], word[at + 1]) == best:
                         word[at : at + 2] = [joined]
@@ -86,7 +92,10 @@ class WordPiece:
                 for pair in itertools.pairwise(word):
                     pairs[pair] += times
                     where[pair].add(place)
-            del pairs[best]
+                    changed.add(pair)
+            for pair in changed:
+                if pairs[pair] > 0:
+                    heapq.heappush(heap, (-pairs[pair], pair))
             if joined not in known:
                 known.add(joined)
                 tokens.append(joined)

@@ -137,6 +137,7 @@ PRESETS = {
 
 SETTINGS = {
     "data": "tiny_shakespeare",
+    "final_learning_rate": 0.5,
     "evaluate_every": 10,
 }
 
