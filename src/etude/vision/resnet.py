@@ -1,4 +1,4 @@
-"""ResNet: layers add to what they were given, so that a hundred of them can be trained
+"""ResNet: layers add to what they are given, so a hundred of them can be trained
 
 Paper: He, Zhang, Ren, Sun, Deep Residual Learning for Image Recognition, 2015, arXiv:1512.03385.
 
@@ -26,7 +26,8 @@ Differences:
 - `--init NAME|FILE|RUN` begins with other weights (published ones by torchvision's or Hugging Face's names); `--freeze N`
   keeps the stem and the first N − 1 stages as they are, running statistics included.
 
-Expect: one core: 0.96 to 0.98 on the bundled digits in 20 s.
+Expect: one core: 0.98 on the bundled digits in 16 CPU seconds. 56 layers on 8×8 digits after 120 updates: 0.84, without
+    shortcuts 0.10; largest over smallest gradient norm of the fresh blocks: 7, without shortcuts 1,266.
 Command: `etude run vision/resnet --preset paper --precision bf16`
 """
 
@@ -51,7 +52,7 @@ from etude.blocks.nn.norm import BatchNorm, Standardise
 from etude.blocks.pictures.plots import curves
 from etude.catalog import Control, Experiment, Idle, method
 from etude.core.checkpoint import Box
-from etude.core.config import Count, NonNegative, Positive, Range, Whole
+from etude.core.config import Count, NonNegative, Positive, Whole
 from etude.core.errors import UserError
 from etude.core.run import Run
 from etude.core.spec import Spec
@@ -101,17 +102,55 @@ class Config:
     """Steps between evaluations on the validation split (0: only at the end)."""
 
 
-CIFAR = Config(data="cifar10_partial", size=32, shift=4, flip=True)
 PRESETS = {
     "tiny": Config(depth=8, steps=6, batch=16),
     "default": Config(evaluate_every=100),
-    "deep": Config(depth=56, steps=150, batch=32),
-    "cifar": Config(**vars(CIFAR) | {"depth": 8, "steps": 350, "batch": 64, "learning_rate": 0.2}),
-    "paper": Config(
-        **vars(CIFAR)
-        | {"data": "cifar10_jpeg", "steps": 18_000, "batch": 128, "learning_rate": 0.2, "evaluate_every": 3000}
-        | {"optimizer": "nesterov", "weight_decay": 5e-4}
+    "deep": Config(depth=56, steps=120, batch=32, learning_rate=0.03),
+    "cifar": Config(
+        data="cifar10_partial", depth=8, size=32, shift=4, flip=True, steps=350, learning_rate=0.2
     ),
+    "paper": Config(
+        data="cifar10_jpeg", size=32, shift=4, flip=True, steps=18_000, batch=128, optimizer="nesterov",
+        learning_rate=0.2, weight_decay=5e-4, evaluate_every=3000,
+    ),
+}  # fmt: skip
+
+PLAIN = Control("the plain network", flags={"shortcut": "none"})
+EXPERIMENTS = (
+    Experiment(
+        "gradients by depth",
+        preset="tiny",
+        flags={"depth": 56, "steps": 1},
+        metric="gradient_spread",
+        bar=8.0,
+        better="lower",
+        published="the degradation of plain networks (section 4.1, figure 1), of which the paper gives no gradients",
+        controls=(PLAIN,),
+    ),
+    Experiment(
+        "fifty-six layers",
+        preset="deep",
+        metric="test_accuracy",
+        bar=0.70,
+        published="0.9303 (ResNet-56, CIFAR-10; the plain 56 layers are worse than 20, figure 6)",
+        notes="digits of 8 × 8 pixels, 120 updates: whether so deep a network begins to learn at all",
+        controls=(PLAIN,),
+    ),
+)
+
+METRICS = {
+    "gradient_spread": "largest over smallest gradient norm among the blocks' first convolutions, in the fresh network",
+}
+
+SETTINGS = {
+    "data": "mnist",
+    "depth": 14,
+    "examples": 100,
+    "init": Idle(
+        "needs a file of weights or a run, which a tiny run has not; the tests of the whole run begin with one"
+    ),
+    "optimizer": "sgd",
+    "size": 12,
 }
 
 
@@ -139,7 +178,9 @@ class Block(nn.Module):
             before = after
         self.downsample: nn.Module | None = None
         if shortcut == "projection" and (stride > 1 or inputs != self.outputs):
-            self.downsample = nn.Sequential(nn.Conv2d(inputs, self.outputs, 1, stride, bias=False), BatchNorm(self.outputs))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inputs, self.outputs, 1, stride, bias=False), BatchNorm(self.outputs)
+            )
 
     def last(self) -> BatchNorm:
         """The normalisation before the addition."""

@@ -6,6 +6,7 @@ code. A name of the registry means a file in the folder `weights` beside the dat
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import pickle
 from dataclasses import dataclass
@@ -73,8 +74,6 @@ class Weights:
 
     def spec(self, spec: Spec) -> Spec:
         """The spec of other data as this network is used to see them: with its own mean and deviation."""
-        import dataclasses
-
         if self.moments is None or len(self.moments[0]) != spec.shape[0]:
             return spec
         return dataclasses.replace(spec, mean=self.moments[0], std=self.moments[1])
@@ -159,8 +158,8 @@ def fill(module: nn.Module, weights: Weights, last: str) -> bool:
         del given[name]
     ends = [name for name in own if name.startswith(f"{last}.")]
     whole = all(name in given and given[name].shape == own[name].shape for name in ends)
-    for name in own.keys() | given.keys():
-        if name.startswith(f"{last}.") and not whole or name.endswith("num_batches_tracked"):
+    for name in [*own, *(name for name in given if name not in own)]:
+        if (name.startswith(f"{last}.") and not whole) or name.endswith("num_batches_tracked"):
             continue
         if name not in own or name not in given:
             which = "this network" if name not in own else weights.origin

@@ -1,0 +1,10 @@
+"""ResNet learns the bundled handwritten digits."""
+
+import etude
+
+
+def test_learns_digits(tmp_path):
+    result = etude.run(
+        "vision/resnet", depth=8, steps=60, batch=32, evaluate_every=0, out=tmp_path / "run", quiet=True, seed=0
+    )
+    assert result.metrics["test_accuracy"] >= 0.85
