@@ -24,7 +24,14 @@ from typing import Any
 
 from race import RESULTS
 
-LIGHT = {"evaluate_every": 0, "evaluation_episodes": 1, "final_episodes": 1, "quiet": True, "threads": 1, "device": "cpu"}
+LIGHT = {
+    "evaluate_every": 0,
+    "evaluation_episodes": 1,
+    "final_episodes": 1,
+    "quiet": True,
+    "threads": 1,
+    "device": "cpu",
+}
 SPLIT = ("worlds", "batch", "steps")  # what is shared among the ranks
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {  # cheap worlds, then dear ones
     "ppo, CartPole, 8 worlds": ("rl/ppo", {"steps": 4096, "worlds": 8, "batch": 256}),
@@ -71,7 +78,12 @@ def ranks(name: str, settings: dict[str, Any], count: int) -> list[dict[str, Any
         port = str(taken.getsockname()[1])
     with tempfile.TemporaryDirectory() as folder:
         words = [name, {**LIGHT, **share, "out": f"{folder}/run"}, f"{folder}/told"]
-        shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        shared = {
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         started = [
             subprocess.Popen(
                 [sys.executable, "-W", "ignore", "-c", ONE, json.dumps(words)],
@@ -80,7 +92,8 @@ def ranks(name: str, settings: dict[str, Any], count: int) -> list[dict[str, Any
             )
             for n in range(count)
         ]  # fmt: skip
-        if any([one.wait() for one in started]):
+        codes = [one.wait() for one in started]
+        if any(codes):
             raise SystemExit(f"{name} on {count} ranks failed")
         return [json.loads(Path(f"{folder}/told.{n}").read_text()) for n in range(count)]
 
@@ -103,7 +116,10 @@ def scaling(name: str, pairs: int = 3) -> dict[str, Any]:
 def curves() -> list[dict[str, Any]]:
     """Sampled return on 100 fresh episodes after the default preset's steps in all, on one rank and on two."""
     found = []
-    for name, settings in (("rl/ppo", {"steps": 100_000, "worlds": 8, "batch": 256}), ("rl/a2c", {"steps": 200_000, "worlds": 8})):
+    for name, settings in (
+        ("rl/ppo", {"steps": 100_000, "worlds": 8, "batch": 256}),
+        ("rl/a2c", {"steps": 200_000, "worlds": 8}),
+    ):
         for count in (1, 2):
             scores = [
                 ranks(name, {**settings, "seed": seed, "final_episodes": 100}, count)[0]["metrics"]["sampled_return"]

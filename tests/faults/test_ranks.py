@@ -254,3 +254,86 @@ Run.average = dying
     first, second = ranks(etude, "resume", folder)
     assert (first.code, second.code) == (0, 0), first.err + second.err
     agrees(folder, alone)
+
+
+ACTING = {"env": "CartPole-v1", "worlds": 2, "widths": "6", "learning_rate": 0.01, "evaluate_every": 0}
+ACTING |= {"evaluation_episodes": 1, "final_episodes": 1}
+
+
+@pytest.mark.parametrize("method", ["rl/a2c", "rl/ppo"])
+def test_two_ranks_act_as_one_process_in_the_worlds_of_both(etude, tmp_path, method) -> None:
+    """The curve is that of the union of their worlds, up to rounding: one loop replays both ranks and takes the mean gradient.
+
+    PPO's ranks have different numbers of transitions (resets are none) and agree on the number of updates all the same, also
+    where `--target-kl` ends the passes.
+    """
+    pytest.importorskip("gymnasium")
+    from etude.blocks.acting.worlds import Worlds
+    from etude.core.randomness import fold, generator
+    from etude.rl import ppo
+    from etude.rl.parts.actor_critic import ActorCritic
+    from etude.rl.parts.rollouts import advantages, collect
+
+    clipped = method == "rl/ppo"
+    given = ACTING | ({"segment": 20, "steps": 200, "batch": 2, "passes": 3, "target_kl": 0.004} if clipped else
+                      {"segment": 5, "steps": 60, "log_every": 1})  # fmt: skip
+    flags = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
+    done = ranks(etude, "run", method, "--quiet", "--out", tmp_path / "run", *flags)
+    assert [one.code for one in done] == [0, 0], done[0].err + done[1].err
+
+    torch.manual_seed(fold(0, 0, 0, "init"))
+    model = ActorCritic(4, 2, (6,))
+    kind = torch.optim.Adam if clipped else torch.optim.RMSprop
+    optimizer = kind(model.parameters(), eps=1e-5)
+    worlds = [Worlds.make("CartPole-v1", 2, 0, "training", rank) for rank in range(2)]
+    steps, whole, kept, counts = given["steps"] // (2 * given["segment"]), 2 * given["segment"], [], []
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.01 * (1 - step / steps)
+        sides = []
+        for rank in range(2):
+            dice = generator(0, step, rank, "act")
+            rows = collect(
+                worlds[rank],
+                lambda s, d=dice: model.act(s, model.noise(d, len(s))),
+                given["segment"],
+                torch.device("cpu"),
+            )
+            gamma, lam = (0.98, 0.8) if clipped else (0.99, 1.0)
+            real, (advantage, returns) = rows.real, advantages(rows, model.value, gamma, lam)
+            side = [rows.state[:-1][real], rows.action[real], advantage[real], returns[real]]
+            sides.append([*side, model.judge(*side[:2])[0].detach(), generator(0, step, rank, "order")])
+        counts.append([len(side[1]) for side in sides])
+        found = []
+        for _ in range(given.get("passes", 1)):
+            if clipped:
+                orders = [torch.randperm(len(side[1]), generator=side[5]) for side in sides]
+                parts = list(zip(*(ppo.minibatches(order, 2, whole // 2) for order in orders), strict=True))
+            else:
+                parts = [tuple(torch.arange(len(side[1])) for side in sides)]
+            for part in parts:
+                optimizer.zero_grad()
+                both = []
+                for index, (state, action, advantage, returns, old, _) in zip(part, sides):
+                    log_prob, _, value = model.judge(state[index], action[index])
+                    error, wanted = (value - returns[index]).square().mean(), advantage[index]
+                    if clipped:
+                        ratio, wanted = (log_prob - old[index]).exp(), ppo.standardised(wanted)
+                        kl = (ratio - 1 - (log_prob - old[index])).mean().item()
+                        gain = ppo.clipped_objective(ratio, wanted, 0.2 * (1 - step / steps)).mean()
+                        both.append((0.25 * error - gain, kl))
+                    else:
+                        both.append((0.5 * error - (wanted * log_prob).mean(), 0.0))
+                loss = sum(one for one, _ in both) / 2
+                loss.backward()
+                found.append(loss.item())
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+                optimizer.step()
+            if clipped and sum(kl for _, kl in both) / 2 > given["target_kl"]:
+                break
+        kept.append(sum(found) / len(found))
+    per = 2 if clipped else 1
+    assert any(-(-one // per) != -(-other // per) for one, other in counts), "resets must have made the ranks unequal"
+    assert losses(tmp_path / "run") == pytest.approx(kept, rel=1e-3, abs=1e-5)
+    saved = tensors(tmp_path / "run")
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(saved[f"model.{name}"], parameter.detach(), rtol=1e-3, atol=1e-5, msg=name)

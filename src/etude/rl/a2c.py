@@ -21,6 +21,7 @@ Differences:
 - RMSProp adds ε = 1e-5 outside the root and its mean of squares begins at 0; the paper's workers share theirs.
 - The value's error is not halved, as in the paper; c_V is 0.5 (0.25 in its authors' code for the halved one).
 - Rows on which a world only resets are no transitions and are in no mean.
+- Under torchrun every rank acts in its own n worlds, and the gradient is the mean of the ranks'.
 - θ does not change while a segment is made, so what the networks computed then is what the gradient needs: it is written out
   through the layers (`parts.remembered`), and nothing is computed twice or recorded.
 

@@ -26,6 +26,7 @@ Differences:
 - Images go through the convolutions of Mnih et al. (2015), whose gradient is written out too; the authors' code does the
   same. Observations are not standardised along the way, which its MuJoCo settings do.
 - Rows on which a world only resets are no transitions and are in no mean.
+- Under torchrun every rank acts in its own n worlds; gradients are means over the ranks, Â is standardised on each.
 
 Expect: one core, 25 s: CartPole after 100,000 steps, seeds 0-2: J = 500, 500, 500; 20 s: MuJoCo's InvertedPendulum after
 60,000 steps: 1000, 1000, 1000 (`--preset cart`); 25 s: Pendulum after 200,000 steps: −183, −169, −186 (`--preset pendulum`).
@@ -208,6 +209,17 @@ def standardised(advantage: Tensor) -> Tensor:
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
+def minibatches(order: Tensor, batch: int, count: int = 0) -> tuple[Tensor, ...]:
+    """Rows (M,) in parts of `batch`, the last one smaller; where that is not `count` parts, in `count` of nearly one size.
+
+    Ranks must take equally many, and resets leave some of them fewer rows; fewer than `count` are taken more than once.
+    """
+    found = order.split(batch)
+    if not count or len(found) == count:
+        return found
+    return order.repeat(max(1, -(-count // len(order)))).tensor_split(count)
+
+
 def explained_variance(value: Tensor, returns: Tensor) -> Tensor:
     """1 − Var(R − V)/Var(R), 0-dim; 0 where the returns do not vary."""
     spread = returns.var(unbiased=False)
@@ -272,7 +284,8 @@ def train(config: Config, run: Run) -> dict[str, float]:
         seen = {"explained_variance": explained_variance(value, returns)}
         order, beyond, losses = run.generator("order", step), [], []
         for _ in range(config.passes):  # line 4
-            for index in torch.randperm(len(action), generator=order).to(run.device).split(config.batch):
+            drawn = torch.randperm(len(action), generator=order).to(run.device)
+            for index in minibatches(drawn, config.batch, -(-whole // config.batch) if run.world > 1 else 0):
                 chosen, count = action[index], len(index)
                 said, value, kept = model.follow(state[index])
                 log_ratio = model.log_prob(said, chosen) - old[index]
@@ -289,8 +302,10 @@ def train(config: Config, run: Run) -> dict[str, float]:
                 beyond.append((ratio - 1).abs() > clip)
                 losses.append(loss)
                 seen |= {"kl": (ratio - 1 - log_ratio).mean(), "entropy": entropy.mean(), "value_loss": error}
-            if config.target_kl and float(seen["kl"]) > config.target_kl:
-                break
+            if config.target_kl:
+                run.average(kl=seen["kl"])  # all ranks go on or none
+                if float(seen["kl"]) > config.target_kl:
+                    break
         seen["clip_fraction"] = torch.cat(beyond).double().mean()
         loss = torch.stack(losses).mean()
         if not loss.isfinite():

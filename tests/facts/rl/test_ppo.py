@@ -10,7 +10,7 @@ import etude
 from etude.core.errors import UserError
 from etude.rl.parts.actor_critic import ActorCritic
 from etude.rl.parts.policies import categorical_gradient
-from etude.rl.ppo import clipped_objective, clipped_slope, explained_variance, standardised
+from etude.rl.ppo import clipped_objective, clipped_slope, explained_variance, minibatches, standardised
 
 
 def tensor(*values):
@@ -128,3 +128,14 @@ def test_an_action_that_cannot_be_taken_has_a_finite_gradient():
     assert found.isfinite().all()
     assert found[0, 1] == 0
     assert found.sum() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "batch", "count"), [(12, 5, 0), (12, 5, 3), (9, 5, 3), (2, 5, 3), (1, 1, 4)])
+def test_ranks_with_fewer_rows_take_as_many_minibatches(rows, batch, count):
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
+    parts = minibatches(order, batch, count)
+    assert len(parts) == (count or -(-rows // batch))
+    assert all(0 < len(part) <= batch for part in parts)
+    assert torch.cat(parts)[:rows].equal(order)
+    if rows >= len(parts):
+        assert len(torch.cat(parts)) == rows
