@@ -214,10 +214,19 @@ def predict(words: list[str]) -> int:
 
     found = launch.load(options.run, trust=options.trust).predict(options.files)
     for row in found:
-        if row["note"]:
+        if row.get("note"):
             print(f"{row['file']}: {row['note']}", file=sys.stderr)
     if options.json:
         print_json(found)
+        return 0
+    if "class" not in found[0]:  # a method's own answer: files that it wrote, shares of classes
+        for row in found:
+            print(row["file"])
+            for name, value in row.items():
+                if isinstance(value, dict):
+                    value = ", ".join(f"{plain(key)} {share:.3f}" for key, share in value.items())
+                if name not in ("file", "note"):
+                    print(f"  {name}: {value}")
         return 0
     grid = table("file", "class", "probability", "next")
     for row in found:

@@ -21,7 +21,7 @@ from etude.core.own import opened
 from etude.core.spec import Spec
 
 if TYPE_CHECKING:
-    from etude.core.predict import Pictures, Prediction
+    from etude.core.predict import Pictures
 
 
 @dataclass(repr=False)
@@ -51,15 +51,20 @@ class Loaded:
             raise UserError(f"{self.name} has no single 'model'; its modules are {', '.join(self.modules) or 'none'}")
         return self.modules["model"]
 
-    def predict(self, pictures: Pictures) -> list[Prediction]:
+    def predict(self, pictures: Pictures) -> list[Any]:
         """The class and its probability for each picture: a file, a folder, several of them, an array or a tensor.
 
         Files are turned upright, made grey or coloured and resized as the training images were. An array is uint8 from 0
-        to 255 or floating from 0 to 1, (H, W), (C, H, W), (H, W, C) or N of those, of the network's own size.
+        to 255 or floating from 0 to 1, (H, W), (C, H, W), (H, W, C) or N of those, of the network's own size. A method
+        whose answer is no class (masks) has a ``predict(loaded, pictures)`` in its file, and says there what a row is.
         """
         from etude.core.predict import predict
 
-        return predict(self, pictures)
+        hook = getattr(self.method, "predict", None)
+        if hook is None:
+            return predict(self, pictures)
+        with permission.granted(self.trusted):
+            return hook(self, pictures)
 
     @overload
     def generate(self, prompt: str = "", **options: Any) -> str: ...
@@ -107,6 +112,8 @@ class Loaded:
             return f"it writes text: etude sample {where} --prompt …, or loaded.generate(prompt)"
         if hasattr(self.method, "sample"):
             return f"draw from it with: etude sample {where}"
+        if hasattr(self.method, "predict"):
+            return f"it answers for pictures: etude predict {where} FILE …"
         if "model" in self.modules and len(self.spec.shape) == 3 and len(self.spec.classes) > 1:
             return f"it names pictures: etude predict {where} FILE …"
         return f"see its results with: etude show {where}"
