@@ -27,7 +27,8 @@ Differences:
     - Any text sets tasks by itself (`--data`): which mark ends a line, which mark follows each word, whether a line is
       the next one, how a line goes on.
 
-Expect: SST-2, from scratch, one thread of a busy 2-core CPU, seed 0: see the presets.
+Expect: SST-2, from scratch, one thread of a busy 2-core CPU, seed 0: 0.805 of the development file after 400 steps in 30 s (the
+    commonest class: 0.51).
 Command: `etude run language/fine_tuning --preset sst2`
 """
 
