@@ -1,6 +1,6 @@
 """PPO and A2C on one rank and on two, as torchrun starts them, with the same worlds and the same batch in all.
 
-    python benchmarks/ranks.py           the scaling of each row → results/bench/ranks.json
+    python benchmarks/ranks.py           the scaling of each row (or of those named) → results/rl/ranks.json
     python benchmarks/ranks.py curves    returns on CartPole after equal steps in all, 3 seeds → the same file
 
 Two ranks have half the worlds, half the minibatch and half the environment steps each, so the updates are as many and learn from
@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from race import RESULTS
+ROOT = Path(__file__).resolve().parent.parent
 
 LIGHT = {
     "evaluate_every": 0,
@@ -98,7 +98,7 @@ def ranks(name: str, settings: dict[str, Any], count: int) -> list[dict[str, Any
         return [json.loads(Path(f"{folder}/told.{n}").read_text()) for n in range(count)]
 
 
-def scaling(name: str, pairs: int = 3) -> dict[str, Any]:
+def scaling(name: str, pairs: int = 2) -> dict[str, Any]:
     """The median of `pairs` of runs in turn, one rank and two."""
     found = []
     for _ in range(pairs):
@@ -131,10 +131,12 @@ def curves() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    path = RESULTS / "ranks.json"
+    path = ROOT / "results/rl/ranks.json"
     kept = json.loads(path.read_text()) if path.is_file() else {"scaling": [], "curves": []}
     if sys.argv[1:] == ["curves"]:
         kept["curves"] = curves()
     else:
-        kept["scaling"] = [scaling(name) for name in ROWS if name.startswith(tuple(sys.argv[1:]) or "")]
+        chosen = [name for name in ROWS if name in sys.argv[1:]] or list(ROWS)
+        fresh = [scaling(name) for name in chosen]
+        kept["scaling"] = [row for row in kept["scaling"] if row["name"] not in chosen] + fresh
     path.write_text(json.dumps(kept, indent=1) + "\n")
