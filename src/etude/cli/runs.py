@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import shlex
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etude import catalog
 from etude.cli.settings import parse, parse_settings
@@ -17,6 +18,9 @@ from etude.core import trust as permission
 from etude.core.errors import RunError, UserError
 from etude.core.folder import read_bytes, read_result
 from etude.core.longer import LENGTHS
+
+if TYPE_CHECKING:
+    from etude.core.loaded import Loaded
 
 TRUST = "run code that the run folder brings though this machine has not run it before: read it first"
 
@@ -203,6 +207,38 @@ def sample(words: list[str]) -> int:
     return 0
 
 
+def _detect(loaded: Loaded, options: argparse.Namespace) -> int:
+    """Boxes on the terminal, and drawn on copies of the pictures in ``predicted/`` of the run folder."""
+    from PIL import Image, ImageOps
+
+    from etude.detection.parts.showing import SHOWN, drawn
+
+    found = loaded.detect(options.files)
+    if options.json:
+        print_json(found)
+        return 0
+    grid = table("file", "class", "probability", "box (x1, y1, x2, y2)")
+    folder = loaded.folder / "predicted"
+    folder.mkdir(exist_ok=True)
+    for number, picture in enumerate(found):
+        rows = [row for row in picture["boxes"] if row["probability"] >= SHOWN]
+        path = Path(str(picture["file"]))
+        with Image.open(path) as image:
+            page = drawn(
+                ImageOps.exif_transpose(image),
+                [(row["class"], row["probability"], row["box"], row["label"]) for row in reversed(rows)],
+            )
+        page.save(folder / f"{number:03d}-{path.stem}.png")
+        for row in rows:
+            box = ", ".join(f"{value:.0f}" for value in row["box"])
+            grid.add_row(plain(str(path)), f"[bold]{plain(row['class'])}[/]", f"{row['probability']:.3f}", box)
+        if not rows:
+            grid.add_row(plain(str(path)), "nothing", "", "")
+    console().print(grid)
+    print(f"\nboxes with a probability from {SHOWN}; pictures: {folder}/")
+    return 0
+
+
 def predict(words: list[str]) -> int:
     parser = Parser("predict")
     parser.add_argument("run", help="a run folder, a method's name (its latest run) or 'latest'")
@@ -212,7 +248,10 @@ def predict(words: list[str]) -> int:
     options = parser.parse_args(words)
     from etude.core import launch
 
-    found = launch.load(options.run, trust=options.trust).predict(options.files)
+    loaded = launch.load(options.run, trust=options.trust)
+    if loaded.detects:
+        return _detect(loaded, options)
+    found = loaded.predict(options.files)
     for row in found:
         if row.get("note"):
             print(f"{row['file']}: {row['note']}", file=sys.stderr)

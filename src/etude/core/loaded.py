@@ -21,7 +21,7 @@ from etude.core.own import opened
 from etude.core.spec import Spec
 
 if TYPE_CHECKING:
-    from etude.core.predict import Pictures
+    from etude.core.predict import Detected, Pictures
 
 
 @dataclass(repr=False)
@@ -65,6 +65,21 @@ class Loaded:
             return predict(self, pictures)
         with permission.granted(self.trusted):
             return hook(self, pictures)
+
+    def detect(self, pictures: Pictures) -> list[Detected]:
+        """What a detector finds in each picture, given as to `predict`: classes, probabilities, boxes in its own pixels.
+
+        Files are warped to the square that the network takes; of a picture in an array, the boxes are in its pixels.
+        """
+        from etude.core.predict import detect
+
+        with permission.granted(self.trusted):
+            return detect(self, pictures)
+
+    @property
+    def detects(self) -> bool:
+        """Whether it finds boxes in pictures."""
+        return bool(self.spec.extra.get("boxes")) and hasattr(self.method, "detect")
 
     @overload
     def generate(self, prompt: str = "", **options: Any) -> str: ...
@@ -114,6 +129,8 @@ class Loaded:
             return f"draw from it with: etude sample {where}"
         if hasattr(self.method, "predict"):
             return f"it answers for pictures: etude predict {where} FILE …"
+        if self.detects:
+            return f"it finds boxes in pictures: etude predict {where} FILE …, or loaded.detect(pictures)"
         if "model" in self.modules and len(self.spec.shape) == 3 and len(self.spec.classes) > 1:
             return f"it names pictures: etude predict {where} FILE …"
         return f"see its results with: etude show {where}"

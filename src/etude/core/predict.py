@@ -36,11 +36,24 @@ Prediction = TypedDict(
     },
 )
 """What a network says of one picture: the most probable class, its probability, and the probabilities of all."""
+Box = TypedDict("Box", {"class": str, "probability": float, "label": int, "box": list[float]})
+"""One object that a detector found: its class, its score, and (x1, y1, x2, y2) in pixels of the picture."""
+
+
+class Detected(TypedDict):
+    """What a detector found in one picture, best first."""
+
+    file: str | None
+    boxes: list[Box]
+
+
 BATCH = 256
 
 
 def predict(loaded: Loaded, pictures: Pictures) -> list[Prediction]:
     """The class of each picture. Raises UserError for a run that holds no classifier and for what is no picture."""
+    if loaded.detects:
+        raise UserError(f"{loaded.name} finds boxes and gives a picture no one class: loaded.detect(pictures)")
     names = classes_of(loaded)
     if isinstance(pictures, (np.ndarray, Tensor)):
         x = pixels(pictures, loaded.spec)
@@ -64,6 +77,55 @@ def predict(loaded: Loaded, pictures: Pictures) -> list[Prediction]:
             }
         )
     return found
+
+
+@torch.no_grad()
+def detect(loaded: Loaded, pictures: Pictures) -> list[Detected]:
+    """The boxes in each picture. Raises UserError for a run that holds no detector and for what is no picture."""
+    if not loaded.detects:
+        raise UserError(f"{loaded.name} is no detector, so it finds no boxes; {loaded.offers}")
+    channels, height, width = loaded.spec.shape
+    files: list[str | None]
+    if isinstance(pictures, (np.ndarray, Tensor)):
+        x = pixels(pictures, loaded.spec)
+        files, sides = [None] * len(x), [(width, height)] * len(x)
+    else:
+        paths = listed([pictures] if isinstance(pictures, (str, os.PathLike)) else list(pictures))
+        read = [warped(path, channels == 1, (width, height)) for path in paths]
+        files, sides = [*map(str, paths)], [side for _, side in read]
+        x = torch.from_numpy(np.stack([picture for picture, _ in read]))
+    model: Any = loaded.model.eval()
+    answers = [loaded.method.detect(loaded.config, model, part) for part in x.split(BATCH)]  # type: ignore[union-attr]
+    boxes, scores, labels = (torch.cat([answer[n] for answer in answers]).tolist() for n in range(3))
+    found: list[Detected] = []
+    for row, (file, (wide, high)) in enumerate(zip(files, sides)):
+        across, down = wide / width, high / height
+        rows: list[Box] = [
+            {
+                "class": loaded.spec.classes[label],
+                "probability": score,
+                "label": label,
+                "box": [x1 * across, y1 * down, x2 * across, y2 * down],
+            }
+            for (x1, y1, x2, y2), score, label in zip(boxes[row], scores[row], labels[row])
+            if label >= 0
+        ]
+        found.append({"file": file, "boxes": rows})
+    return found
+
+
+def warped(path: Path, grey: bool, sides: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
+    """One file, upright, stretched to `sides` (width, height): uint8 (C, height, width); and its own sides."""
+    from PIL import Image
+
+    from etude.data import folders
+
+    if not path.is_file():
+        what = "is no file" if path.exists() else "does not exist"
+        raise UserError(f"The image {path} {what}: name a picture ({', '.join(sorted(folders.ENDINGS)[:5])}, …).")
+    image = folders._plain(folders._opened(path), grey)
+    shown = np.asarray(image.resize(sides, Image.Resampling.BILINEAR))
+    return shown.reshape(sides[1], sides[0], -1).transpose(2, 0, 1), image.size
 
 
 def classes_of(loaded: Loaded) -> tuple[str, ...]:

@@ -4,12 +4,16 @@ import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import etude
+from etude import cli
 from etude.core.checkpoint import list_checkpoints, read
+from etude.core.predict import warped
 from etude.core.randomness import fold
 from etude.detection.parts.scenes import scenes
 from etude.detection.yolo import Config, build
@@ -126,3 +130,28 @@ def test_reported_numbers_are_those_of_the_saved_network(tmp_path):
     assert {k: v for k, v in last.items() if "validation" in k} == pytest.approx(
         plain.worth(rows, data.validation, "validation"), abs=2e-3
     )
+
+
+def test_boxes_are_said_in_the_pixels_of_the_file(tmp_path, capsys):
+    """A picture twice as wide and three times as high as the network's gets the same boxes, stretched; so says the command."""
+    done = etude.run("detection/yolo", **SMALL | {"steps": 40, "batch": 16, "examples": 60}, out=tmp_path / "run")
+    loaded, x = etude.load(done.folder), scenes("digits", 32, 60).test.x[0]
+    (tmp_path / "pictures").mkdir()
+    Image.fromarray(np.repeat(np.repeat(x[0].numpy(), 3, 0), 2, 1)).save(tmp_path / "pictures/one.png")
+    pixels, sides = warped(tmp_path / "pictures/one.png", True, (32, 32))
+    assert sides == (64, 96)
+    assert abs(pixels.astype(float) - x.numpy()).mean() < 6
+    (array,), (file,) = loaded.detect(pixels.copy()), loaded.detect(tmp_path / "pictures")
+    assert array["file"] is None
+    assert file["file"] == str(tmp_path / "pictures/one.png")
+    assert array["boxes"]
+    for mine, theirs in zip(file["boxes"], array["boxes"], strict=True):
+        assert mine["box"] == pytest.approx([v * t for v, t in zip(theirs["box"], (2, 3, 2, 3))], abs=1e-3)
+        assert (mine["class"], mine["probability"]) == (theirs["class"], pytest.approx(theirs["probability"]))
+    assert cli.main(["predict", str(done.folder), str(tmp_path / "pictures")]) == 0
+    with Image.open(done.folder / "predicted/000-one.png") as page:
+        assert page.size == (64, 96)
+    assert "one.png" in capsys.readouterr().out
+    assert cli.main(["predict", str(done.folder), str(tmp_path / "nowhere.png")]) == 2
+    with pytest.raises(etude.core.errors.UserError, match="loaded.detect"):
+        loaded.predict(x)
