@@ -85,14 +85,16 @@ def detect(loaded: Loaded, pictures: Pictures) -> list[Detected]:
     if not loaded.detects:
         raise UserError(f"{loaded.name} is no detector, so it finds no boxes; {loaded.offers}")
     channels, height, width = loaded.spec.shape
-    files: list[str | None]
+    files: list[str | None] = []
     if isinstance(pictures, (np.ndarray, Tensor)):
         x = pixels(pictures, loaded.spec)
-        files, sides = [None] * len(x), [(width, height)] * len(x)
+        files += [None] * len(x)
+        sides = [(width, height)] * len(x)
     else:
         paths = listed([pictures] if isinstance(pictures, (str, os.PathLike)) else list(pictures))
         read = [warped(path, channels == 1, (width, height)) for path in paths]
-        files, sides = [*map(str, paths)], [side for _, side in read]
+        files += map(str, paths)
+        sides = [side for _, side in read]
         x = torch.from_numpy(np.stack([picture for picture, _ in read]))
     model: Any = loaded.model.eval()
     answers = [loaded.method.detect(loaded.config, model, part) for part in x.split(BATCH)]  # type: ignore[union-attr]
