@@ -211,7 +211,7 @@ def _detect(loaded: Loaded, options: argparse.Namespace) -> int:
     """Boxes on the terminal, and drawn on copies of the pictures in ``predicted/`` of the run folder."""
     from PIL import Image, ImageOps
 
-    from etude.detection.parts.showing import SHOWN, drawn
+    from etude.blocks.pictures.boxes import SHOWN, drawn
 
     found = loaded.detect(options.files)
     if options.json:
