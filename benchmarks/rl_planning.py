@@ -105,7 +105,7 @@ def rows() -> list[dict[str, object]]:
 
             found.append(
                 race(
-                    f"{algorithm.replace('_', ' ')}, {env} ({size})",
+                    f"dynamic programming, {algorithm.replace('_', ' ')}, {env} ({size})",
                     partial(lambda env, algorithm: ours(env, algorithm)[0], env, algorithm),
                     timed, "a Python double loop over P", f"Gymnasium {version('gymnasium')}", 20.0,
                     f"γ {GAMMA}, changes down to {TOLERANCE}; values equal to {apart:.0e}", pairs=5,

@@ -145,6 +145,12 @@ def test_scores_come_from_the_card_and_a_miss_is_shown(
     assert "smlp" in generate.pages()["methods/benchmarks.md"]
 
 
+def test_one_page_compares_all_that_act() -> None:
+    page = generate.pages()["methods/cartpole.md"]
+    assert all(f"[{name}]({name}.md)" in page for name in ("rl/ppo", "rl/dqn", "rl/reinforce", "rl/a2c", "rl/a3c"))
+    assert "| rl/" not in page
+
+
 def test_errata_are_read_from_docstrings(generate: ModuleType) -> None:
     differences = "- E12: first\n  goes on\n- E3 is none; see E12\n- other (E140) here\n- E15, E16: both"
     text = f"Claim\n\nDifferences:\n{differences}\n\nExpect: E99"

@@ -231,7 +231,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
                 weights.data.copy_(theta)  # line 2
             dice = generator(run.seed, int(updates[worker]), run.rank, f"worker {worker}")
             seen = gradient_of(collector, weights, dice, config, tell)
-            if alone:
+            if run.world > 1:  # ranks of one worker each
                 run.average(local)
             shared_rmsprop_(theta, square, weights.grad, rate(min(int(taken.sum()), config.steps - 1)))  # line 6
             taken[worker] = before + mine.steps

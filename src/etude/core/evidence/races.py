@@ -27,7 +27,7 @@ def bench(pattern: str | None, run: bool = True) -> list[dict[str, Any]]:
         if run
         else [path.stem for path in sorted(folder.glob("*.json"))]
     )
-    chosen = [room for room in rooms if pattern is None or pattern.partition("/")[0] == room]
+    chosen = [room for room in rooms if pattern is None or pattern.partition("/")[0] == room.partition("_")[0]]
     if not chosen:
         raise UserError(f"there is no benchmark for '{pattern}' (there are {', '.join(rooms) or 'none'})")
     rows = []

@@ -1,7 +1,6 @@
 """Worker processes beside a run that share its tensors: started, heard, replaced when they are killed, ended with the run.
 
-A worker is a fork of this process (where the system has none, a spawned one), so what lies in shared memory
-(`torch.Tensor.share_memory_`) is written by all of them. They tell what they see over a pipe of their own, as JSON: a worker that
+A worker is a fork of this process, so what lies in shared memory (`torch.Tensor.share_memory_`) is written by all of them. They tell what they see over a pipe of their own, as JSON: a worker that
 is killed while it speaks can block nobody.
 """
 
@@ -12,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -29,11 +29,12 @@ Work = Callable[[int, Callable[[Any], None], Callable[[], bool]], None]
 
 
 class Crew:
-    """`count` workers, from entering the context to leaving it."""
+    """`count` workers, from entering the context to leaving it. Raises UserError where the system cannot fork."""
 
     def __init__(self, count: int, work: Work) -> None:
-        kinds = multiprocessing.get_all_start_methods()
-        self._context: Any = multiprocessing.get_context("fork" if "fork" in kinds else "spawn")
+        if count and "fork" not in multiprocessing.get_all_start_methods():
+            raise UserError("several workers need a system that can fork (Linux, macOS); take --workers 1 here")
+        self._context: Any = multiprocessing.get_context("fork" if count else None)
         self._work, self._stop = work, torch.zeros(1, dtype=torch.int64).share_memory_()
         self._processes: list[Any] = [None] * count
         self._pipes: list[Any] = [None] * count
@@ -103,7 +104,9 @@ class Crew:
             daemon=True,
             name=f"worker {worker}",
         )
-        process.start()
+        with warnings.catch_warnings():  # threads beside the fork: the worker touches nothing that they hold
+            warnings.simplefilter("ignore", DeprecationWarning)
+            process.start()
         theirs.close()
         self._processes[worker], self._pipes[worker] = process, mine
 
