@@ -145,7 +145,7 @@ def test_scores_come_from_the_card_and_a_miss_is_shown(
     assert "smlp" in generate.pages()["methods/benchmarks.md"]
 
 
-def test_one_page_compares_all_that_act() -> None:
+def test_one_page_compares_all_that_act(generate: ModuleType) -> None:
     page = generate.pages()["methods/cartpole.md"]
     assert all(f"[{name}]({name}.md)" in page for name in ("rl/ppo", "rl/dqn", "rl/reinforce", "rl/a2c", "rl/a3c"))
     assert "| rl/" not in page

@@ -1,7 +1,7 @@
 """Worker processes beside a run that share its tensors: started, heard, replaced when they are killed, ended with the run.
 
-A worker is a fork of this process, so what lies in shared memory (`torch.Tensor.share_memory_`) is written by all of them. They tell what they see over a pipe of their own, as JSON: a worker that
-is killed while it speaks can block nobody.
+A worker is a fork of this process, so what lies in shared memory (`torch.Tensor.share_memory_`) is written by all of them. They
+tell what they see over a pipe of their own, as JSON: a worker that is killed while it speaks can block nobody.
 """
 
 from __future__ import annotations
