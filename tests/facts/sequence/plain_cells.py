@@ -1,0 +1,78 @@
+"""`Recurrent` against torch's modules: the same weights, outputs, states and gradients. Brought into tests by `runpy.run_path`."""
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from etude.blocks.nn.recurrent import Recurrent
+
+LENGTHS = torch.tensor([4, 6, 1, 3])
+
+
+def pair(cell, kind, engine, layers, bidirectional, dropout=0.0, **rest):
+    torch.manual_seed(1)
+    theirs = kind(3, 5, layers, batch_first=True, bidirectional=bidirectional, dropout=dropout, **rest).double()
+    torch.manual_seed(1)
+    ours = Recurrent(cell, 3, 5, layers, bidirectional=bidirectional, dropout=dropout, engine=engine).double()
+    for (a, p), (b, q) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        assert a == b  # the names, the shapes and the first values are torch's
+        assert torch.equal(p, q)
+    return ours, theirs
+
+
+def parity(cell, kind, engine, layers, bidirectional, packed, **rest):
+    ours, theirs = pair(cell, kind, engine, layers, bidirectional, **rest)
+    draw = torch.Generator().manual_seed(2)
+    x = torch.randn(4, 6, 3, generator=draw, dtype=torch.float64, requires_grad=True)
+    shape = (layers * (1 + bidirectional), 4, 5)
+    state = [torch.randn(shape, generator=draw, dtype=torch.float64, requires_grad=True) for _ in ours.zeros(4)]
+    assert all(part.shape == shape and not part.any() for part in ours.zeros(4))
+    given = tuple(state) if len(state) > 1 else state[0]
+    if packed:
+        out, last = theirs(pack_padded_sequence(x, LENGTHS, batch_first=True, enforce_sorted=False), given)
+        out, _ = pad_packed_sequence(out, batch_first=True, total_length=6)
+    else:
+        out, last = theirs(x, given)
+    last = last if isinstance(last, tuple) else (last,)
+    mine, mine_last = ours(x, tuple(state), LENGTHS if packed else None)
+    weight = torch.randn(out.shape, generator=draw, dtype=torch.float64)
+    found = []
+    for value, ends, module in ((out, last, theirs), (mine, mine_last, ours)):
+        score = (value * weight).sum() + sum(((k + 2) * part.square()).sum() for k, part in enumerate(ends))
+        found.append([value, *ends, *torch.autograd.grad(score, [x, *state, *module.parameters()])])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def padding_is_not_read(cell, engine="auto"):
+    """Other numbers behind a row's end change nothing, and each row gives what it gives alone, in both directions."""
+    torch.manual_seed(0)
+    net = Recurrent(cell, 3, 5, 2, bidirectional=True, engine=engine).double()
+    x = torch.randn(4, 6, 3, dtype=torch.float64)
+    out, last = net(x, None, LENGTHS)
+    filled = torch.where(torch.arange(6)[:, None] < LENGTHS[:, None, None], x, 1e3)
+    again, last_again = net(filled, None, LENGTHS)
+    torch.testing.assert_close([again, *last_again], [out, *last], rtol=0, atol=0)
+    for row, length in enumerate(LENGTHS.tolist()):
+        alone, ends = net(x[row : row + 1, :length])
+        torch.testing.assert_close(out[row, :length], alone[0], rtol=1e-12, atol=1e-12)
+        assert not out[row, length:].any()
+        for a, b in zip(last, ends):
+            torch.testing.assert_close(a[:, row], b[:, 0], rtol=1e-12, atol=1e-12)
+
+
+def dropout_stands_between_layers(cell, kind, engine, **rest):
+    """The same random numbers as torch's module: of the lower layer's outputs, and only in training."""
+    ours, theirs = pair(cell, kind, engine, 2, False, dropout=0.5, **rest)
+    x = torch.randn(4, 6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for seed in (1, 2):
+        found = []
+        for module in (ours, theirs):
+            torch.manual_seed(seed)
+            found.append(module(x)[0])
+        torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.eval()(x)[0], theirs.eval()(x)[0], rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(found[0], ours(x)[0])
+
+
+__all__ = ["dropout_stands_between_layers", "nn", "padding_is_not_read", "pair", "parity"]
