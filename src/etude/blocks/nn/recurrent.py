@@ -119,7 +119,8 @@ class _Written(torch.autograd.Function):
         time, batch, width = len(given), given.shape[1], matrix.shape[1]
         hs = given.new_empty(time + 1, batch, width)
         hs[0] = state[0]
-        across, extra = matrix.t(), ()
+        across = matrix.t()
+        extra: tuple[Tensor, ...] = ()
         if cell in ("rnn", "rnn_relu"):
             shifted, gates = given + bias, hs[1:]
             for t in range(time):

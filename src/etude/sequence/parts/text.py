@@ -37,8 +37,8 @@ class CharacterModel(nn.Module):
 
     def forward(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """ids (B, T) → logits (B, T, V) of the token after each position, and the state behind the last."""
-        h, state = self.recurrent(self.dropout(self.embedding(ids)), state)
-        return self.readout(self.dropout(h)), state
+        h, last = self.recurrent(self.dropout(self.embedding(ids)), state)
+        return self.readout(self.dropout(h)), last
 
     def start(self, batch: int) -> Memory:
         """An empty memory for `batch` rows."""

@@ -41,7 +41,8 @@ class Sample:
 
 def sample(loaded: Loaded, options: Sample, folder: Path) -> str:
     """Write texts to the terminal as they arise, and all of them to sample.txt."""
-    model, tokens = loaded.model.eval(), tokenizer(loaded.spec.extra["tokenizer"])
+    model: Any = loaded.model.eval()
+    tokens: Any = tokenizer(loaded.spec.extra["tokenizer"])
     prompt, written = options.prompt or _opening(tokens), []
     for index in range(options.samples):
         ids = tokens.encode(prompt)[None].to(next(model.parameters()).device)
@@ -63,7 +64,8 @@ def generate(loaded: Loaded, prompts: list[str], options: Sample) -> list[str]:
 
     Every text is the one that its prompt would get alone; `options.prompt` stands where a prompt is empty.
     """
-    model, tokens = loaded.model.eval(), tokenizer(loaded.spec.extra["tokenizer"])
+    model: Any = loaded.model.eval()
+    tokens: Any = tokenizer(loaded.spec.extra["tokenizer"])
     begun = [prompt or options.prompt or _opening(tokens) for prompt in prompts for _ in range(options.samples)]
     if not begun:
         return []
