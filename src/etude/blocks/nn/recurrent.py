@@ -120,7 +120,7 @@ class _Written(torch.autograd.Function):
         hs = given.new_empty(time + 1, batch, width)
         hs[0] = state[0]
         across = matrix.t()
-        extra: tuple[Tensor, ...] = ()
+        extra: list[Tensor] = []
         if cell in ("rnn", "rnn_relu"):
             shifted, gates = given + bias, hs[1:]
             for t in range(time):
@@ -137,7 +137,7 @@ class _Written(torch.autograd.Function):
                 o.sigmoid_()
                 torch.mul(f, cs[t], out=cs[t + 1]).addcmul_(i, g)
                 torch.mul(o, torch.tanh(cs[t + 1], out=tanhs[t]), out=hs[t + 1])
-            extra = (cs, tanhs)
+            extra += [cs, tanhs]
         else:
             gates, us = given.clone(), torch.empty_like(given)
             for t in range(time):
@@ -146,7 +146,7 @@ class _Written(torch.autograd.Function):
                 rz.add_(u[:, : 2 * width]).sigmoid_()
                 n.addcmul_(rz[:, :width], u[:, 2 * width :]).tanh_()
                 torch.lerp(n, hs[t], rz[:, width:], out=hs[t + 1])
-            extra = (us,)
+            extra += [us]
         ctx.cell = cell
         ctx.save_for_backward(matrix, hs, gates, *extra)
         return (hs[1:], hs[-1].clone(), extra[0][-1].clone()) if cell == "lstm" else (hs[1:], hs[-1].clone())
