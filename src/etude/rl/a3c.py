@@ -25,7 +25,7 @@ Differences:
 - A worker that is killed is replaced; what it had seen in its last segment is lost.
 - It is a method for processors: the networks stay in the machine's memory, whatever `--device` says.
 
-Expect: two cores, 15 s: CartPole after 200,000 steps by 2 workers: J = 500, 500, 500.
+Expect: CartPole after 200,000 steps by 2 workers, seeds 0-2: J = 500, 500, 496; 17 CPU seconds with `--engine compiled`.
 
 Command: `etude run rl/a3c --workers 2 --env CartPole-v1`
 """
