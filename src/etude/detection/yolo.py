@@ -113,6 +113,7 @@ METRICS = {
 
 SETTINGS: dict[str, Any] = {
     "data": "mnist",
+    "size": 40,
     "stride": {"stride": 16},
     "clip_norm": 0.5,
     "examples": 40,

@@ -350,6 +350,29 @@ def test_the_two_way_expert_passes_on_both_sides():
 # ------------------------------------------------------------------------------------------------------------- runs
 
 
+def test_a_run_that_acts_in_a_box_is_an_expert(tmp_path):
+    """Its actor says shares of the box; the expert does what they mean in the world, and the learner's episodes are recorded."""
+    small = {
+        "widths": (4,),
+        "updates": 2,
+        "evaluation_episodes": 1,
+        "final_episodes": 1,
+        "evaluate_every": 0,
+        "quiet": True,
+    }
+    taught = etude.run("rl/td3", steps=128, learning_starts=64, out=tmp_path / "td3", **small)
+    loaded, seen = etude.load(taught.folder), np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32)
+    with torch.no_grad():
+        share = loaded.model(torch.from_numpy(seen)).numpy()
+    np.testing.assert_allclose(files.policy_of(loaded)(seen), 2 * share, rtol=1e-6)
+    clone = {"policy": "markov", "expert_episodes": 2, **TINY, "final_episodes": 2}
+    first = etude.run("imitation/behaviour_cloning", expert=str(taught.folder), out=tmp_path / "a", **clone)
+    assert -2000 < first.metrics["learner_return"] < 0
+    assert not etude.load(first.folder).spec.extra["discrete"]
+    episodes = files.load(etude.load(first.folder).sample(count=2).folder / "episodes.npz")
+    assert episodes.actions.shape == (400, 1)
+
+
 def test_a_run_is_an_expert_and_its_recorded_episodes_too(tmp_path):
     pole = {"policy": "markov", "expert_episodes": 3, **TINY}
     taught = etude.run("rl/dqn", preset="tiny", steps=600, final_episodes=2, quiet=True, out=tmp_path / "dqn")

@@ -134,7 +134,8 @@ def policy_of(loaded: Loaded) -> Policy:
     """What the policy of a run does, observations (n, D) → actions: the most probable or most valued one.
 
     Asked are, in this order: the method file's own ``policy(loaded)``; the module ``model``, ``policy`` or ``actor`` by its
-    ``best(observations)``, or by the largest of as many outputs as there are actions. Raises UserError for other runs.
+    ``best(observations)``, or by the largest of as many outputs as there are actions. Where the spec has the bounds "low" and
+    "high", the answers are shares of the box from −1 to 1. Raises UserError for other runs.
     """
     own: Any = getattr(loaded.method, "policy", None)
     if callable(own):
@@ -143,11 +144,13 @@ def policy_of(loaded: Loaded) -> Policy:
     mute = net is None or not (hasattr(net, "best") or type(net).forward is not torch.nn.Module.forward)
     if net is None or mute or "env" not in loaded.spec.extra:
         raise UserError(f"{loaded.folder} is a run of {loaded.name}, which acts in no world (such as rl/dqn does)")
-    best = getattr(net, "best", None) or (lambda state: net(state).argmax(-1))
+    best, extra = getattr(net, "best", None) or (lambda state: net(state).argmax(-1)), loaded.spec.extra
+    low, high = (np.asarray(extra[end]) if "low" in extra else None for end in ("low", "high"))
 
     def act(state: NDArray[np.float32]) -> NDArray[Any]:
         with torch.no_grad():
-            return best(torch.from_numpy(state)).numpy()
+            said = best(torch.from_numpy(state)).numpy()
+        return said if low is None else ((high + low) / 2 + (high - low) / 2 * said).astype(np.float32)
 
     return act
 

@@ -227,14 +227,15 @@ def _run(run: Run, held: Box, expert: str, env: str) -> Expert:
 
 def _in_world(expert: Expert, env: Environment, name: str) -> Expert:
     """The expert with worlds of this environment, in which it must know what it sees and does."""
-    probe = Worlds.make(env)
+    probe = Worlds.make(env, box=None)
     probe.close()
+    expert.discrete = not probe.box
     if (probe.size, probe.actions) != (expert.size, expert.actions):
         raise UserError(
             f"--expert {name} observes {expert.size} numbers and has {expert.actions} actions; {env.name} has {probe.size} "
             f"and {probe.actions}"
         )
-    expert.world = lambda count, seed, purpose, rank: Worlds.make(env, count, seed, purpose, rank)
+    expert.world = lambda count, seed, purpose, rank: Worlds.make(env, count, seed, purpose, rank, box=None)
     expert.env, expert.limit = env, env.limit()
     return expert
 
@@ -244,4 +245,4 @@ def world_of(name: str, count: int, seed: int) -> tuple[Any, int]:
     if name == "obstacle":
         return Obstacle(count, seed, "sample"), Obstacle.limit
     env = environment(name)
-    return Worlds.make(env, count, seed, "sample"), env.limit()
+    return Worlds.make(env, count, seed, "sample", box=None), env.limit()
