@@ -147,7 +147,7 @@ def test_scores_come_from_the_card_and_a_miss_is_shown(
 
 def test_one_page_compares_all_that_act(generate: ModuleType) -> None:
     page = generate.pages()["methods/cartpole.md"]
-    assert all(f"[{name}]({name}.md)" in page for name in ("rl/ppo", "rl/dqn", "rl/reinforce", "rl/fitted"))
+    assert all(f"[{name}]({name}.md)" in page for name in ("rl/ppo", "rl/dqn", "rl/reinforce", "rl/a3c", "rl/fitted"))
     assert "| rl/" not in page
 
 
