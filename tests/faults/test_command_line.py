@@ -365,7 +365,7 @@ def test_completion(etude, tmp_path) -> None:
     assert offered("resume", "latest", "--st") == ["--steps"]
     assert offered("show", "latest", "--j") == ["--json"]
     assert offered("predict", "latest", "") == ["--json", "--trust"]
-    assert offered("runs", "vision/") == ["vision/lenet"]
+    assert offered("runs", "vision/le") == ["vision/lenet"]
     for words in json.loads(json.dumps([[verb, *rest] for verb in VERBS for rest in ([], ["x"], ["x", "--y"])])):
         assert etude("__complete", *words, "").code == 0
     for shell in ("bash", "zsh", "fish"):

@@ -73,6 +73,7 @@ def smooth_slope(state, action):
 
 @pytest.mark.parametrize("where", [0.2, 0.95])
 def test_score_and_reparameterised_gradients_agree_in_mean_by_quadrature(where):
+    """E97: the gradient of an expectation over actions wants one of the two, and both are the same in mean."""
     state, sigma, grid = torch.tensor([[0.4, -0.7]], dtype=torch.float64), 0.3, torch.linspace(-7, 7, 70_001).double()
     weight = (-0.5 * grid**2).exp() / (-0.5 * grid**2).exp().sum()
 
