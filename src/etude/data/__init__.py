@@ -1,7 +1,7 @@
-"""Datasets: bundled digits and photographs, MNIST and its kin, CIFAR-10, Omniglot, texts, and the user's own folders.
+"""Datasets: bundled digits and photographs, MNIST and its kin, CIFAR-10, Omniglot, texts, translations, the user's own.
 
 They lie in `ETUDE_DATA` (default `~/.cache/etude/data`), one folder a dataset, under their official file names.
-`images`, `text`, `characters` and `photographs` read; `get` fetches over HTTPS with pinned SHA-256; `check` says what
+`images`, `text`, `characters`, `parallel` and `photographs` read; `get` fetches over HTTPS with pinned SHA-256; `check` says what
 is there and what is wrong with it; `catalogue` describes everything known. Importing this package imports neither torch
 nor numpy. Every fault of the data is a `UserError`: one sentence naming the file and what to do.
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from etude.core.errors import UserError, nearest
 from etude.data.registry import BY_NAME, DATASETS, Dataset
-from etude.data.sets import Characters, CharacterSet, Images, Split, Text
+from etude.data.sets import Characters, CharacterSet, Images, Parallel, Split, Text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +27,7 @@ __all__ = [
     "CharacterSet",
     "Characters",
     "Images",
+    "Parallel",
     "Split",
     "Text",
     "catalogue",
@@ -36,6 +37,7 @@ __all__ = [
     "home",
     "images",
     "names",
+    "parallel",
     "photographs",
     "text",
 ]
@@ -47,7 +49,7 @@ def home() -> Path:
 
 
 def names(kind: str | None = None) -> list[str]:
-    """Names of all datasets, or of one kind: "images", "text" or "characters"."""
+    """Names of all datasets, or of one kind: "images", "text", "characters" or "parallel"."""
     return [dataset.name for dataset in DATASETS if kind in (None, dataset.kind)]
 
 
@@ -123,6 +125,28 @@ def characters(name: str = "omniglot", size: int | None = None) -> Characters:
     changed = [file.path for file, part in zip(dataset.files, read) if not part.official]
     source = f"{folder} ({', '.join(changed)}: readable, not the official bytes)" if changed else str(folder)
     return Characters(dataset.name, background, evaluation, source)
+
+
+def parallel(name: str | os.PathLike[str], languages: tuple[str, str] = ("en", "de")) -> Parallel:
+    """Read parallel text, Multi30k (en, de, fr) or a folder of files that end in the languages' names, line by line.
+
+    Returns pairs (source, target) in three parts: `train`, `validation` and `test`. A pair with an empty side is left out.
+    See `etude.data.bitext.read` for the names of a folder's files. Raises `UserError` naming the file and what to do.
+    """
+    from etude.data import bitext
+
+    dataset = _find(name, "parallel")
+    if dataset is None:
+        path = Path(name).expanduser()
+        if not path.is_dir():
+            raise UserError(f"{path} is a file, but parallel text is a folder of one file in each language.")
+        return bitext.read(path, languages, path.resolve().name)
+    known = sorted({file.path.split(".")[1] for file in dataset.files})
+    for language in languages:
+        if language not in known:
+            raise UserError(f"{dataset.name} has no language '{language}': choose from {', '.join(known)}.")
+    digests = {file.path: file.sha256 for file in dataset.files}
+    return bitext.read(_folder(dataset), languages, dataset.name, _remedy(dataset), digests)
 
 
 def photographs() -> dict[str, np.ndarray]:
@@ -249,7 +273,11 @@ def _find(name: str | os.PathLike[str], kind: str) -> Dataset | None:
             return None
     except (OSError, ValueError):  # a name too long, a null byte, a folder that may not be looked into
         pass
-    own = {"images": " or a folder of class-named image folders", "text": " or a text file"}.get(kind, "")
+    own = {
+        "images": " or a folder of class-named image folders",
+        "text": " or a text file",
+        "parallel": " or a folder",
+    }.get(kind, "")
     if os.sep in name or "/" in name or name.startswith((".", "~")):
         raise UserError(f"The path {name} does not exist: name a dataset ({', '.join(names(kind))}){own}.")
     raise UserError(f"There is no dataset '{name}'{_nearest(name)} Known: {', '.join(names(kind))}{own}.")

@@ -77,3 +77,37 @@ class Stream:
                 del self._kept[min(self._kept)]
             self._kept[epoch] = permutation(self.n, self.seed, epoch)
         return self._kept[epoch]
+
+
+class Grouped:
+    """Sample numbers of batches of like lengths, so that little of a padded batch is padding: a function of (seed, step).
+
+    Each epoch shuffles all samples, sorts each stretch of `pool` batches by length, cuts it into batches and shuffles those.
+    Every sample comes once an epoch; the last stretch may leave one batch smaller. Step s of W ranks takes batches s·W to
+    (s+1)·W − 1 of this list, rank r the r-th of them.
+    """
+
+    def __init__(
+        self, lengths: np.ndarray, batch: int, seed: int, rank: int = 0, world: int = 1, *, pool: int = 50
+    ) -> None:
+        if len(lengths) < 1 or batch < 1 or world < 1 or not 0 <= rank < world:
+            raise UserError(f"No batches can be made of {len(lengths)} samples, batch={batch}, rank={rank} of {world}.")
+        self.lengths, self.batch, self.seed, self.rank, self.world = lengths, batch, seed, rank, world
+        self.pool, self.per_epoch = pool, -(-len(lengths) // batch)
+        self._kept: tuple[int, list[np.ndarray]] = (-1, [])
+
+    def indices(self, step: int) -> np.ndarray:
+        """Sample numbers of this rank's batch at `step` (from 0): int64 (at most `batch`,)."""
+        epoch, place = divmod(step * self.world + self.rank, self.per_epoch)
+        if self._kept[0] != epoch:
+            self._kept = (epoch, self._batches(epoch))
+        return self._kept[1][place]
+
+    def _batches(self, epoch: int) -> list[np.ndarray]:
+        order, stretch = permutation(len(self.lengths), self.seed, epoch), self.batch * self.pool
+        cut = []
+        for begin in range(0, len(order), stretch):
+            part = order[begin : begin + stretch]
+            part = part[np.argsort(self.lengths[part], kind="stable")]
+            cut += [part[i : i + self.batch] for i in range(0, len(part), self.batch)]
+        return [cut[i] for i in permutation(len(cut), fold(self.seed, 0, 0, "order of batches"), epoch)]

@@ -156,6 +156,7 @@ def check(dataset: Dataset, folder: Path) -> list[dict[str, str]]:
         "cifar10": _check_cifar,
         "cifar10_partial": _check_partial,
         "cifar10_jpeg": _check_jpeg,
+        "multi30k": _check_pinned,
         "tiny_shakespeare": _check_pinned,
     }
     if dataset.bundled:

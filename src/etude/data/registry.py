@@ -1,8 +1,8 @@
 """The datasets etude knows: official files, sizes, pinned checksums, licence, citation.
 
 A frozen table and nothing else: importing it costs no numpy and no torch. Every SHA-256 is one that somebody
-else published, and the `published` field says who. For MNIST and tiny Shakespeare it was recomputed from the official
-files and agreed.
+else published, and the `published` field says who (of Multi30k the git object ids are what was published). For MNIST and
+tiny Shakespeare it was recomputed from the official files and agreed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Literal
 
 TFDS = "TensorFlow Datasets, tensorflow_datasets/url_checksums"
 """Where the SHA-256 values and sizes below were published (one file a dataset)."""
+
+MULTI30K = "github.com/multi30k/dataset, by its git object ids; SHA-256 computed from files whose object ids agree"
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,11 @@ class File:
 
 @dataclass(frozen=True)
 class Dataset:
-    """One row of the table. `train` and `test` count images (or characters of text, or alphabets' characters)."""
+    """One row of the table. `train` and `test` count images (or characters of text, alphabets' characters, sentences)."""
 
     name: str
     title: str
-    kind: Literal["images", "text", "characters"]
+    kind: Literal["images", "text", "characters", "parallel"]
     train: int
     test: int
     shape: tuple[int, ...]
@@ -61,6 +63,11 @@ def _four_idx(base: str, rows: tuple[tuple[int, str], ...]) -> tuple[File, ...]:
     return tuple(
         File(f"{name}-ubyte.gz", f"{base}{name}-ubyte.gz", size, digest) for name, (size, digest) in zip(names, rows)
     )
+
+
+def _multi30k(*rows: tuple[str, int, str]) -> tuple[File, ...]:
+    base = "https://github.com/multi30k/dataset/raw/master/data/task1/raw/"
+    return tuple(File(name, base + name, size, digest, MULTI30K) for name, size, digest in rows)
 
 
 DATASETS: tuple[Dataset, ...] = (
@@ -235,6 +242,30 @@ DATASETS: tuple[Dataset, ...] = (
                 "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
             ),
         ),
+    ),
+    Dataset(
+        name="multi30k",
+        title="Captions of 31,014 photographs in English, German and French, line by line",
+        kind="parallel",
+        train=29000,
+        test=1000,
+        shape=(),
+        classes=(),
+        home="https://github.com/multi30k/dataset",
+        licence="non-commercial research and education (derived from Flickr30K)",
+        citation="Elliott, Frank, Sima'an and Specia, Multi30K: Multilingual English-German Image Descriptions, 2016",
+        files=_multi30k(
+            ("train.en.gz", 568929, "d79cfa999dd4c51d2cb42499b6796d5a882c3a8a961923c25a898c90f8bbd56f"),
+            ("train.de.gz", 637044, "726e39b2fa9eb9ffb6dc763fb35a179f80fae06ffc5d28b6ace5faa883de28a6"),
+            ("train.fr.gz", 604242, "622e75069e9f4c577425c4f277116ce66e63a2401c0a2312d90073cb12379a3c"),
+            ("val.en.gz", 21650, "14f7d25ddd868909a9213e361768460edcacdd6ab9d1e77b92560dc10c10dc28"),
+            ("val.de.gz", 24681, "f0cba2f995189cf5770f29a8a9a537a3ad3f51657ad873405082ff6863a5e75a"),
+            ("val.fr.gz", 23001, "ca3106f1a72390591d25f6c45cb4cd39dec4cd3f123e099748a3ce5256c160e9"),
+            ("test_2016_flickr.en.gz", 21077, "611d361c6334bc7246101d48097c13cf5c4413c5befc793cc629934359d532d9"),
+            ("test_2016_flickr.de.gz", 22890, "9204244e408ccb38d2a55cfcd344df15005fc42a07a6e55ca6c52b6ababb8cc8"),
+            ("test_2016_flickr.fr.gz", 22310, "6d326e188d259fb1d04ac19eae3af956559b3a0b93d7635e56c90987c40c8b90"),
+        ),
+        note="Task 1, raw text; 1,014 more sentences validate, and the test is that of 2016 (Flickr).",
     ),
     Dataset(
         name="house_text",

@@ -1,4 +1,4 @@
-"""What a reader returns: tensors of images or characters, or a text, with what a network must know of them."""
+"""What a reader returns: images or characters as tensors, a text, or pairs of sentences, with what a network must know."""
 
 from __future__ import annotations
 
@@ -65,6 +65,23 @@ class Text:
     def about(self) -> dict[str, Any]:
         """What a report says of it: name, source and length."""
         return {"name": self.name, "source": self.source, "characters": len(self.text)}
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Sentences and their translations, (source, target), in three parts, and where they were read from."""
+
+    name: str
+    train: list[tuple[str, str]]
+    validation: list[tuple[str, str]]
+    test: list[tuple[str, str]]
+    languages: tuple[str, str]
+    source: str = ""
+
+    def about(self) -> dict[str, Any]:
+        """What a report says of it: name, source, languages, and the pairs of each part."""
+        counts = {part: len(getattr(self, part)) for part in ("train", "validation", "test")}
+        return {"name": self.name, "source": self.source, "languages": list(self.languages), "pairs": counts}
 
 
 @dataclass(frozen=True, eq=False)

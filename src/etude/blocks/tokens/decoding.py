@@ -1,23 +1,44 @@
-"""Drawing from an autoregressive model: sampling rules as pure functions, and the one loop that feeds them.
+"""Decoding an autoregressive model: greedy, by sampling or by beam search; and the probability of given tokens.
 
-Papers: Fan et al., 2018, arXiv:1805.04833 (top-k); Holtzman et al., 2020, arXiv:1904.09751 (top-p, "nucleus").
+Papers: Fan et al., 2018, arXiv:1805.04833 (top-k); Holtzman et al., 2020, arXiv:1904.09751 (top-p, "nucleus");
+Graves, 2012, arXiv:1211.3711 (beam search); Wu et al., 2016, arXiv:1609.08144 (its score divided by the length).
 Temperature acts first, then top-k, then top-p on what is left, renormalised: the order Hugging Face uses.
 
-Legend: B sequences side by side, V vocabulary, P prompt length.
+A model is asked in one of two ways: `stream` reads a prompt into the cache of a `Decoder`; `follow`, `forced` and
+`beam_search` call a function `step(tokens (R,), state) → logits (R, V), state` that reads one token a row.
+
+Legend: B sequences side by side, V vocabulary, P prompt length, T tokens in all, K beams, R rows (B, or B·K in beam search).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Decoder", "generate", "keep_top_k", "keep_top_p", "pad_left", "pick", "stream"]
+__all__ = [
+    "Decoder",
+    "Hypotheses",
+    "Step",
+    "beam_search",
+    "follow",
+    "forced",
+    "generate",
+    "keep_top_k",
+    "keep_top_p",
+    "pad_left",
+    "pick",
+    "select",
+    "stream",
+]
 
 Dice = torch.Generator | Sequence[torch.Generator] | None
 """Where draws come from: one generator for all rows, one a row, or torch's global one."""
+
+Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
+"""Reads one token a row, (R,) int64, after what the state holds: logits (R, V) of the next token, and the new state."""
 
 
 class Decoder(Protocol):
@@ -195,3 +216,168 @@ def generate(model: Decoder, prompt: Tensor, count: int, **settings: Any) -> Ten
     """
     drawn = list(stream(model, prompt, count, **settings))
     return torch.cat([prompt, torch.stack(drawn, dim=1)], dim=1) if drawn else prompt
+
+
+def select(state: Any, rows: Tensor, sentences: Tensor | None = None) -> Any:
+    """The state of the given rows (R',), which may come several times or not at all.
+
+    Of tensors the first dimension is rows; tuples, lists and dictionaries hold further states. Any other object is asked by
+    its `select(rows, sentences)`: beam search says there which sentences (B',) are still searched (None: all of them), so that
+    what belongs to a sentence, as the encoded source, need not be held once a beam.
+    """
+    if state is None:
+        return None
+    if isinstance(state, Tensor):
+        return state.index_select(0, rows)
+    if isinstance(state, dict):
+        return {name: select(part, rows, sentences) for name, part in state.items()}
+    if isinstance(state, tuple | list):
+        parts = [select(part, rows, sentences) for part in state]
+        return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
+    return state.select(rows, sentences)
+
+
+@torch.no_grad()
+def follow(step: Step, state: Any, begin: Tensor, count: int, *, stop: int, pad: int = 0, **rules: Any) -> Tensor:
+    """Up to `count` tokens after `begin` (B,), greedy or drawn (`pick`'s settings are `rules`): (B, T).
+
+    A row ends with `stop`, and `pad` fills what is behind.
+    """
+    done, drawn, token = torch.zeros_like(begin, dtype=torch.bool), [], begin
+    for _ in range(count):
+        logits, state = step(token, state)
+        token = pick(logits, **rules).masked_fill(done, pad)
+        drawn.append(token)
+        done |= token == stop
+        if bool(done.all()):
+            break
+    return torch.stack(drawn, 1) if drawn else begin.new_empty(len(begin), 0)
+
+
+def forced(step: Step, state: Any, begin: Tensor, tokens: Tensor) -> Tensor:
+    """log p(token | begin, the tokens before it) of given tokens (B, T), each read in its turn: (B, T)."""
+    told = []
+    for before, token in zip([begin, *tokens.unbind(1)], tokens.unbind(1)):
+        logits, state = step(before, state)
+        told.append(logits.log_softmax(-1).gather(-1, token[:, None])[:, 0])
+    return torch.stack(told, 1)
+
+
+class Hypotheses(NamedTuple):
+    """What a beam search found, the best first; where there are fewer hypotheses than asked for, a score is −∞."""
+
+    tokens: Tensor
+    """(B, N, T) int64, `stop` included where it was reached, `pad` behind."""
+    lengths: Tensor
+    """(B, N) int64: the number of tokens, `stop` included."""
+    scores: Tensor
+    """(B, N): Σ log p / lengths^length_penalty."""
+    log_probs: Tensor
+    """(B, N, T): log p of each token, 0 behind the end."""
+
+
+@torch.no_grad()
+def beam_search(
+    step: Step,
+    state: Any,
+    begin: Tensor,
+    count: int,
+    *,
+    beams: int,
+    stop: int,
+    pad: int = 0,
+    length_penalty: float = 1.0,
+    exhaust: bool = False,
+    best: int = 1,
+) -> Hypotheses:
+    """The `best` hypotheses of at most `count` tokens by Σ log p / length^length_penalty, kept `beams` at a time.
+
+    1. each sentence starts with ONE hypothesis, `begin` (K equal ones would stay equal)
+    2. of all continuations of all live hypotheses take the K best by Σ log p; those that end with `stop` are finished: they
+       leave the beam, scored by their OWN length, and the next best ones take their places
+    3. a sentence is done when K hypotheses have finished; with `exhaust`, when no live one can still win (log p ≤ 0, so it
+       scores at most Σ log p / count^length_penalty); at `count` tokens what is live is scored as it stands
+
+    K = 1 is greedy decoding; K ≥ Vᵀ is enumeration.
+
+    Args:
+        step, state, begin: see the top of the file; `begin` (B,) is read first and belongs to no hypothesis. Rows of one sentence
+            lie side by side; see `select` for how a state follows the beams.
+        length_penalty: 1 is the mean of log p, 0 the sum, at least 0.
+    """
+    if beams < 1 or not 1 <= best <= beams or count < 1 or length_penalty < 0:
+        raise ValueError(
+            f"beams {beams}, best {best} and count {count} must be at least 1, best at most beams, and length_penalty "
+            f"{length_penalty} not negative"
+        )
+    size, device, found = len(begin), begin.device, {}
+    at, feed = torch.arange(size, device=device), begin  # the sentences that are still searched; what is read next
+    paths, total, told, finished = begin.new_full((size, 1, count), pad), None, None, None
+    for t in range(count):
+        logits, state = step(feed, state)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if total is None or told is None or finished is None:  # line 1
+            total, told = logits.new_zeros(size, 1), logits.new_zeros(size, 1, count)
+            finished = Hypotheses(
+                paths.expand(-1, beams, -1), at.new_zeros(size, beams), logits.new_full((size, beams), -torch.inf),
+                told.expand(-1, beams, -1),
+            )  # fmt: skip
+        many = min(2 * beams, logits.shape[-1])  # at most K of the 2K best end, for each parent has one such child
+        chance, token = logits.topk(many, -1)
+        chance = (chance - logits.logsumexp(-1, keepdim=True)).view(len(at), -1)
+        reached = total.repeat_interleave(many, 1) + chance
+        reached, which = reached.topk(min(2 * beams, reached.shape[1]), -1)  # line 2
+        token, chance, parent = token.view(len(at), -1).gather(1, which), chance.gather(1, which), which // many
+        ends, last = token == stop, t + 1 == count
+        leaves = (ends | last) & reached.isfinite()
+        leaves[:, beams:] = False
+        if bool(leaves.any()):
+            scores = (reached / (t + 1) ** length_penalty).masked_fill(~leaves, -torch.inf)
+            new = (
+                _longer(paths, parent, token, t),
+                torch.full_like(token, t + 1),
+                scores,
+                _longer(told, parent, chance, t),
+            )
+            finished = _best(Hypotheses(*(torch.cat(pair, 1) for pair in zip(finished, new))), beams)
+        total, order = reached.masked_fill(ends, -torch.inf).topk(min(beams, reached.shape[1]), -1)
+        parent, token, chance = (part.gather(1, order) for part in (parent, token, chance))
+        paths, told = _longer(paths, parent, token, t), _longer(told, parent, chance, t)
+        over = (total[:, 0] == -torch.inf) | last  # line 3
+        if exhaust:
+            over |= finished.scores[:, best - 1] >= total[:, 0] / count**length_penalty
+        else:
+            over |= finished.scores.isfinite().all(1)
+        rows = parent + torch.arange(len(at), device=device)[:, None] * (len(feed) // len(at))
+        sentences = None
+        if bool(over.any()):
+            for place in over.nonzero()[:, 0].tolist():
+                found[int(at[place])] = _best(Hypotheses(*(part[place : place + 1] for part in finished)), best)
+            sentences = (~over).nonzero()[:, 0]
+            if not len(sentences):
+                break
+            at, rows, token, total, paths, told = (x[sentences] for x in (at, rows, token, total, paths, told))
+            finished = Hypotheses(*(part[sentences] for part in finished))
+        feed, rows = token.flatten(), rows.flatten()
+        if sentences is not None or not torch.equal(rows, torch.arange(len(rows), device=device)):
+            state = select(state, rows, sentences)
+    result = Hypotheses(*(torch.cat(parts) for parts in zip(*(found[i] for i in range(size)))))
+    missing = ~result.scores.isfinite()
+    result.tokens[missing], result.lengths[missing], result.log_probs[missing] = pad, 0, 0.0
+    return result
+
+
+def _longer(paths: Tensor, parent: Tensor, last: Tensor, t: int) -> Tensor:
+    """The paths (B, W, T) of the given parents (B, C), each with its own token (B, C) at place t: (B, C, T)."""
+    longer = paths.gather(1, parent[..., None].expand(-1, -1, paths.shape[-1]))
+    longer[..., t] = last
+    return longer
+
+
+def _best(found: Hypotheses, count: int) -> Hypotheses:
+    """The `count` best hypotheses of each sentence, the best first."""
+    scores, order = found.scores.topk(count, -1)
+    whole = order[..., None].expand(-1, -1, found.tokens.shape[-1])
+    return Hypotheses(
+        found.tokens.gather(1, whole), found.lengths.gather(1, order), scores, found.log_probs.gather(1, whole)
+    )
