@@ -128,9 +128,10 @@ PRESETS = {
 }  # fmt: skip
 
 SETTINGS = {
-    "data": "tiny_shakespeare",
+    "data": "sst2",
     "init": Idle("needs another run or published weights; tests start from both"),
     "vocabulary": 250,
+    "heads": 4,
     "width": 32,
     "context": 12,
     "training_examples": 20,
