@@ -1,4 +1,4 @@
-"""Vanishing: how far back a gradient reaches in a recurrent network, and the adding problem
+"""Vanishing: how far back a gradient reaches in a recurrent network
 
 Paper: Bengio, Simard, Frasconi, "Learning Long-Term Dependencies with Gradient Descent is Difficult", 1994; Pascanu, Mikolov,
 Bengio, 2012, arXiv:1211.5063; Hochreiter, Schmidhuber, 1997 (the adding problem); Williams, Peng, 1990 (truncation).
