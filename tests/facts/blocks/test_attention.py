@@ -10,6 +10,7 @@ from torch import nn
 from etude.blocks.nn.attention import (
     Cache,
     MultiHeadAttention,
+    Text,
     attend,
     attention_weights,
     causal_mask,
@@ -231,6 +232,52 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(module(x), module(x))
     module.eval()
     assert torch.equal(module(x), module(x))
+
+
+def test_text_alone_equals_the_padded_batch():
+    """Packed queries and packed memory give, at the places of the text, what padded ones with masks give; gradients too."""
+    module, x, y = MultiHeadAttention(8, 2), torch.randn(3, 5, 8), torch.randn(3, 6, 8)
+    lengths = torch.tensor([[5, 2, 1], [4, 6, 3]])
+    ours, theirs = (Text.of(torch.arange(n) < rows[:, None]) for n, rows in zip((5, 6), lengths))
+    x, y = (text.put(text.take(part)).requires_grad_() for part, text in ((x, ours), (y, theirs)))
+    pairs = [
+        (module(x, key_mask=ours.mask), module(ours.take(x), key_mask=ours.mask, text=ours)),
+        (module(x, causal=True), module(ours.take(x), causal=True, text=ours)),
+        (
+            module(x, y, key_mask=theirs.mask),
+            module(ours.take(x), theirs.take(y), key_mask=theirs.mask, text=ours, memory_text=theirs),
+        ),
+    ]
+    weight = torch.randn(8, 8)
+    for padded, packed in pairs:
+        assert packed.shape == (8, 8)
+        assert (ours.take(padded) - packed).abs().max() < 1e-14
+        asked = [x, *module.parameters()]
+        grads = [torch.autograd.grad((out * weight).sum(), asked) for out in (ours.take(padded), packed)]
+        assert all((a - b).abs().max() < 1e-12 for a, b in zip(*grads))
+
+
+def test_text_is_put_back_where_it_was():
+    text = Text.of(torch.tensor([[True, True, False], [True, False, False]]))
+    x = torch.arange(1.0, 4.0)[:, None]
+    assert text.places.tolist() == [0, 1, 3]
+    assert text.put(x)[..., 0].tolist() == [[1, 2, 0], [3, 0, 0]]
+    assert torch.equal(text.take(text.put(x)), x)
+
+
+def test_advance_and_look_equal_the_whole():
+    """Keys and values kept from the positions before, and those of a memory read once, give what everything at once gives."""
+    module, x, memory = MultiHeadAttention(8, 2), torch.randn(3, 6, 8), torch.randn(3, 4, 8)
+    past, parts = None, []
+    for begin, end in [(0, 1), (1, 4), (4, 6)]:
+        before = past
+        out, past = module.advance(x[:, begin:end], past)
+        parts.append(out)
+        if before is not None:  # a step leaves the past that it was given as it was
+            assert torch.equal(module.advance(x[:, begin:end], before)[0], out)
+    assert (torch.cat(parts, 1) - module(x, causal=True)).abs().max() < 1e-13
+    key = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]], dtype=torch.bool)
+    assert (module.look(x, *module.read(memory), key) - module(x, memory, key_mask=key)).abs().max() < 1e-13
 
 
 def test_width_must_divide():

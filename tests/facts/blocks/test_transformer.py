@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from etude.blocks.nn.attention import causal_mask
-from etude.blocks.nn.transformer import ACTIVATIONS, Block, affine, pack
+from etude.blocks.nn.attention import Text, causal_mask
+from etude.blocks.nn.transformer import ACTIVATIONS, Block
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +106,108 @@ def test_stack_keeps_shape_and_causality(norm):
     assert (jacobian.tril() + torch.ones(5, 5).triu(1) > 0).all()
 
 
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_text_alone_equals_the_padded_batch(norm):
+    """Whether padding is computed and masked or left out, the text comes out the same."""
+    encoder, decoder = Block(8, 2, norm=norm), Block(8, 2, norm=norm, causal=True, cross=True)
+    source, target = (
+        Text.of(torch.arange(n) < torch.tensor(rows)[:, None]) for n, rows in ((5, [5, 2, 1]), (4, [1, 4, 2]))
+    )
+    x, y = torch.randn(3, 5, 8), torch.randn(3, 4, 8)
+    memory = encoder(x, key_mask=source.mask)
+    packed = encoder(source.take(x), text=source)
+    assert (source.take(memory) - packed).abs().max() < 1e-12
+    whole = decoder(y, memory, memory_key_mask=source.mask)
+    alone = decoder(target.take(y), packed, text=target, memory_text=source)
+    assert (target.take(whole) - alone).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("cross", [False, True])
+def test_step_by_step_equals_the_whole(norm, cross):
+    """Several rows of a sentence share its memory, which is read once."""
+    block, x = Block(8, 2, norm=norm, causal=True, cross=cross), torch.randn(6, 5, 8)
+    memory, key = torch.randn(3, 4, 8), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]], dtype=torch.bool)
+    twice = {"memory": memory.repeat_interleave(2, 0), "memory_key_mask": key.repeat_interleave(2, 0)} if cross else {}
+    whole, past, parts = block(x, **twice), None, []
+    read = (block.read_memory(memory), key) if cross else ()
+    for begin, end in [(0, 2), (2, 3), (3, 5)]:
+        out, past = block.advance(x[:, begin:end], past, *read)
+        parts.append(out)
+    assert (torch.cat(parts, 1) - whole).abs().max() < 1e-12
+    with pytest.raises(ValueError, match="only a causal block"):
+        Block(8, 2).advance(x, None)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_looks_are_the_weights_that_torch_takes(norm):
+    block, theirs = twin(nn.TransformerDecoderLayer, norm, causal=True, cross=True)
+    x, memory = torch.randn(2, 5, 8), torch.randn(2, 4, 8)
+    key = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]], dtype=torch.bool)
+    seen = {}
+    for name, part in (("self", theirs.self_attn), ("cross", theirs.multihead_attn)):
+        part.register_forward_pre_hook(lambda m, a, k: (a, k | {"need_weights": True, "average_attn_weights": False}),
+                                       with_kwargs=True)  # fmt: skip
+        part.register_forward_hook(lambda m, a, out, name=name: seen.update({name: out[1]}))
+    theirs(x, memory, tgt_mask=~causal_mask(5, 5), memory_key_padding_mask=~key)
+    ours = block.looks(x, memory, memory_key_mask=key)
+    assert ours.keys() == seen.keys()
+    assert all((ours[name] - seen[name]).abs().max() < 1e-12 for name in seen)
+
+
+def load_marian(block: Block, theirs: nn.Module) -> None:
+    """A Marian layer's weights under torch's names."""
+    names = {"self_attn": "self_attn", "multihead_attn": "encoder_attn"}
+    for ours, other in names.items():
+        if (attention := getattr(block, ours)) is not None:
+            part = getattr(theirs, other)
+            projections = [part.q_proj, part.k_proj, part.v_proj]
+            attention.in_proj_weight.data = torch.cat([p.weight for p in projections]).detach()
+            attention.in_proj_bias.data = torch.cat([p.bias for p in projections]).detach()
+            attention.out_proj.load_state_dict(part.out_proj.state_dict())
+    norms = ["self_attn_layer_norm", *(["encoder_attn_layer_norm"] if block.norm3 else []), "final_layer_norm"]
+    for number, name in enumerate(norms, 1):
+        getattr(block, f"norm{number}").load_state_dict(getattr(theirs, name).state_dict())
+    block.linear1.load_state_dict(theirs.fc1.state_dict())
+    block.linear2.load_state_dict(theirs.fc2.state_dict())
+
+
+def test_parity_with_hugging_face_marian_layers():
+    """Marian is the paper's network as Hugging Face holds it: post-norm, relu, scale 1/√d."""
+    marian = pytest.importorskip("transformers.models.marian.modeling_marian", reason="transformers is not installed")
+    config = marian.MarianConfig(
+        d_model=8, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=20, decoder_ffn_dim=20,
+        activation_function="relu", attn_implementation="eager",
+    )  # fmt: skip
+    encoder, decoder = (
+        kind(config, **more).eval()
+        for kind, more in ((marian.MarianEncoderLayer, {}), (marian.MarianDecoderLayer, {"layer_idx": 0}))
+    )
+    for part in (encoder, decoder):
+        for parameter in part.parameters():
+            parameter.data.normal_(std=0.5)
+    ours = Block(8, 2, 20, norm="post").eval(), Block(8, 2, 20, norm="post", causal=True, cross=True).eval()
+    load_marian(ours[0], encoder)
+    load_marian(ours[1], decoder)
+    x, y = torch.randn(2, 5, 8), torch.randn(2, 4, 8)
+    key = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], dtype=torch.bool)
+
+    def added(mask):
+        return torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+
+    def first(out):
+        return out[0] if isinstance(out, tuple) else out
+
+    theirs = first(encoder(x, added(key[:, None, None])))
+    mine = ours[0](x, key_mask=key)
+    assert (mine - theirs).abs().max() < 1e-12
+    theirs = first(
+        decoder(y, added(causal_mask(4, 4)[None, None]), encoder_hidden_states=theirs,
+                encoder_attention_mask=added(key[:, None, None]))
+    )  # fmt: skip
+    assert (ours[1](y, mine, memory_key_mask=key) - theirs).abs().max() < 1e-12
+
+
 def test_dropout_in_training_only():
     block, x = Block(8, 2, dropout=0.5), torch.randn(2, 5, 8)
     assert not torch.equal(block(x), block(x))
@@ -121,76 +223,3 @@ def test_memory_and_norm_are_checked():
         Block(8, 2, cross=True)(x)
     with pytest.raises(ValueError, match="norm must be"):
         Block(8, 2, norm="middle")
-
-
-# ------------------------------------------------------------------------------------------- affine and pack
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(
-    ("rows", "inputs", "outputs"), [((40,), 24, 70), ((4, 10), 70, 24), ((3,), 8, 5), ((33,), 1, 1)]
-)
-def test_affine_and_its_gradients_equal_float64(rows, inputs, outputs, bias):
-    """float32 (whichever kernel takes it) against plain float64 products, forwards and backwards."""
-    x, weight = torch.randn(*rows, inputs, dtype=torch.float32), torch.randn(inputs, outputs, dtype=torch.float32)
-    shift = torch.randn(outputs, dtype=torch.float32) if bias else None
-    grad = torch.randn(*rows, outputs, dtype=torch.float32)
-    leaves = [t.clone().requires_grad_() for t in (x, weight, shift) if t is not None]
-    exact = [t.detach().double().requires_grad_() for t in leaves]
-    out = affine(*leaves)
-    reference = exact[0] @ exact[1] + (exact[2] if bias else 0)
-    assert out.dtype == torch.float32
-    assert (out - reference).abs().max() < 1e-5 * inputs**0.5 * 3
-    out.backward(grad)
-    reference.backward(grad.double())
-    for ours, theirs in zip(leaves, exact):
-        assert ours.grad is not None
-        assert ours.grad.shape == theirs.grad.shape
-        assert (ours.grad - theirs.grad).abs().max() < 1e-4
-
-
-def test_affine_takes_transposed_and_expanded_operands():
-    """A tied head is a transposed table, and the gradient of a sum is an expanded scalar."""
-    x, table = torch.randn(40, 8, dtype=torch.float32), torch.randn(20, 8, dtype=torch.float32, requires_grad=True)
-    affine(x, table.t()).sum().backward()
-    assert (table.grad - x.sum(0).expand(20, 8)).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_affine_in_other_precisions(dtype):
-    x, weight, bias = torch.randn(40, 8).to(dtype), torch.randn(8, 5).to(dtype), torch.randn(5).to(dtype)
-    out = affine(x, weight, bias)
-    assert out.dtype == dtype
-    assert (out.double() - (x.double() @ weight.double() + bias.double())).abs().max() < (
-        1e-12 if dtype == torch.float64 else 0.1
-    )
-
-
-def test_affine_follows_autocast():
-    x, weight = torch.randn(40, 8, dtype=torch.float32), torch.randn(8, 5, dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert affine(x, weight, torch.zeros(5, dtype=torch.float32)).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 2, 8])
-def test_packed_weights_give_the_same_product(rows, dtype):
-    x, weight, bias = torch.randn(rows, 1, 24).to(dtype), torch.randn(24, 70).to(dtype), torch.randn(70).to(dtype)
-    packed = pack(weight, rows)
-    error = (affine(x, weight, bias, packed).double() - affine(x.double(), weight.double(), bias.double())).abs().max()
-    assert error < (1e-4 if dtype == torch.float32 else 0.3)
-    kept = affine(x, weight, bias, packed).clone()
-    weight.zero_()
-    assert packed is None or torch.equal(affine(x, weight, bias, packed), kept)  # a copy, as documented
-
-
-def test_pack_declines_bfloat16_on_processors_without_it(monkeypatch):
-    """oneDNN raises there, as on one with AVX2 only."""
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    assert pack(torch.randn(8, 5, dtype=torch.bfloat16), 4) is None
-    assert pack(torch.randn(8, 5, dtype=torch.float32), 4) is not None
-
-
-def test_pack_declines_what_it_would_not_speed_up():
-    assert pack(torch.randn(8, 5, dtype=torch.float64), 4) is None
-    assert pack(torch.randn(8, 5, dtype=torch.float32), 1) is None

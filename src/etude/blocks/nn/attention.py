@@ -10,12 +10,24 @@ the scores. (`nn.MultiheadAttention` reads booleans the other way round.)
 from __future__ import annotations
 
 from math import sqrt
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Cache", "MultiHeadAttention", "attend", "attention_weights", "causal_mask", "join_masks", "text_mask"]
+from etude.blocks.nn.affine import Linear, affine
+
+__all__ = [
+    "Cache",
+    "MultiHeadAttention",
+    "Text",
+    "attend",
+    "attention_weights",
+    "causal_mask",
+    "join_masks",
+    "text_mask",
+]
 
 
 def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> Tensor:
@@ -143,6 +155,28 @@ class Cache:
         return keys[:, :, :end], values[:, :, :end]
 
 
+class Text(NamedTuple):
+    """Which places of a padded batch hold text, so that only these R are computed (all but the attention itself)."""
+
+    mask: Tensor
+    """(B, T) bool, True where there is text."""
+    places: Tensor
+    """(R,) int64: those places of the flat B·T."""
+
+    @classmethod
+    def of(cls, mask: Tensor) -> Text:
+        """From the mask alone."""
+        return cls(mask, mask.flatten().nonzero()[:, 0])
+
+    def take(self, x: Tensor) -> Tensor:
+        """(B, T, D) → (R, D), the text alone."""
+        return x.flatten(0, 1).index_select(0, self.places)
+
+    def put(self, x: Tensor) -> Tensor:
+        """(R, D) → (B, T, D), 0 where there is no text."""
+        return x.new_zeros(self.mask.numel(), x.shape[-1]).index_copy(0, self.places, x).view(*self.mask.shape, -1)
+
+
 class MultiHeadAttention(nn.Module):
     """Attention in H subspaces at once, then an output projection: concat_h(attend(QW_q, KW_k, VW_v))·W_O.
 
@@ -164,7 +198,7 @@ class MultiHeadAttention(nn.Module):
         self.width, self.heads, self.dropout = width, heads, dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width)) if bias else None
-        self.out_proj = nn.Linear(width, width, bias=bias)
+        self.out_proj = Linear(width, width, bias=bias)
         nn.init.xavier_uniform_(self.in_proj_weight)
         if bias:
             nn.init.zeros_(self.out_proj.bias)
@@ -177,15 +211,18 @@ class MultiHeadAttention(nn.Module):
         key_mask: Tensor | None = None,
         causal: bool = False,
         value: Tensor | None = None,
+        text: Text | None = None,
+        memory_text: Text | None = None,
     ) -> Tensor:
         """(B, T, D) from query (B, T, D) looking at memory (B, S, D); without memory it looks at itself.
 
         `mask` is (T, S), (B, T, S) or (B, H, T, S); `key_mask` (B, S) is False at padding; `value` (B, S, D) only
-        when values come from elsewhere than keys.
+        when values come from elsewhere than keys. With `text` the query, and the answer, are (R, D), its places alone; so is
+        the memory with `memory_text`.
         """
-        q, k, v, mask = self._project(query, memory, value, mask, key_mask)
+        q, k, v, mask = self._project(query, memory, value, mask, key_mask, text, memory_text)
         out = attend(q, k, v, mask, causal=causal, dropout=self.dropout if self.training else 0.0)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        return self._joined(out, text)
 
     def weights(
         self,
@@ -199,25 +236,61 @@ class MultiHeadAttention(nn.Module):
         q, k, _, mask = self._project(query, memory, None, mask, key_mask)
         return attention_weights(q, k, mask, causal=causal)
 
+    def read(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H, S, d) of a memory (B, S, D): what `look` needs of it, projected once for many looks."""
+        k, v = self._heads(memory, slice(self.width, None))
+        return k, v
+
+    def look(self, query: Tensor, keys: Tensor, values: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """(B, T, D) from query (B, T, D) looking at what `read` gave; `forward` with the memory already projected."""
+        (q,) = self._heads(query, slice(self.width))
+        return self._joined(attend(q, keys, values, None if key_mask is None else key_mask[:, None, None, :]))
+
+    def advance(self, x: Tensor, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Causal self-attention of positions x (B, T, D) that follow those of `past`: (B, T, D), and the new past.
+
+        The past is keys and values (B, H, S, d) of all positions so far, None before the first.
+        """
+        q, k, v = self._heads(x, slice(None))
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        return self._joined(attend(q, k, v, causal=True)), (k, v)
+
     def _project(
-        self, query: Tensor, memory: Tensor | None, value: Tensor | None, mask: Tensor | None, key_mask: Tensor | None
+        self,
+        query: Tensor,
+        memory: Tensor | None,
+        value: Tensor | None,
+        mask: Tensor | None,
+        key_mask: Tensor | None,
+        text: Text | None = None,
+        memory_text: Text | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        width, weight, bias = self.width, self.in_proj_weight, self.in_proj_bias
+        width = self.width
         if memory is None and value is None:
-            parts = F.linear(query, weight, bias).chunk(3, dim=-1)
+            q, k, v = self._heads(query, slice(None), text)
         else:
             memory = query if memory is None else memory
-            bias_q, bias_kv = (None, None) if bias is None else (bias[:width], bias[width:])
-            q = F.linear(query, weight[:width], bias_q)
+            (q,) = self._heads(query, slice(width), text)
             if value is None:
-                parts = q, *F.linear(memory, weight[width:], bias_kv).chunk(2, dim=-1)
+                k, v = self._heads(memory, slice(width, None), memory_text)
             else:
-                bias_k, bias_v = (None, None) if bias_kv is None else bias_kv.chunk(2)
-                w_k, w_v = weight[width:].chunk(2)
-                parts = q, F.linear(memory, w_k, bias_k), F.linear(value, w_v, bias_v)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)  # (B, H, ·, d)
+                (k,) = self._heads(memory, slice(width, 2 * width), memory_text)
+                (v,) = self._heads(value, slice(2 * width, None), memory_text)
         if mask is not None and mask.ndim == 3:
             mask = mask[:, None]
         if key_mask is not None:
             mask = join_masks(mask, key_mask[:, None, None, :])
         return q, k, v, mask
+
+    def _heads(self, x: Tensor, rows: slice, text: Text | None = None) -> list[Tensor]:
+        """The projections by these rows of in_proj_weight, of D each: a list of (B, H, T, d)."""
+        bias = self.in_proj_bias
+        x = affine(x, self.in_proj_weight[rows].t(), None if bias is None else bias[rows])
+        x = x if text is None else text.put(x)
+        return [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in x.split(self.width, dim=-1)]
+
+    def _joined(self, out: Tensor, text: Text | None = None) -> Tensor:
+        """(B, H, T, d) → (B, T, D), or (R, D): heads side by side, then W_O."""
+        out = out.transpose(1, 2).flatten(2)
+        return self.out_proj(out if text is None else text.take(out))

@@ -8,98 +8,25 @@ Xiong et al., 2020, arXiv:2002.04745. Parameter names are those of `nn.Transform
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from etude.blocks.nn.attention import MultiHeadAttention
+from etude.blocks.nn.affine import Linear
+from etude.blocks.nn.attention import MultiHeadAttention, Text
 
-__all__ = ["ACTIVATIONS", "Block", "affine", "pack"]
+__all__ = ["ACTIVATIONS", "Block", "Past"]
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": _gelu_tanh}
-
-
-def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
-    """x·W + b: x (..., I), W (I, O), b (O) → (..., O), differentiable once by oneDNN's kernels on a CPU.
-
-    torch sends float32 products on a CPU to MKL. On the AMD EPYC where this was measured oneDNN, which torch ships
-    too, is about twice as fast at the same precision (other processors were not measured). Everywhere else this is
-    `torch.addmm` (in bfloat16 torch goes to oneDNN by itself).
-
-    Args:
-        packed: `pack(weight, rows)`, used when x has as many rows as it was packed for; then there is no gradient.
-    """
-    rows = x.flatten(0, -2)
-    if packed is not None:
-        return _onednn(rows, packed, bias).unflatten(0, x.shape[:-1])
-    large = rows.shape[0] >= 32  # below, laying W out for the kernel costs more than the kernel saves
-    if large and x.dtype == torch.float32 and _takes_onednn(x) and not torch.is_autocast_enabled("cpu"):
-        out = _Product.apply(rows, weight, bias)
-    else:
-        out = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
-    shape = (*x.shape[:-1], out.shape[-1])
-    # as torch's own product does: `out` is new, and FSDP warns of a module that returns a view
-    return torch.ops.aten._unsafe_view(out, shape) if torch.is_grad_enabled() else out.view(shape)
-
-
-def pack(weight: Tensor, rows: int) -> Tensor | None:
-    """W (I, O) laid out as oneDNN's kernel wants it for x of `rows` rows; None where `affine` is as fast without.
-
-    A copy: later changes of the weight do not reach it. It saves the layout work in every call, worth it when the same
-    weights multiply a few rows again and again.
-    """
-    if not _takes_onednn(weight) or (rows == 1 and weight.dtype == torch.float32):
-        return None
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().t(), rows)
-
-
-class _Product(torch.autograd.Function):
-    """x·W + b and its two products backwards, each by oneDNN; x (M, I), W (I, O), b (O) or None."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _onednn(x, weight.t(), bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        grad_x = _onednn(grad, weight) if needs[0] else None
-        grad_weight = None
-        if needs[1]:  # xᵀ·g, or (gᵀ·x)ᵀ: the left factor is copied, so it should be the smaller one
-            narrow = x.shape[1] <= grad.shape[1]
-            grad_weight = _onednn(x.t(), grad.t()) if narrow else _onednn(grad.t(), x.t()).t()
-        return grad_x, grad_weight, grad.sum(0) if needs[2] else None
-
-
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (M, I) times the transpose of weight (O, I), plus bias."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and all(
-    hasattr(torch.ops.mkldnn, name)
-    for name in ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
-)
-
-
-def _takes_onednn(x: Tensor) -> bool:
-    fits = _HAS_ONEDNN and x.device.type == "cpu" and x.numel() > 0
-    if x.dtype == torch.bfloat16:  # oneDNN refuses it on processors that lack the instructions
-        fits = fits and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    elif x.dtype != torch.float32:
-        return False
-    return fits and torch.backends.mkldnn.enabled and not torch.compiler.is_compiling()
+Branch = Callable[[Tensor], Tensor]
+Past = tuple[Tensor, Tensor] | None
+"""Keys and values (R, H, T, d) of what a causal block has read; None before the first position."""
+ACTIVATIONS: dict[str, Branch] = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": _gelu_tanh}
 
 
 class Block(nn.Module):
@@ -134,8 +61,8 @@ class Block(nn.Module):
         self.norm_first, self.causal, self.activation = norm == "pre", causal, ACTIVATIONS[activation]
         self.self_attn = MultiHeadAttention(width, heads, dropout)
         self.multihead_attn = MultiHeadAttention(width, heads, dropout) if cross else None
-        self.linear1 = nn.Linear(width, hidden or 4 * width)
-        self.linear2 = nn.Linear(hidden or 4 * width, width)
+        self.linear1 = Linear(width, hidden or 4 * width)
+        self.linear2 = Linear(hidden or 4 * width, width)
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
         self.norm3 = nn.LayerNorm(width) if cross else None
@@ -148,29 +75,94 @@ class Block(nn.Module):
         mask: Tensor | None = None,
         key_mask: Tensor | None = None,
         memory_key_mask: Tensor | None = None,
+        text: Text | None = None,
+        memory_text: Text | None = None,
     ) -> Tensor:
         """(B, T, D) → (B, T, D); memory (B, S, D) is needed exactly when the block was built with `cross=True`.
 
         `mask` and `key_mask` (B, T) rule the self-attention, `memory_key_mask` (B, S) the cross-attention; True =
-        may be looked at (see `etude.blocks.nn.attention`).
+        may be looked at (see `etude.blocks.nn.attention`). With `text` x is (R, D), the text of a padded batch alone, and with
+        `memory_text` so is the memory; padding is then not looked at.
         """
-        if (memory is None) != (self.multihead_attn is None):
-            raise ValueError("memory goes with cross=True: give it to a block with cross-attention and to no other")
+        self._expect(memory is not None)
+        key_mask = (
+            text.mask if text is not None and not self.causal else key_mask
+        )  # behind a causal query is no padding
+        memory_key_mask = memory_key_mask if memory_text is None else memory_text.mask
+
+        def cross(h: Tensor) -> Tensor:
+            return self._cross(h, memory, key_mask=memory_key_mask, text=text, memory_text=memory_text)
+
+        return self._through(
+            x, lambda h: self.self_attn(h, mask=mask, key_mask=key_mask, causal=self.causal, text=text), cross
+        )
+
+    def advance(
+        self, x: Tensor, past: Past, memory: tuple[Tensor, Tensor] | None = None, memory_key_mask: Tensor | None = None
+    ) -> tuple[Tensor, Past]:
+        """`forward` of a causal block for the positions x (R, T, D) behind those that `past` holds: (R, T, D), and the new past.
+
+        `memory` is what `read_memory` gave, of B sentences; R = B·K, the K rows of a sentence side by side.
+        Nothing is overwritten.
+        """
+        if not self.causal:
+            raise ValueError(
+                "only a causal block can be read step by step: what comes later would change what was said"
+            )
+        self._expect(memory is not None)
+        new: list[Past] = []
 
         def look(h: Tensor) -> Tensor:
-            return self.self_attn(h, mask=mask, key_mask=key_mask, causal=self.causal)
+            out, now = self.self_attn.advance(h, past)
+            new.append(now)
+            return out
 
+        def cross(h: Tensor) -> Tensor:
+            assert memory is not None
+            together = h.reshape(len(memory[0]), -1, h.shape[-1])  # no query sees another, so K rows are K·T queries
+            return self._cross.look(together, *memory, memory_key_mask).view_as(h)
+
+        return self._through(x, look, cross), new[0]
+
+    def read_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H, S, d) that the cross-attention takes from the memory (B, S, D), for `advance`."""
+        return self._cross.read(memory)
+
+    def looks(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        memory_key_mask: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Who looks where for the arguments of `forward`: "self" (B, H, T, T), and with a memory "cross" (B, H, T, S)."""
+        norm = self.norm1 if self.norm_first else nn.Identity()
+        found = {"self": self.self_attn.weights(norm(x), key_mask=key_mask, causal=self.causal)}
+        if memory is not None:
+            x = self._residual(x, lambda h: self.self_attn(h, key_mask=key_mask, causal=self.causal), self.norm1)
+            norm = self.norm2 if self.norm_first else nn.Identity()
+            found["cross"] = self._cross.weights(norm(x), memory, key_mask=memory_key_mask)
+        return found
+
+    @property
+    def _cross(self) -> MultiHeadAttention:
+        assert self.multihead_attn is not None
+        return self.multihead_attn
+
+    def _expect(self, memory: bool) -> None:
+        if memory != (self.multihead_attn is not None):
+            raise ValueError("memory goes with cross=True: give it to a block with cross-attention and to no other")
+
+    def _through(self, x: Tensor, look: Branch, cross: Branch) -> Tensor:
         x = self._residual(x, look, self.norm1)
-        last = self.norm2
-        if self.multihead_attn is not None and self.norm3 is not None:
-            cross, last = self.multihead_attn, self.norm3
-            x = self._residual(x, lambda h: cross(h, memory, key_mask=memory_key_mask), self.norm2)
-        return self._residual(x, self._network, last)
+        if self.norm3 is None:
+            return self._residual(x, self._network, self.norm2)
+        return self._residual(self._residual(x, cross, self.norm2), self._network, self.norm3)
 
     def _network(self, h: Tensor) -> Tensor:
         return self.linear2(self.dropout(self.activation(self.linear1(h))))
 
-    def _residual(self, x: Tensor, branch: Callable[[Tensor], Tensor], norm: nn.Module) -> Tensor:
+    def _residual(self, x: Tensor, branch: Branch, norm: nn.Module) -> Tensor:
         if self.norm_first:
             return x + self.dropout(branch(norm(x)))
         return norm(x + self.dropout(branch(x)))

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from etude.blocks.nn.affine import affine, pack
 from etude.blocks.nn.attention import Cache, attend, text_mask
 from etude.blocks.nn.positional import LearnedPositions
-from etude.blocks.nn.transformer import ACTIVATIONS, affine, pack
+from etude.blocks.nn.transformer import ACTIVATIONS
 from etude.core.errors import UserError
 
 __all__ = ["GPT", "Affine", "Architecture", "next_token_loss", "total_nats"]

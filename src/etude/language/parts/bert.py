@@ -18,9 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from etude.blocks.nn.affine import Linear, affine
 from etude.blocks.nn.attention import attend
 from etude.blocks.nn.positional import check_positions
-from etude.blocks.nn.transformer import ACTIVATIONS, affine
+from etude.blocks.nn.transformer import ACTIVATIONS
 from etude.core.errors import UserError
 from etude.language.parts.wordpiece import WordPiece
 
@@ -42,13 +43,6 @@ class Architecture:
     dropout: float = 0.1
     attention_dropout: float = 0.1
     epsilon: float = 1e-12
-
-
-class Linear(nn.Linear):
-    """x·Wᵀ + b by the kernels of `affine`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return affine(input, self.weight.t(), self.bias)
 
 
 class Embeddings(nn.Module):
