@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -102,7 +102,7 @@ def seen(window: Window, height: int, width: int) -> Tensor:
 
 @torch.no_grad()
 def show(
-    run: Run, layers: list[dict[str, Any]], before: nn.Module, features: nn.Module, x: Tensor, photograph: Tensor
+    run: Run, layers: list[dict[str, Any]], before: nn.Module, features: nn.Sequential, x: Tensor, photograph: Tensor
 ) -> None:
     """All pictures of a run: `x` (N, C, H, W) uint8 images, `photograph` (1, 3, H, W) in [0, 1]."""
     run.artifact(
@@ -117,13 +117,11 @@ def show(
     )
     run.artifact("border", border(photograph), "A photograph, blurred seven times: what zeros outside it do.")
     run.artifact("pooling", pooling(photograph), "A photograph at an eighth of its size, and where its maxima stood.")
-    image = x[:1].to(run.device)
+    image, first = x[:1].to(run.device), cast(Tensor, features[0].weight)
     run.artifact(
         "maps", maps(before, features, image), "A test image on its way through the network; each map on its own scale."
     )
-    run.artifact(
-        "film", film(before(image)[0, 0].cpu(), features[0].weight[0, 0].cpu()), "A learned kernel goes over an image."
-    )
+    run.artifact("film", film(before(image)[0, 0].cpu(), first[0, 0].cpu()), "A learned kernel goes over an image.")
 
 
 def kernels(photograph: Tensor) -> Image.Image:
