@@ -43,13 +43,14 @@ from torch.nn import functional as F
 from etude import optim
 from etude.blocks.nn.dropout import Dropout
 from etude.blocks.nn.init import initialise
-from etude.blocks.nn.norm import BatchNorm, Standardise
+from etude.blocks.nn.norm import Standardise
 from etude.catalog import Control, Experiment, Idle, method
 from etude.core.config import Count, Few, Fraction, NonNegative, Positive, Whole
 from etude.core.run import Run
 from etude.core.spec import Spec
 from etude.optim import set_lr
 from etude.segmentation.parts.crops import Turns, crops
+from etude.segmentation.parts.layers import convolutions, cropped
 from etude.segmentation.parts.looks import pictures
 from etude.segmentation.parts.predicting import predict as predict  # for `etude predict`
 from etude.segmentation.parts.scenes import read
@@ -174,12 +175,7 @@ class UNet(PixelNetwork):
             self.margin, self.residue = 6 * self.stride - 4, -4 * (self.stride - 1) % self.stride
 
         def twice(before: int, after: int) -> nn.Sequential:
-            layers: list[nn.Module] = []
-            for maps in (before, after):
-                layers += [nn.Conv2d(maps, after, 3, padding=padding, bias=normalizer == "none")]
-                layers += [BatchNorm(after)] if normalizer == "batch" else []
-                layers += [nn.ReLU()]
-            return nn.Sequential(*layers)
+            return convolutions(before, after, 2, padding, normalizer)
 
         maps = [width << level for level in range(levels + 1)]
         self.standardise = Standardise(mean, std)
@@ -211,12 +207,6 @@ def reach(levels: int) -> int:
     for _ in range(levels):
         low, high = 2 * low - 2, 2 * high + 2
     return max(-low, high - 2**levels)
-
-
-def cropped(skip: Tensor, like: Tensor) -> Tensor:
-    """The middle of maps (N, C, H, W), of the height and width of `like`."""
-    top, left = ((a - b) // 2 for a, b in zip(skip.shape[-2:], like.shape[-2:]))
-    return skip[..., top : top + like.shape[-2], left : left + like.shape[-1]]
 
 
 def build(config: Config, spec: Spec) -> dict[str, nn.Module]:

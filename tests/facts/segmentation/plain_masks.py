@@ -2,10 +2,13 @@
 
 import json
 
+import pytest
 import torch
 from sklearn.metrics import accuracy_score, jaccard_score
+from torch import nn
 from torch.nn import functional as F
 
+from etude.blocks.nn.dropout import Dropout
 from etude.core import checkpoint
 from etude.core.randomness import fold, generator
 from etude.data.batches import Stream
@@ -13,11 +16,17 @@ from etude.segmentation.parts.scenes import Part, Scenes, draw, read
 from etude.segmentation.parts.scores import rand_error, segments
 
 
-def few(train=7, test=3):
-    """A few canvases of digits in each split: what a run finds under --data digits."""
+def few(train=7, test=3, noise=0):
+    """A few canvases of digits in each split: what a run finds under --data digits, or that under noise below this."""
     data, cut = read("digits"), []
     for part, count in ((data.train, train), (data.validation, 2), (data.test, test)):
-        cut.append(Part(part.x[:count], part.y[:count]))
+        generator = torch.Generator().manual_seed(count)
+        x = (
+            [x // 2 + torch.randint(noise + 1, x.shape, generator=generator).byte() for x in part.x[:count]]
+            if noise
+            else part.x
+        )
+        cut.append(Part(x[:count], part.y[:count]))
     return Scenes(data.name, *cut, data.spec, data.source)
 
 
@@ -73,6 +82,12 @@ def scores(model, part, spec):
     return found | ({"rand_error": sum(rand) / len(rand)} if spec.extra["segments"] else {})
 
 
+def near(expected, prefix):
+    """These scores under a prefix: the loss closely, the others but for a few pixels in which two classes tie."""
+    close = {True: {"rel": 1e-5}, False: {"abs": 1e-3}}
+    return {f"{prefix}{name}": pytest.approx(value, **close[name == "loss"]) for name, value in expected.items()}
+
+
 def log(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -81,4 +96,35 @@ def state_of(folder):
     return checkpoint.load(folder / "checkpoints")[1]["model"]
 
 
-__all__ = ["batch", "began", "draw", "few", "log", "loss_of", "scores", "state_of"]
+OPTIMIZERS = {
+    "sgd": lambda p, **s: torch.optim.SGD(p, **s),
+    "momentum": lambda p, **s: torch.optim.SGD(p, momentum=0.9, **s),
+    "adam": lambda p, **s: torch.optim.Adam(p, **s),
+    "adamw": lambda p, **s: torch.optim.AdamW(p, **s),
+}
+
+
+def replay(model, config, weight=None, steps=3, data=None):
+    """The first steps of a run of seed 0, its rate falling to zero in a line: the loss before each, and after two the scores."""
+    data, losses, found = data or few(), [], {}
+    for name, part in [*model.named_modules()]:
+        if isinstance(part, Dropout):
+            model.set_submodule(name, nn.Dropout(part.p))
+    model.to(memory_format=torch.channels_last)  # dropout draws in its order
+    make = OPTIMIZERS[config.optimizer]
+    optimizer = make(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = config.learning_rate * (1 - step / steps)
+        x, y = batch(data.train, step, config.batch, config.crop, model.margin, config.turns)
+        torch.manual_seed(fold(0, step, 0, "step"))
+        loss = loss_of(model.train()(x), y, weight)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if step == 1 and not model.margin:
+            found = scores(model.eval(), data.validation, read("digits").spec)
+    return losses, found
+
+
+__all__ = ["batch", "began", "draw", "few", "log", "loss_of", "near", "replay", "scores", "state_of"]

@@ -81,12 +81,10 @@ def test_reported_numbers_are_those_of_the_saved_network(flags, tmp_path):
     loaded = etude.load(done.folder)
     assert loaded.model.skips == flags.get("skips", "concat")
     expected = plain.scores(loaded.model, plain.few().test, loaded.spec)
-    near = {"abs": 1e-3} if "tile" in flags else {"rel": 1e-5}  # pixels where two classes tie
-    assert done.metrics == pytest.approx({f"test_{name}": value for name, value in expected.items()}, **near)
+    assert done.metrics == plain.near(expected, "test_")
     last = plain.log(done.folder)[-1]
     expected = plain.scores(loaded.model, plain.few().validation, loaded.spec)
-    for name, value in expected.items():
-        assert last[f"validation_{name}"] == pytest.approx(value, **near)
+    assert last == last | plain.near(expected, "validation_")
 
 
 def test_loop_bends_what_it_is_told_to_bend(tmp_path, monkeypatch):

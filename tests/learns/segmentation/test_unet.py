@@ -19,9 +19,13 @@ def bars(count, seed):
     return Part([*x], [*y])
 
 
-def test_learns_which_half_is_left(tmp_path, monkeypatch):
+def scenes():
+    """Bars in three splits."""
     spec = Spec((1,), ("nothing", "left", "right"), (0.2,), (0.25,), {"segments": True})
-    data = Scenes("bars", bars(60, 0), bars(4, 1), bars(10, 2), spec, "drawn here")
-    monkeypatch.setattr("etude.segmentation.unet.read", lambda *_: data)
+    return Scenes("bars", bars(60, 0), bars(4, 1), bars(10, 2), spec, "drawn here")
+
+
+def test_learns_which_half_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr("etude.segmentation.unet.read", lambda *_: scenes())
     done = etude.run("segmentation/unet", steps=60, crop=16, width=6, quiet=True, seed=0, out=tmp_path / "run")
     assert done.metrics["test_mean_iou"] >= 0.8

@@ -20,7 +20,7 @@ class PixelNetwork(nn.Module):
     """Pictures (N, C, H, W), uint8 or float in [0, 1] → logits (N, K, H − 2 margin, W − 2 margin).
 
     What prediction must know of it: `stride`, its output's sides being `residue` modulo it; `margin`, the pixels lost on each
-
+    side; where nothing is lost, `reach`, how far beyond an aligned block of `stride` answers its pixels see.
     """
 
     stride: int = 1
