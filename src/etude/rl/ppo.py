@@ -26,6 +26,8 @@ Differences:
 - Images go through the convolutions of Mnih et al. (2015), whose gradient is written out too; the authors' code does the
   same. Observations are not standardised along the way, which its MuJoCo settings do.
 - Rows on which a world only resets are no transitions and are in no mean.
+- `--update compiled` acts and learns in machine code (`parts/kernels.py`), all minibatches of a segment in one call, on torch's
+  random numbers and equal but for rounding. It takes discrete actions, states that are numbers, one rank and the CPU.
 - Under torchrun every rank acts in its own n worlds; gradients are means over the ranks, Â is standardised on each.
 
 Expect: one core, 25 s: CartPole after 100,000 steps, seeds 0-2: J = 500, 500, 500; 20 s: MuJoCo's InvertedPendulum after
@@ -38,7 +40,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -47,8 +49,9 @@ from torch import Tensor, nn
 from etude.blocks.acting.environments import environment
 from etude.blocks.acting.episodes import Copies, play, show
 from etude.blocks.acting.memory import afford_learning
+from etude.blocks.acting.returns import lambda_advantages
 from etude.blocks.acting.worlds import Engine, Worlds
-from etude.catalog import Control, Experiment, method
+from etude.catalog import Control, Experiment, Idle, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, Few, NonNegative, Positive, Probability, Range, Whole
 from etude.core.errors import RunError, UserError
@@ -61,6 +64,8 @@ from etude.optim.clipping import clip_norm_
 from etude.optim.flat import flatten
 from etude.rl.parts.actor_critic import ActorCritic, GaussianActorCritic
 from etude.rl.parts.films import films
+from etude.rl.parts.fused import Fused, refuse
+from etude.rl.parts.kernels import Rule
 from etude.rl.parts.rollouts import advantages, collect
 from etude.rl.reinforce import Sample, acting
 
@@ -78,6 +83,10 @@ class Config:
     """Copies of the environment that act together (n)."""
     engine: Engine = "gymnasium"
     """Gymnasium's worlds, or the classic ones compiled: the same transitions, many times as fast."""
+    update: Literal["torch", "compiled"] = "torch"
+    """Who computes actions and updates: torch, or machine code on one thread of the CPU, several times as fast (discrete
+    actions, states that are numbers, one rank; equal but for rounding; some ten seconds to compile, the first time ever).
+    """
     segment: Few = 32
     """Steps of each world between updates (T)."""
     passes: Few = 20
@@ -145,6 +154,7 @@ PRESETS = {
 }  # fmt: skip
 
 SETTINGS = {
+    "update": Idle("the same numbers but for rounding, which tests compare"),
     "log_std": {"env": "Pendulum-v1", "log_std": -1.0},
     "env": "Acrobot-v1",
     "schedule": "constant",
@@ -247,12 +257,22 @@ def train(config: Config, run: Run) -> dict[str, float]:
     whole = config.worlds * config.segment
     if whole < 2:  # of which a reset may be one
         raise UserError("--worlds times --segment is 1, and PPO learns from two steps or more at a time")
+    if config.update == "compiled":
+        refuse(run, worlds)
     afford_learning([worlds.size, *config.widths, worlds.actions], whole)
     run.describe(spec)
     model = run.place(build(config, spec)["model"])
     assert isinstance(model, ActorCritic)
     vector = flatten(model)
     optimizer = Adam([vector], lr=config.learning_rate, eps=1e-5)
+    fused = None
+    if config.update == "compiled":
+        rule = Rule(
+            min(config.batch, whole), config.clip_ratio, config.value_coefficient, config.entropy_bonus, config.normalise,
+            config.target_kl, config.clip_norm,
+        )  # fmt: skip
+        fused = Fused(model, vector, optimizer, rule, config.worlds)
+    actor, estimate = (fused, fused.lambda_advantages) if fused else (model, lambda_advantages)
     box = Box(recent=[], seen={})
     run.track(model=model, optimizer=optimizer, worlds=worlds, box=box)
     parameters = sum(p.numel() for p in model.parameters())
@@ -263,7 +283,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
         if note:
             run.say(note)
             run.artifact(name, note)
-    segments = -(-config.steps // whole)
+    segments, parts = -(-config.steps // whole), -(-whole // config.batch) if run.world > 1 else 0
     rate = schedules.schedule(config.schedule, config.learning_rate, segments)
     greedy, final = acting(model), (config.final_episodes, run.seed)
     seen: dict[str, Tensor] = {}
@@ -274,39 +294,45 @@ def train(config: Config, run: Run) -> dict[str, float]:
         clip = config.clip_ratio * alpha / config.learning_rate
         dice = run.generator("act", step)
         rows = collect(
-            worlds, lambda s, d=dice: model.act(s, model.noise(d, len(s))), config.segment, run.device
+            worlds, lambda s, d=dice: actor.act(s, model.noise(d, len(s))), config.segment, run.device
         )  # line 2
-        advantage, returns = advantages(rows, model.value, config.gamma, config.gae_lambda)  # line 3
+        advantage, returns = advantages(rows, actor.value, config.gamma, config.gae_lambda, estimate)  # line 3
         state, action = rows.state[:-1][rows.real], rows.action[rows.real]  # (M', …), the transitions of all worlds
         advantage, returns = advantage[rows.real], returns[rows.real]
         with torch.no_grad():
-            old, _, value = model.judge(state, action)
+            old, _, value = actor.judge(state, action)
         seen = {"explained_variance": explained_variance(value, returns)}
-        order, beyond, losses = run.generator("order", step), [], []
-        for _ in range(config.passes):  # line 4
-            drawn = torch.randperm(len(action), generator=order).to(run.device)
-            for index in minibatches(drawn, config.batch, -(-whole // config.batch) if run.world > 1 else 0):
-                chosen, count = action[index], len(index)
-                said, value, kept = model.follow(state[index])
-                log_ratio = model.log_prob(said, chosen) - old[index]
-                ratio, entropy, over = log_ratio.exp(), model.entropy(said), value - returns[index]
-                wanted = standardised(advantage[index]) if config.normalise else advantage[index]
-                objective, error = clipped_objective(ratio, wanted, clip).mean(), 0.5 * over.square().mean()
-                loss = config.value_coefficient * error - objective - config.entropy_bonus * entropy.mean()
-                slope = clipped_slope(ratio, wanted, clip)
-                by_said = model.slopes(said, chosen, slope / -count, config.entropy_bonus / -count)
-                model.backward(kept, by_said, config.value_coefficient / count * over)  # line 5
-                run.average(model, loss=loss)
-                clip_norm_([vector], config.clip_norm)
-                optimizer.step()
-                beyond.append((ratio - 1).abs() > clip)
-                losses.append(loss)
-                seen |= {"kl": (ratio - 1 - log_ratio).mean(), "entropy": entropy.mean(), "value_loss": error}
-            if config.target_kl:
-                run.average(kl=seen["kl"])  # all ranks go on or none
-                if float(seen["kl"]) > config.target_kl:
-                    break
-        seen["clip_fraction"] = torch.cat(beyond).double().mean()
+        order = run.generator("order", step)
+        orders = (torch.randperm(len(action), generator=order) for _ in range(config.passes))
+        if fused:  # lines 4 and 5, for the whole segment
+            losses, found = fused.learn(clip, orders, state, action, old, advantage, returns)
+            run.average(model, loss=losses[-1])
+            seen |= found
+        else:
+            losses, beyond = [], []
+            for drawn in orders:  # line 4
+                for index in minibatches(drawn.to(run.device), config.batch, parts):
+                    chosen, count = action[index], len(index)
+                    said, value, kept = model.follow(state[index])
+                    log_ratio = model.log_prob(said, chosen) - old[index]
+                    ratio, entropy, over = log_ratio.exp(), model.entropy(said), value - returns[index]
+                    wanted = standardised(advantage[index]) if config.normalise else advantage[index]
+                    objective, error = clipped_objective(ratio, wanted, clip).mean(), 0.5 * over.square().mean()
+                    loss = config.value_coefficient * error - objective - config.entropy_bonus * entropy.mean()
+                    slope = clipped_slope(ratio, wanted, clip)
+                    by_said = model.slopes(said, chosen, slope / -count, config.entropy_bonus / -count)
+                    model.backward(kept, by_said, config.value_coefficient / count * over)  # line 5
+                    run.average(model, loss=loss)
+                    clip_norm_([vector], config.clip_norm)
+                    optimizer.step()
+                    beyond.append((ratio - 1).abs() > clip)
+                    losses.append(loss)
+                    seen |= {"kl": (ratio - 1 - log_ratio).mean(), "entropy": entropy.mean(), "value_loss": error}
+                if config.target_kl:
+                    run.average(kl=seen["kl"])  # all ranks go on or none
+                    if float(seen["kl"]) > config.target_kl:
+                        break
+            seen["clip_fraction"] = torch.cat(beyond).double().mean()
         loss = torch.stack(losses).mean()
         if not loss.isfinite():
             raise RunError(f"the loss is not finite after {worlds.steps:,} environment steps; lower --learning-rate")
