@@ -2,6 +2,8 @@
 
     python benchmarks/rl.py            the races → results/bench/rl.json
     python benchmarks/rl.py on_policy  PPO and A2C alone; DQN's rows stay as they are (`a2c`, `ppo`: these rows alone)
+    python benchmarks/rl.py learning   what PPO has learned after 51,200 steps with the peer's defaults, 5 seeds: the peer's, ours
+                                       by torch and in machine code → results/rl/ppo_learning.json
     python benchmarks/rl.py curves     5 seeds of both, with the peer's default settings and with RL Zoo's
                                        → results/rl/dqn_curves.json and docs/pictures/dqn_vs_sb3.png
 
@@ -12,7 +14,8 @@ of updates per environment step. Not equal: ours acts in 8 worlds at once; the p
 for the peer as it comes, that of 4x for RL Zoo's 256-256 network, where matrix products of equal size take most of our time.
 Subnormal numbers are flushed within our updates alone; the peer's Adam meets them as it comes.
 PPO and A2C have the peer's defaults on both sides, steps of experience between updates included (one world of 2048 steps is
-8 worlds of 256); ours runs in Gymnasium's worlds and in compiled ones.
+8 worlds of 256); ours runs in Gymnasium's worlds, in compiled ones, and with `--update compiled` in machine code altogether,
+which a warm-up run has compiled before the clock starts.
 """
 
 from __future__ import annotations
@@ -102,16 +105,22 @@ def ours_on_policy(kind: str, flags: dict[str, Any]) -> float:
 
 def theirs_on_policy(kind: str, worlds: int, steps: int, total: int) -> float:
     """Seconds an environment step of the peer's `learn` with its defaults: `steps` of each world between updates."""
+    model, seconds = _learned(kind, worlds, steps, total, 0)
+    return seconds / model.num_timesteps
+
+
+def _learned(kind: str, worlds: int, steps: int, total: int, seed: int) -> tuple[Any, float]:
+    """The peer's PPO or A2C with its defaults, after `total` steps, and the seconds they took."""
     import stable_baselines3
     import torch
     from stable_baselines3.common.env_util import make_vec_env
 
     torch.set_num_threads(1)
-    env = make_vec_env("CartPole-v1", n_envs=worlds, seed=0)
-    model = getattr(stable_baselines3, kind)("MlpPolicy", env, n_steps=steps, seed=0, device="cpu")
+    env = make_vec_env("CartPole-v1", n_envs=worlds, seed=seed)
+    model = getattr(stable_baselines3, kind)("MlpPolicy", env, n_steps=steps, seed=seed, device="cpu")
     start = time.perf_counter()
     model.learn(total)
-    return (time.perf_counter() - start) / model.num_timesteps
+    return model, time.perf_counter() - start
 
 
 def on_policy_rows(only: str = "") -> list[dict[str, object]]:
@@ -119,10 +128,12 @@ def on_policy_rows(only: str = "") -> list[dict[str, object]]:
     from race import race
 
     compiled = {"engine": "compiled"}
+    machine = {"engine": "compiled", "update": "compiled", "steps": 8 * 2048}
     races = (
         ("PPO", "ppo", {}, 1, 2048, 8192, 5.0),
         ("PPO", "ppo, the peer in 8 worlds", {}, 8, 256, 8192, 5.0),
         ("PPO", "ppo, compiled worlds", compiled, 1, 2048, 8192, 5.0),
+        ("PPO", "ppo, compiled whole loop", machine, 1, 2048, 8192, 30.0),
         ("A2C", "a2c, 8 worlds", {"worlds": 8, "steps": 24_000}, 8, 5, 24_000, 3.0),
         ("A2C", "a2c, 8 compiled worlds", {"worlds": 8, "steps": 24_000, **compiled}, 8, 5, 24_000, 3.0),
         ("A2C", "a2c, 64 worlds", {"worlds": 64, "steps": 96_000}, 64, 5, 96_000, 4.0),
@@ -140,6 +151,42 @@ def on_policy_rows(only: str = "") -> list[dict[str, object]]:
         for kind, name, flags, worlds, steps, total, bar in races
         if name.startswith(only)
     ]  # fmt: skip
+
+
+def learning(total: int = 25 * 2048) -> None:
+    """J of the last policy (its actions sampled, 100 fresh episodes) and its greedy return, of all three on every seed."""
+    import torch
+
+    import etude
+    from etude.blocks.acting.episodes import play
+
+    flags = ON_POLICY["PPO"] | {"steps": total, "evaluate_every": 0, "evaluation_episodes": 1, "engine": "compiled"}
+    found: dict[str, Any] = {"env": "CartPole-v1", "steps": total, "peer_version": version("stable-baselines3")}
+    found |= {who: [] for who in ("stable_baselines3", "torch", "compiled")}
+    for seed in SEEDS:
+        for update in ("torch", "compiled"):
+            with tempfile.TemporaryDirectory() as folder:
+                out = Path(folder) / "run"
+                result = etude.run("rl/ppo", out=out, seed=seed, update=update, quiet=True, threads=1, **flags)
+                seconds = _loop_seconds(result.folder)
+            scores = {"sampled": result.metrics["sampled_return"], "greedy": result.metrics["greedy_return"]}
+            found[update].append({"seed": seed, **scores, "seconds": seconds})
+        model, seconds = _learned("PPO", 1, 2048, total, seed)
+
+        def acting(state: np.ndarray, greedy: bool) -> np.ndarray:
+            with torch.no_grad():
+                return model.policy.get_distribution(torch.from_numpy(state)).get_actions(greedy).numpy()  # noqa: B023
+
+        scores = {
+            name: float(
+                play("CartPole-v1", lambda s, greedy=greedy: acting(s, greedy), 100, seed, f"final {name}").mean()
+            )
+            for name, greedy in (("sampled", False), ("greedy", True))
+        }
+        found["stable_baselines3"].append({"seed": seed, **scores, "seconds": seconds})
+        told = (f"{who} {found[who][-1]['sampled']:.1f}" for who in ("stable_baselines3", "torch", "compiled"))
+        print(seed, *told, file=sys.stderr, flush=True)
+    (ROOT / "results" / "rl" / "ppo_learning.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def rows(only: int | None = None) -> list[dict[str, object]]:
@@ -265,6 +312,8 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")  # the peer's, about its own dependencies
     if sys.argv[1:] == ["curves"]:
         curves()
+    elif sys.argv[1:] == ["learning"]:
+        learning()
     else:
         from race import RESULTS, report
 

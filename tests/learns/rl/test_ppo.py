@@ -4,6 +4,7 @@ import runpy
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 import etude
@@ -11,9 +12,11 @@ import etude
 runpy.run_path(str(Path(__file__).with_name("test_reinforce.py")))  # registers the world of signs
 
 
-def test_finds_the_action_of_every_state(tmp_path):
+@pytest.mark.parametrize("update", ["torch", "compiled"])
+def test_finds_the_action_of_every_state(update, tmp_path):
     settings = {"env": "etude-test/Signs-v0", "steps": 2048, "worlds": 8, "segment": 16, "passes": 4, "batch": 64}
     settings |= {"widths": (8,), "learning_rate": 0.02, "evaluate_every": 0, "final_episodes": 20, "quiet": True}
+    settings |= {"update": update}
     result = etude.run("rl/ppo", out=tmp_path / "run", seed=0, **settings)
     assert result.metrics["greedy_return"] == 4
     with torch.no_grad():
