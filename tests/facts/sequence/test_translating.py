@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -164,10 +165,15 @@ def test_the_scores_of_a_known_translator():
     found = of.scores(model, given, pairs)
     told = [target for _, target in pairs[:2]] + ["plleh", pairs[3][1]]
     assert of.translate(model, given, [a for a, _ in pairs], longest=10) == told
-    assert found["exact"] == 0.75
-    assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu(told, [[b for _, b in pairs]]).score)
+    assert found["exact_match"] == 0.75
+    assert "bleu" not in found  # strings have no words
+    words = dataclasses.replace(given, content=None)
+    expected = sacrebleu.corpus_bleu(told, [[b for _, b in pairs]]).score
+    assert of.scores(model, words, pairs)["bleu"] == pytest.approx(expected)
     tokens = sum(len(target) + 1 for _, target in pairs)
-    assert found["nats"] == pytest.approx(-((tokens - 1) * math.log(0.9) + math.log(0.1 / 28)) / tokens, rel=1e-5)
+    assert found["nats_per_token"] == pytest.approx(
+        -((tokens - 1) * math.log(0.9) + math.log(0.1 / 28)) / tokens, rel=1e-5
+    )
     assert model.training
 
 

@@ -233,16 +233,16 @@ def translate(
 def scores(
     model: Translator, task: Task, pairs: Pairs, *, beams: int = 1, length_penalty: float = 1.0
 ) -> dict[str, float]:
-    """`bleu`, `exact` (share of sentences translated word for word) and `nats` a token of the given targets."""
+    """What translations are worth: `exact_match` (share of sentences translated letter for letter), `nats_per_token` of the
+    given targets, and `bleu`, unless the sentences are strings, which have no words."""
     told = translate(
         model, task, [a for a, _ in pairs], longest=task.longest, beams=beams, length_penalty=length_penalty
     )
     exact = sum(said == target for said, (_, target) in zip(told, pairs)) / len(pairs)
-    return {
-        "bleu": bleu(told, [[target] for _, target in pairs]),
-        "exact": exact,
-        "nats": forced_nats(model, task, pairs),
-    }
+    found = {"exact_match": exact, "nats_per_token": forced_nats(model, task, pairs)}
+    if isinstance(task.content, Strings):
+        return found
+    return {"bleu": bleu(told, [[target] for _, target in pairs]), **found}
 
 
 @torch.no_grad()
@@ -264,8 +264,8 @@ def forced_nats(model: Translator, task: Task, pairs: Pairs, batch: int = 64) ->
 
 @dataclass(frozen=True)
 class Sample:
-    text: str = ""
-    """The sentence to translate; empty: those of a file on the standard input, one a line."""
+    text: str = "abc"
+    """The sentence to translate; -: those on the standard input, one a line."""
     beams: Count = 5
     """Hypotheses kept at a time; 1 is greedy."""
     length_penalty: NonNegative = 1.0
@@ -274,10 +274,11 @@ class Sample:
 
 def sample(loaded: Loaded, options: Sample, folder: Path) -> str:
     """Write the translation to the terminal and to sample.txt."""
-    sources = [options.text] if options.text else [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    sources = [options.text] if options.text != "-" else [line.rstrip("\n") for line in sys.stdin]
+    sources = [text for text in sources if text.strip()]
     if not sources:
         raise UserError(
-            'there is nothing to translate: give --text "…", or sentences on the standard input, one a line'
+            'there is nothing to translate: give --text "…", or --text - and sentences on the standard input, one a line'
         )
     told = "\n".join(generate(loaded, sources, options))
     sys.stdout.write(told + "\n")
