@@ -26,6 +26,7 @@ from etude.core.config import Count, NonNegative
 from etude.core.errors import UserError
 from etude.core.randomness import generator
 from etude.core.run import Loaded
+from etude.core.spec import Spec
 from etude.data.batches import Grouped
 from etude.sequence.parts.bleu import bleu
 
@@ -123,6 +124,11 @@ class Task:
     rank: int
     learned: list[tuple[Tensor, Tensor]]
     groups: Grouped | None
+
+    def spec(self) -> Spec:
+        """What is needed to build the network and to translate with it."""
+        extra = {"vocabulary": self.tokens.size, "tokenizer": self.tokens.inner.state(), "longest": self.longest}
+        return Spec(extra=extra)
 
     def __call__(self, step: int) -> Batch:
         """The batch of a step: a function of (seed, step, rank)."""

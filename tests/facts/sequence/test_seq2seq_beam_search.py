@@ -301,12 +301,10 @@ def test_follow_stops_when_every_row_has():
     assert follow(model, state, begin, 0, stop=STOP, greedy=True).shape == (2, 0)
 
 
-@pytest.mark.parametrize("exhaust", [False, True])
-@pytest.mark.parametrize("length_penalty", [1.0, 0.5])
-def test_equals_hugging_face_on_marian(length_penalty, exhaust):
-    """A random tiny encoder-decoder whose cache and encoded source are held as Hugging Face holds them."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    from transformers.modeling_outputs import BaseModelOutput
+@pytest.fixture(scope="module")
+def marian():
+    """A random tiny encoder-decoder of Hugging Face's that ends its translations, and never writes padding."""
+    import transformers
 
     torch.manual_seed(0)
     config = transformers.MarianConfig(
@@ -316,11 +314,20 @@ def test_equals_hugging_face_on_marian(length_penalty, exhaust):
     )  # fmt: skip
     model = transformers.MarianMTModel(config).eval().double()
     torch.nn.init.normal_(model.final_logits_bias, std=1.0)
-    model.final_logits_bias[:, 29] = -1e9  # padding is never written
-    model.final_logits_bias[:, 2] += 3.0
-    source = torch.randint(3, 29, (5, 7))
+    model.final_logits_bias[:, 29] = -1e9
+    model.final_logits_bias[:, 2] += 2.0
+    return model
+
+
+@pytest.mark.long  # importing their package takes longer than all the rest
+@pytest.mark.parametrize("exhaust", [False, True])
+@pytest.mark.parametrize("length_penalty", [1.0, 0.5])
+def test_equals_hugging_face_on_marian(length_penalty, exhaust, marian):
+    from transformers.modeling_outputs import BaseModelOutput
+
+    source = torch.randint(3, 29, (12, 7))
     for beams in (2, 4):
-        theirs = model.generate(
+        theirs = marian.generate(
             source, num_beams=beams, length_penalty=length_penalty, max_new_tokens=12, do_sample=False,
             early_stopping="never" if exhaust else True, output_scores=True, return_dict_in_generate=True,
         )  # fmt: skip
@@ -328,15 +335,14 @@ def test_equals_hugging_face_on_marian(length_penalty, exhaust):
         def step(tokens, state):
             memory, before = state
             before = torch.cat([before, tokens[:, None]], 1)
-            out = model(encoder_outputs=BaseModelOutput(memory), decoder_input_ids=before, use_cache=False)
+            out = marian(encoder_outputs=BaseModelOutput(memory), decoder_input_ids=before, use_cache=False)
             return out.logits[:, -1], (memory, before)
 
-        memory = model.model.encoder(source)[0]
-        begin = torch.full((5,), 29)
-        state = (memory, torch.empty(5, 0, dtype=torch.int64))
+        state = (marian.model.encoder(source)[0], torch.empty(12, 0, dtype=torch.int64))
         ours = beam_search(
-            step, state, begin, 12, beams=beams, stop=2, pad=29, length_penalty=length_penalty, exhaust=exhaust
-        )
+            step, state, torch.full((12,), 29), 12, beams=beams, stop=2, pad=29, length_penalty=length_penalty,
+            exhaust=exhaust,
+        )  # fmt: skip
         wide = theirs.sequences.shape[1] - 1
         assert torch.equal(ours.tokens[:, 0, :wide], theirs.sequences[:, 1:])
         torch.testing.assert_close(ours.scores[:, 0].float(), theirs.sequences_scores.float())
