@@ -296,14 +296,6 @@ class Chain(torch.optim.Optimizer):
         name = type(self).__name__
         return RuntimeError(f"{name} needs dense real gradients, got {gradient.dtype} in {gradient.layout}")
 
-    def state_of(self, parameter: Tensor) -> State:
-        """The state entries of a parameter, which has a gradient; made when new. For who takes the steps elsewhere."""
-        if "step" not in self.state[parameter]:
-            (group,) = (group for group in self.param_groups if any(one is parameter for one in group["params"]))
-            assert parameter.grad is not None
-            self._begin(group, parameter, parameter.grad, self.state[parameter])
-        return self.state[parameter]
-
     def _begin(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor, state: State) -> None:
         """Zero state for a parameter seen for the first time; its entries are those the rule returns."""
         if gradient.is_complex():

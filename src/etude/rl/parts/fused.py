@@ -100,7 +100,10 @@ class Fused:
         loss or the gradient is not finite there was no step, and nothing comes after it.
         """
         assert self.vector.grad is not None
-        (group,), averages = self.optimizer.param_groups, self.optimizer.state_of(self.vector)
+        (group,), averages = self.optimizer.param_groups, self.optimizer.state[self.vector]
+        if not averages:  # as the optimizer's own first step makes them
+            averages |= {name: torch.zeros_like(self.vector.detach()) for name in ("exp_avg", "exp_avg_sq")}
+            averages["step"] = torch.zeros((), dtype=torch.float32)
         beta1, beta2 = group["betas"]
         adam = kernels.Adam(float(group["lr"]), beta1, beta2, group["eps"], int(averages["step"]))
         data = kernels.Data(*(x.numpy() for x in (state, action, old, advantage, returns)))
