@@ -50,7 +50,6 @@ from torch import Tensor, nn
 from etude.blocks.acting.environments import environment
 from etude.blocks.acting.episodes import Copies, play, show
 from etude.blocks.acting.memory import afford_learning
-from etude.blocks.acting.returns import lambda_advantages
 from etude.blocks.acting.worlds import Engine, Worlds
 from etude.catalog import Control, Experiment, Idle, method
 from etude.core.checkpoint import Box
@@ -279,7 +278,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
             config.target_kl, config.clip_norm,
         )  # fmt: skip
         fused = Fused(model, vector, optimizer, rule, config.worlds)
-    actor, estimate = (fused, fused.lambda_advantages) if fused else (model, lambda_advantages)
+    actor, estimate = (fused, fused.advantages) if fused else (model, advantages)
     box = Box(recent=[], seen={})
     run.track(model=model, optimizer=optimizer, worlds=worlds, box=box)
     parameters = sum(p.numel() for p in model.parameters())
@@ -303,7 +302,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
         rows = collect(
             worlds, lambda s, d=dice: actor.act(s, model.noise(d, len(s))), config.segment, run.device
         )  # line 2
-        advantage, returns = advantages(rows, actor.value, config.gamma, config.gae_lambda, estimate)  # line 3
+        advantage, returns = estimate(rows, actor.value, config.gamma, config.gae_lambda)  # line 3
         state, action = rows.state[:-1][rows.real], rows.action[rows.real]  # (M', …), the transitions of all worlds
         advantage, returns = advantage[rows.real], returns[rows.real]
         with torch.no_grad():

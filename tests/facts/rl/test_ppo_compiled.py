@@ -17,6 +17,7 @@ from etude.rl import ppo
 from etude.rl.parts import kernels
 from etude.rl.parts.actor_critic import ActorCritic
 from etude.rl.parts.fused import Fused, laid_out, refuse
+from etude.rl.parts.rollouts import Segment, advantages
 
 NETS = {"apart": ((5, 6), False), "shared": ((5, 6), True), "linear": ((), False), "one shared": ((4,), True)}
 RULE = kernels.Rule(
@@ -147,7 +148,11 @@ def test_advantages_are_those_of_every_other_method():
         kernels.lambda_advantages(*(x.numpy() for x in parts), gamma, lam, found)
         want = lambda_advantages(*parts, gamma, lam)
         np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(Fused.lambda_advantages(*parts, gamma, lam), want, rtol=1e-5, atol=1e-6)
+        fused, _ = learner(model_of("apart", torch.float32)[0])
+        state, reached = torch.randn(41, 3, 3), torch.randn(int(parts[2].sum()), 3)
+        segment = Segment(state, parts[0], *parts[:3], parts[1] < 2, reached)
+        got, want = (call(segment, fused.value, gamma, lam) for call in (fused.advantages, advantages))
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_tanh_of_machine_code_is_within_three_units_in_the_last_place():
@@ -253,7 +258,7 @@ def test_loop_in_machine_code_is_that_of_torch(changes, no_film, tmp_path):
 def test_a_run_goes_on_where_it_was_cut_to_the_last_bit(no_film, monkeypatch, tmp_path):
     settings = BASE | {"update": "compiled", "engine": "compiled", "save_every": 1}
     whole = etude.run("rl/ppo", out=tmp_path / "whole", **settings)
-    real, calls = ppo.advantages, []
+    real, calls = ppo.collect, []
 
     def failing(*arguments):
         calls.append(1)
@@ -261,7 +266,7 @@ def test_a_run_goes_on_where_it_was_cut_to_the_last_bit(no_film, monkeypatch, tm
             raise RunError("power cut")
         return real(*arguments)
 
-    monkeypatch.setattr(ppo, "advantages", failing)
+    monkeypatch.setattr(ppo, "collect", failing)
     with pytest.raises(RunError, match="power cut"):
         etude.run("rl/ppo", out=tmp_path / "parts", **settings)
     parts = etude.resume(tmp_path / "parts")

@@ -7,8 +7,7 @@ noise of the actions and the orders of the rows are torch's, as without it; sums
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from etude.optim.adam import Adam
 from etude.optim.flat import Vector
 from etude.rl.parts import kernels
 from etude.rl.parts.actor_critic import ActorCritic
+from etude.rl.parts.rollouts import Segment
 
 SINGLE = 2**18
 """Multiplications in a product that BLAS gives to one thread of its own accord."""
@@ -81,14 +81,18 @@ class Fused:
         log_prob, entropy, value = map(torch.from_numpy, found)
         return log_prob, entropy, value
 
-    @staticmethod
-    def lambda_advantages(reward: Tensor, *rest: Any) -> Tensor:
-        """`returns.lambda_advantages` of (T, n)."""
-        found = torch.empty_like(reward)
-        flags_and_values, factors = rest[:4], rest[4:]
-        given = (x.numpy() for x in (reward, *flags_and_values))
-        kernels.compiled(kernels.lambda_advantages)(*given, *factors, found.numpy())
-        return found
+    def advantages(
+        self, segment: Segment, value: Callable[[Tensor], Tensor], gamma: float, lam: float
+    ) -> tuple[Tensor, Tensor]:
+        """A (T, n) and the returns A + V(s) (T, n): `rollouts.advantages`."""
+        steps, count = segment.reward.shape
+        v = value(segment.state.flatten(0, 1)).view(steps + 1, count)
+        behind, found = v[1:].clone(), torch.empty_like(segment.reward)
+        if len(segment.reached):
+            behind[segment.truncated] = value(segment.reached)
+        given = (x.numpy() for x in (segment.reward, segment.terminated, segment.truncated, v[:-1], behind))
+        kernels.compiled(kernels.lambda_advantages)(*given, gamma, lam, found.numpy())
+        return found, found + v[:-1]
 
     def learn(
         self, clip: float, orders: Iterable[Tensor], state: Tensor, action: Tensor, old: Tensor, advantage: Tensor,

@@ -33,11 +33,11 @@ def rested(rests: bool, change: float, exact: bool, tolerance: float) -> bool:
     return rests
 
 
-def drawn_advantages(segment: Any, value: Any, gamma: float, lam: float, *estimate: Any) -> tuple[Tensor, Tensor]:
+def drawn_advantages(segment: Any, value: Any, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Advantages whose signs are drawn, so that they say nothing of the action. For `rollouts.advantages`."""
     from etude.rl.parts.rollouts import advantages
 
-    found, returns = advantages(segment, value, gamma, lam, *estimate)
+    found, returns = advantages(segment, value, gamma, lam)
     return found.abs() * torch.where(torch.rand_like(found) < 0.5, -1.0, 1.0), returns
 
 

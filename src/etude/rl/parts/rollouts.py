@@ -59,22 +59,16 @@ def collect(worlds: Worlds, act: Callable[[Tensor], Tensor], steps: int, device:
 
 
 @torch.no_grad()
-def advantages(
-    segment: Segment,
-    value: Callable[[Tensor], Tensor],
-    gamma: float,
-    lam: float,
-    estimate: Callable[..., Tensor] = lambda_advantages,
-) -> tuple[Tensor, Tensor]:
+def advantages(segment: Segment, value: Callable[[Tensor], Tensor], gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Generalised advantages A (T, n) and the returns A + V(s) (T, n) that V is fitted to; `value`: (M, D) → (M,).
 
     λ = 1 gives n-step returns: Σ γ^k r to the end of the segment or of the episode, with V behind it unless the task was
-    over. Rows that are not real hold numbers of no meaning. `estimate` answers what `lambda_advantages` does.
+    over. Rows that are not real hold numbers of no meaning.
     """
     steps, count = segment.reward.shape
     v = value(segment.state.flatten(0, 1)).view(steps + 1, count)
     behind = v[1:].clone()
     if len(segment.reached):
         behind[segment.truncated] = value(segment.reached)
-    found = estimate(segment.reward, segment.terminated, segment.truncated, v[:-1], behind, gamma, lam)
+    found = lambda_advantages(segment.reward, segment.terminated, segment.truncated, v[:-1], behind, gamma, lam)
     return found, found + v[:-1]
