@@ -193,6 +193,20 @@ def test_reported_numbers_from_the_saved_weights(settings, tmp_path):
     )
 
 
+@pytest.mark.usefixtures("_few")
+def test_reported_translations_follow_the_rules(monkeypatch, tmp_path):
+    """The test is translated with --beams and --length-penalty, validations greedily."""
+    from etude.sequence.parts import translating
+
+    asked, search = [], translating.beam_search
+    monkeypatch.setattr(
+        translating, "beam_search",
+        lambda *given, **rules: asked.append((rules["beams"], rules["length_penalty"])) or search(*given, **rules),
+    )  # fmt: skip
+    run(tmp_path)
+    assert asked == [(1, 1.0)] * 3 + [(3, 0.4)]
+
+
 def parallel(folder):
     """Four sentences a part in two languages, and what training makes of them."""
     folder.mkdir()

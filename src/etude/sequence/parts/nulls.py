@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["counted_nats"]
+__all__ = ["counted_nats", "undilated", "wider_windows"]
 
 
 def counted_nats(learned: Tensor, ids: Tensor, vocabulary: int, order: int = 2) -> float:
@@ -36,3 +37,13 @@ def _count(known: Tensor, asked: Tensor) -> Tensor:
     seen, count = known.unique(return_counts=True)
     place = torch.searchsorted(seen, asked).clamp(max=len(seen) - 1)
     return torch.where(seen[place] == asked, count[place], 0).double()
+
+
+def undilated(layer: int, kernel: int) -> int:
+    """A dilation that does not grow from layer to layer."""
+    return 1
+
+
+def wider_windows(x: Tensor, window: int) -> Tensor:
+    """(n, d) → (n, d, r + 2): windows of two positions more than was asked for."""
+    return F.pad(x.t(), (window // 2 + 1, window // 2 + 1)).unfold(1, window + 2, 1).transpose(0, 1)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from etude.blocks.pictures.panels import label, panels
+from etude.blocks.pictures.panels import panels
+from etude.blocks.pictures.plots import INK
 from etude.sequence.parts.translating import BOS, EOS, Special, padded
 from etude.sequence.transformer.network import Transformer
 
@@ -48,8 +49,7 @@ def _maps(weights: Tensor, queries: list[str], keys: list[str]) -> Figure:
         axes.set_yticks(range(rows), queries, fontsize=6, parse_math=False)
         axes.grid(visible=False)
         axes.tick_params(length=0)
-        label(axes, f"layer {layer + 1}, head {head + 1}")
-        axes.title.set_fontsize(8)
+        axes.set_title(f"layer {layer + 1}, head {head + 1}", loc="left", fontsize=8, color=INK)
     return figure
 
 
