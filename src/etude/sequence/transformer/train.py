@@ -36,8 +36,8 @@ Differences:
 - The last weights translate; the paper averages the last five checkpoints.
 - BLEU is on the text as written, equal to sacrebleu's (`etude.sequence.parts.bleu`).
 
-Expect: strings of up to 6 letters, one CPU thread, 30 s, three seeds: 0.96 to 0.99 of the test strings written backwards without an
-error (without positions at most strings of one letter).
+Expect: strings of up to 6 letters, one CPU thread, 30 s, three seeds: 0.96 to 0.99 of the test strings written backwards without
+an error (without positions at most strings of one letter).
 Command: `etude run sequence/transformer`, or `etude run sequence/transformer --preset en_de`
 """
 
