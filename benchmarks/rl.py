@@ -1,9 +1,9 @@
 """DQN, PPO and A2C against Stable-Baselines3: environment steps a second with the learning in them, and learning curves.
 
     python benchmarks/rl.py            the races → results/bench/rl.json
-    python benchmarks/rl.py on_policy  PPO and A2C alone; DQN's rows stay as they are (`a2c`, `ppo`: these rows alone)
-    python benchmarks/rl.py learning   what PPO has learned after 51,200 steps with the peer's defaults, 5 seeds: the peer's, ours
-                                       by torch and in machine code → results/rl/ppo_learning.json
+    python benchmarks/rl.py on_policy  PPO and A2C alone; DQN's rows stay as they are (`a2c`, `ppo`: those rows alone)
+    python benchmarks/rl.py learning N what PPO has learned after N steps with the peer's defaults, 5 seeds: the peer's, ours by
+                                       torch and in machine code → results/rl/ppo_learning.json
     python benchmarks/rl.py curves     5 seeds of both, with the peer's default settings and with RL Zoo's
                                        → results/rl/dqn_curves.json and docs/pictures/dqn_vs_sb3.png
 
@@ -15,7 +15,7 @@ for the peer as it comes, that of 4x for RL Zoo's 256-256 network, where matrix 
 Subnormal numbers are flushed within our updates alone; the peer's Adam meets them as it comes.
 PPO and A2C have the peer's defaults on both sides, steps of experience between updates included (one world of 2048 steps is
 8 worlds of 256); ours runs in Gymnasium's worlds, in compiled ones, and with `--update compiled` in machine code altogether,
-which a warm-up run has compiled before the clock starts.
+which a warm-up run has compiled before the clock starts. Their clock is the CPU's, as both sides have one thread.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def ours(preset: str, steps: int, engine: str = "gymnasium") -> float:
     return seconds / result.metrics["env_steps"]
 
 
-def _loop_seconds(folder: Path) -> float:
+def _loop_seconds(folder: Path, kind: str = "loop_seconds") -> float:
     sessions = json.loads((folder / "environment.json").read_text())["sessions"]
-    return sum(session["loop_seconds"] for session in sessions)
+    return sum(session[kind] for session in sessions)
 
 
 def theirs(settings: dict[str, Any], steps: int, worlds: int = 1) -> float:
@@ -94,23 +94,23 @@ def _peer(settings: dict[str, Any], seed: int, worlds: int = 1) -> Any:
 
 
 def ours_on_policy(kind: str, flags: dict[str, Any]) -> float:
-    """Seconds an environment step of `etude run rl/ppo` or `rl/a2c`, first step to last."""
+    """CPU seconds an environment step of `etude run rl/ppo` or `rl/a2c`, first step to last."""
     import etude
 
     with tempfile.TemporaryDirectory() as folder:
         light = {"evaluate_every": 0, "evaluation_episodes": 1, "final_episodes": 1, "quiet": True, "threads": 1}
         result = etude.run(f"rl/{kind.lower()}", out=Path(folder) / "run", **{**ON_POLICY[kind], **flags}, **light)
-        return _loop_seconds(result.folder) / result.metrics["env_steps"]
+        return _loop_seconds(result.folder, "loop_cpu_seconds") / result.metrics["env_steps"]
 
 
 def theirs_on_policy(kind: str, worlds: int, steps: int, total: int) -> float:
-    """Seconds an environment step of the peer's `learn` with its defaults: `steps` of each world between updates."""
+    """CPU seconds an environment step of the peer's `learn` with its defaults: `steps` of each world between updates."""
     model, seconds = _learned(kind, worlds, steps, total, 0)
     return seconds / model.num_timesteps
 
 
 def _learned(kind: str, worlds: int, steps: int, total: int, seed: int) -> tuple[Any, float]:
-    """The peer's PPO or A2C with its defaults, after `total` steps, and the seconds they took."""
+    """The peer's PPO or A2C with its defaults, after `total` steps, and the CPU seconds they took."""
     import stable_baselines3
     import torch
     from stable_baselines3.common.env_util import make_vec_env
@@ -118,9 +118,9 @@ def _learned(kind: str, worlds: int, steps: int, total: int, seed: int) -> tuple
     torch.set_num_threads(1)
     env = make_vec_env("CartPole-v1", n_envs=worlds, seed=seed)
     model = getattr(stable_baselines3, kind)("MlpPolicy", env, n_steps=steps, seed=seed, device="cpu")
-    start = time.perf_counter()
+    start = time.process_time()
     model.learn(total)
-    return model, time.perf_counter() - start
+    return model, time.process_time() - start
 
 
 def on_policy_rows(only: str = "") -> list[dict[str, object]]:
@@ -153,7 +153,7 @@ def on_policy_rows(only: str = "") -> list[dict[str, object]]:
     ]  # fmt: skip
 
 
-def learning(total: int = 25 * 2048) -> None:
+def learning(total: int) -> None:
     """J of the last policy (its actions sampled, 100 fresh episodes) and its greedy return, of all three on every seed."""
     import torch
 
@@ -168,7 +168,7 @@ def learning(total: int = 25 * 2048) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / "run"
                 result = etude.run("rl/ppo", out=out, seed=seed, update=update, quiet=True, threads=1, **flags)
-                seconds = _loop_seconds(result.folder)
+                seconds = _loop_seconds(result.folder, "loop_cpu_seconds")
             scores = {"sampled": result.metrics["sampled_return"], "greedy": result.metrics["greedy_return"]}
             found[update].append({"seed": seed, **scores, "seconds": seconds})
         model, seconds = _learned("PPO", 1, 2048, total, seed)
@@ -186,7 +186,9 @@ def learning(total: int = 25 * 2048) -> None:
         found["stable_baselines3"].append({"seed": seed, **scores, "seconds": seconds})
         told = (f"{who} {found[who][-1]['sampled']:.1f}" for who in ("stable_baselines3", "torch", "compiled"))
         print(seed, *told, file=sys.stderr, flush=True)
-    (ROOT / "results" / "rl" / "ppo_learning.json").write_text(json.dumps(found, indent=1) + "\n")
+    path = ROOT / "results" / "rl" / "ppo_learning.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(known | {str(total): found}, indent=1) + "\n")
 
 
 def rows(only: int | None = None) -> list[dict[str, object]]:
@@ -312,13 +314,13 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")  # the peer's, about its own dependencies
     if sys.argv[1:] == ["curves"]:
         curves()
-    elif sys.argv[1:] == ["learning"]:
-        learning()
+    elif sys.argv[1:2] == ["learning"]:
+        learning(int(sys.argv[2]))
     else:
         from race import RESULTS, report
 
         part = sys.argv[1:]
         known = json.loads((RESULTS / "rl.json").read_text()) if part else rows()
-        fresh = on_policy_rows(part[0] if part in (["ppo"], ["a2c"]) else "")
+        fresh = on_policy_rows("" if part in ([], ["on_policy"]) else part[0])
         told = {row["name"] for row in fresh}
         report("rl", [row for row in known if row["name"] not in told] + fresh)
