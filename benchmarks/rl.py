@@ -168,10 +168,9 @@ def learning(total: int) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / "run"
                 result = etude.run("rl/ppo", out=out, seed=seed, update=update, quiet=True, threads=1, **flags)
-                seconds = _loop_seconds(result.folder, "loop_cpu_seconds")
             scores = {"sampled": result.metrics["sampled_return"], "greedy": result.metrics["greedy_return"]}
-            found[update].append({"seed": seed, **scores, "seconds": seconds})
-        model, seconds = _learned("PPO", 1, 2048, total, seed)
+            found[update].append({"seed": seed, **scores})
+        model, _ = _learned("PPO", 1, 2048, total, seed)
 
         def acting(state: np.ndarray, greedy: bool) -> np.ndarray:
             with torch.no_grad():
@@ -183,7 +182,7 @@ def learning(total: int) -> None:
             )
             for name, greedy in (("sampled", False), ("greedy", True))
         }
-        found["stable_baselines3"].append({"seed": seed, **scores, "seconds": seconds})
+        found["stable_baselines3"].append({"seed": seed, **scores})
         told = (f"{who} {found[who][-1]['sampled']:.1f}" for who in ("stable_baselines3", "torch", "compiled"))
         print(seed, *told, file=sys.stderr, flush=True)
     path = ROOT / "results" / "rl" / "ppo_learning.json"
