@@ -12,6 +12,7 @@ import sacrebleu
 import torch
 
 import etude
+from etude import data
 from etude.core import checkpoint
 from etude.core.errors import UserError
 from etude.core.randomness import fold
@@ -126,7 +127,7 @@ def test_reported_numbers_are_those_of_the_saved_network(settings, tmp_path):
 @pytest.fixture(scope="module")
 def captions(tmp_path_factory):
     """A hundred captions of Multi30k: German, and English as the target."""
-    folder, pairs = tmp_path_factory.mktemp("captions"), etude.data.parallel("multi30k").train[:100]
+    folder, pairs = tmp_path_factory.mktemp("captions"), data.parallel("multi30k").train[:100]
     for side, language in enumerate(("en", "de")):
         (folder / f"some.{language}").write_text("".join(pair[side] + "\n" for pair in pairs), encoding="utf-8")
     return folder
@@ -135,7 +136,7 @@ def captions(tmp_path_factory):
 def test_reported_bleu_is_sacrebleus(captions, tmp_path, monkeypatch):
     """On parallel text: BLEU of what the saved network translates the test to, and of each batch the pairs it holds."""
     result = run(tmp_path / "run", data=str(captions), languages="de-en", vocabulary=300, longest=150, steps=4, beams=2)
-    loaded, pairs = etude.load(result.folder), etude.data.parallel(captions, ("de", "en")).test
+    loaded, pairs = etude.load(result.folder), data.parallel(captions, ("de", "en")).test
     told = seq2seq.generate(loaded, [a for a, _ in pairs], seq2seq.Sample(beams=2))
     assert set(result.metrics) == {"test_bleu", "test_exact_match", "test_nats_per_token"}
     assert result.metrics["test_bleu"] == pytest.approx(sacrebleu.corpus_bleu(told, [[b for _, b in pairs]]).score)

@@ -133,7 +133,7 @@ class Task:
     def __call__(self, step: int) -> Batch:
         """The batch of a step: a function of (seed, step, rank)."""
         if self.groups is None:
-            pairs = reversals(self.batch, self.longest, generator(self.seed, step, self.rank, "strings"))
+            pairs = self.content.draw(self.batch, generator(self.seed, step, self.rank, "strings"))
             return padded([(self.tokens.encode(a), self.tokens.encode(b)) for a, b in pairs])
         return padded([self.learned[i] for i in self.groups.indices(step)])
 
@@ -141,20 +141,21 @@ class Task:
 def read_task(
     name: str, languages: str, vocabulary: int, longest: int, batch: int, seed: int, rank: int = 0, world: int = 1
 ) -> Task:
-    """The task `reversal` (strings of 1 to `longest` random letters, to be written backwards), or parallel text.
+    """A task of random strings (`reversals`, `noisy_copies`), or parallel text.
 
     Args:
-        name: reversal, a dataset of parallel text (multi30k), or a folder; see `etude.data.parallel`.
+        name: reversal, noisy_copy, a dataset of parallel text (multi30k), or a folder; see `etude.data.parallel`.
         languages: source and target, as en-de.
         vocabulary: byte pairs to learn from both sides of the training text together.
         longest: training pairs with a side of more tokens are left out; validation and test are kept whole.
 
-    The strings of `reversal` that validate and test, 500 each, are the same for all seeds.
+    The strings that validate and test, 500 each, are the same for all seeds.
     """
-    if name == "reversal":
-        held = [reversals(500, longest, generator(0, 0, 0, part)) for part in ("validation", "test")]
+    if name in STRINGS:
+        content = Strings(name, longest)
+        held = [content.draw(500, generator(0, 0, 0, part)) for part in ("validation", "test")]
         tokens = Special(Characters(ALPHABET))
-        return Task(Strings(longest), tokens, held[0], held[1], longest, batch, seed, rank, [], None)
+        return Task(content, tokens, held[0], held[1], longest, batch, seed, rank, [], None)
     first, dash, second = languages.partition("-")
     if not (first and dash and second):
         raise UserError(f"languages are source and target with a dash between them, as en-de, not {languages!r}")
@@ -171,23 +172,54 @@ def read_task(
     return Task(content, tokens, content.validation, content.test, longest, batch, seed, rank, encoded, groups)
 
 
+STRINGS = {
+    "reversal": "random strings of 1 to {} letters, and these backwards",
+    "noisy_copy": "strings of 1 to {} letters with four of ten replaced at random, and what they were",
+}
+
+
 @dataclass(frozen=True)
 class Strings:
-    """What a report says of random strings."""
+    """Pairs of random strings: drawn anew for each step, so that there is nothing to learn by heart."""
 
+    name: str
     longest: int
+
+    def draw(self, count: int, dice: torch.Generator) -> Pairs:
+        """So many pairs."""
+        return {"reversal": reversals, "noisy_copy": noisy_copies}[self.name](count, self.longest, dice)
 
     def about(self) -> dict[str, Any]:
         """Name and source, as of a dataset."""
-        return {"name": "reversal", "source": f"random strings of 1 to {self.longest} letters, and these backwards"}
+        return {"name": self.name, "source": STRINGS[self.name].format(self.longest)}
 
 
 def reversals(count: int, longest: int, dice: torch.Generator) -> Pairs:
     """Strings of random letters, lengths from 1 to `longest` equally likely, each with itself backwards."""
     lengths = torch.randint(1, longest + 1, (count,), generator=dice).tolist()
-    letters = torch.randint(len(ALPHABET), (count, longest), generator=dice).tolist()
-    strings = ["".join(ALPHABET[i] for i in row[:length]) for row, length in zip(letters, lengths)]
+    strings = _strings(torch.randint(len(ALPHABET), (count, longest), generator=dice), lengths)
     return [(string, string[::-1]) for string in strings]
+
+
+def noisy_copies(
+    count: int, longest: int, dice: torch.Generator, stay: float = 0.8, noise: float = 0.4, letters: int = 6
+) -> Pairs:
+    """Strings that often stay at their last letter; sources are what a noisy channel makes of them.
+
+    A letter of the target is the one before it with probability `stay`, else any of the first `letters`; a letter of the source
+    is replaced by any of these with probability `noise`. Lengths from 1 to `longest` are equally likely.
+    """
+    lengths = torch.randint(1, longest + 1, (count,), generator=dice).tolist()
+    target, other = torch.randint(letters, (2, count, longest), generator=dice)
+    stays, replaced = torch.rand(2, count, longest, generator=dice)
+    for t in range(1, longest):
+        target[:, t] = torch.where(stays[:, t] < stay, target[:, t - 1], target[:, t])
+    source = torch.where(replaced < noise, other, target)
+    return list(zip(_strings(source, lengths), _strings(target, lengths)))
+
+
+def _strings(letters: Tensor, lengths: list[int]) -> list[str]:
+    return ["".join(ALPHABET[i] for i in row[:length]) for row, length in zip(letters.tolist(), lengths)]
 
 
 def padded(pairs: Sequence[tuple[Tensor, Tensor]]) -> Batch:
