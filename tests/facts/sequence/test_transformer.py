@@ -275,8 +275,11 @@ def test_sinusoids_follow_the_dtype():
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
-def test_smoothed_nats_is_torchs_loss(smoothing):
+def test_smoothed_nats_is_the_equation_and_torchs_loss(smoothing):
     logits, targets = torch.randn(6, 9, requires_grad=True), torch.randint(9, (6,))
+    log_p = [row.detach().log_softmax(0) for row in logits]
+    terms = [-(1 - smoothing) * p[y] - smoothing * sum(p) / 9 for p, y in zip(log_p, targets.tolist())]
+    assert smoothed_nats(logits, targets, smoothing).item() == pytest.approx(float(sum(terms)) / 6, rel=1e-12)
     ours, theirs = (
         smoothed_nats(logits, targets, smoothing),
         nn.CrossEntropyLoss(label_smoothing=smoothing)(logits, targets),

@@ -105,7 +105,10 @@ CASES = {
 
 
 @pytest.mark.usefixtures("_float64", "_few")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.long] * (case in ("appended", "none", "dropout_pre"))) for case in CASES],
+)
 def test_loop_equals_a_plain_one_around_torch_transformer(case, tmp_path):
     """Seven steps on padded batches: cross_entropy with label smoothing, the paper's rate, Adam in plain arithmetic."""
     settings = {
@@ -164,7 +167,7 @@ def test_loop_equals_a_plain_one_around_torch_transformer(case, tmp_path):
 
 
 @pytest.mark.usefixtures("_float64", "_few")
-@pytest.mark.parametrize("settings", [{}, {"beams": 1, "norm_placement": "pre"}])
+@pytest.mark.parametrize("settings", [{}, pytest.param({"beams": 1, "norm_placement": "pre"}, marks=pytest.mark.long)])
 def test_reported_numbers_from_the_saved_weights(settings, tmp_path):
     """exact, BLEU and nats of the test strings, translated by torch's network run anew for every hypothesis and token."""
     given = {"longest": 3, "steps": 40, "learning_rate": 2.0, "warmup_steps": 20, **settings}

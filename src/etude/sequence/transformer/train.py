@@ -48,6 +48,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from etude.blocks.pictures.plots import picture
@@ -146,9 +147,7 @@ EXPERIMENTS = (
 def smoothed_nats(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
     """Mean over R of −(1−ε) log p(y) − ε mean_v log p(v), from logits (R, V) and targets (R,)."""
     precise = torch.promote_types(logits.dtype, torch.float32)  # a sum over V in bfloat16 would lose digits
-    logits = logits.to(precise)
-    right = logits.gather(1, targets[:, None])[:, 0]
-    return (logits.logsumexp(1) - (1 - smoothing) * right - smoothing * logits.mean(1)).mean()
+    return F.cross_entropy(logits.to(precise), targets, label_smoothing=smoothing)
 
 
 def rate(step: int, config: Config) -> float:
