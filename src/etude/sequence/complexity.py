@@ -75,12 +75,12 @@ class Config:
 
 
 PRESETS = {
-    "tiny": Config(width=4, longest=16, traced=16),
+    "tiny": Config(width=4, longest=32, traced=16),
     "default": Config(),
     "wide": Config(width=512, longest=4096),
 }
 
-SETTINGS = {"kernel": 5, "window": 5, "longest": 40, "traced": 8}
+SETTINGS = {"kernel": 5, "window": 5, "longest": 16, "traced": 8}
 
 METRICS = {
     "wrong_entries": "entries of the table (products, rounds, paths) that are not exactly their closed form",

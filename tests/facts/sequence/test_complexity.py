@@ -140,8 +140,10 @@ def test_crossings_are_the_least_lengths(width):
     assert found == {"recurrence": 1.0, "projections": 2.0, "gated": 4.0, "layer": 6.0}
 
 
-def run(folder, **settings):
-    return etude.run("sequence/complexity", preset="tiny", out=folder / "run", threads=1, quiet=True, **settings)
+def run(folder, longest=16, **settings):
+    return etude.run(
+        "sequence/complexity", preset="tiny", out=folder / "run", threads=1, quiet=True, longest=longest, **settings
+    )
 
 
 def test_loop_fills_the_table(tmp_path):
