@@ -1,0 +1,248 @@
+"""Features of regions, all of one size: RoI max pooling (Fast R-CNN) and RoIAlign (Mask R-CNN)
+
+Paper: Girshick, Fast R-CNN, 2015, arXiv:1504.08083, §2.1; He, Gkioxari, Dollár, Girshick, Mask R-CNN, 2017, arXiv:1703.06870, §3.
+
+Equation: a region is cut into P × P bins.
+    pooling: its edges are rounded to whole cells, those of bin p to ⌊p·h/P⌋ and ⌈(p + 1)·h/P⌉ with h its height in cells, both
+        edges inside; a bin is the maximum over its cells, 0 where it has none.
+    aligning: nothing is rounded; a bin is the mean of `samples`² points evenly spread over it, each interpolated between its
+        four nearest cells, whose values are those of their centres: cell i is at i + ½ of the map.
+
+Both are linear in the features once the places are known, and their backward is the adjoint: the gradient of a bin goes to the
+cell that was its maximum, or to the cells of its points by their weights. On the CPU machine code runs along the channels, so
+that one cell is one contiguous read, and points of a bin that fall on the same cells are read once; elsewhere RoIAlign is two
+products with matrices of interpolation weights, and pooling a maximum over masked rows and columns.
+
+Differences:
+- E39: Fast R-CNN pools regions that were proposed on the *picture*, projected on the map.
+- Edges of bins are computed in whole numbers; torchvision's float32 now and then takes in one more row (7 · (3/7) > 3).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# N pictures, R regions of each, C channels, H × W cells, P bins a side
+
+
+def roi_align(features: Tensor, boxes: Tensor, size: int, scale: float, samples: int = 2) -> Tensor:
+    """RoIAlign: features (N, C, H, W), boxes (N, R, 4) in pixels → (N, R, C, P, P), P = `size`.
+
+    `scale` is cells a pixel (1 / stride). torchvision's `roi_align(…, sampling_ratio=samples, aligned=True)`: points further than
+    a cell outside the map count as 0, those nearer as the edge.
+    """
+    height, width = features.shape[2:]
+    rows = interpolation(boxes[..., 1] * scale, boxes[..., 3] * scale, size, samples, height)
+    columns = interpolation(boxes[..., 0] * scale, boxes[..., 2] * scale, size, samples, width)
+    if features.is_cpu and features.dtype in (torch.float32, torch.float64):
+        return _Align.apply(features, *rows, *columns)  # type: ignore[return-value]
+    return aligned_by_products(features, dense(*rows, height), dense(*columns, width))
+
+
+def interpolation(low: Tensor, high: Tensor, size: int, samples: int, cells: int) -> tuple[Tensor, Tensor]:
+    """Along one axis: the cells that each bin reads and their weights.
+
+    Edges of the regions (N, R) in cells → cell numbers int64 (N, R, P, 2·samples) and weights (N, R, P, 2·samples), which sum to
+    1 (less where points lie outside). A cell that several points share has all the weight in its first place, and 0 in the others.
+    """
+    step = (high - low) / (size * samples)
+    point = torch.arange(size * samples, device=low.device, dtype=low.dtype) + 0.5
+    place = low[..., None] - 0.5 + point * step[..., None]  # (N, R, P·samples), in units of cells from the first one's centre
+    inside = (place >= -1) & (place <= cells)
+    place = place.clamp(0, cells - 1)
+    below = place.floor().clamp(max=max(0, cells - 2))
+    share = place - below
+    cell = torch.stack([below, (below + 1).clamp(max=cells - 1)], -1).long().unflatten(-2, (size, samples)).flatten(-2)
+    weight = (torch.stack([1 - share, share], -1) * inside[..., None] / samples).unflatten(-2, (size, samples)).flatten(-2)
+    same = cell[..., :, None] == cell[..., None, :]  # of equal cells the first takes all
+    first = ~same.tril(-1).any(-1)
+    return cell, torch.where(first, (weight[..., None, :] * same).sum(-1), 0.0)
+
+
+def dense(cell: Tensor, weight: Tensor, cells: int) -> Tensor:
+    """Weights at their cells: (N, R, P, taps), (N, R, P, taps) → (N, R, P, cells)."""
+    return weight.new_zeros(*cell.shape[:-1], cells).scatter_add_(-1, cell, weight)
+
+
+def aligned_by_products(features: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """(N, C, H, W), rows (N, R, P, H), columns (N, R, P, W) → (N, R, C, P, P): two products, for every device."""
+    rows, columns = rows.to(features.dtype), columns.to(features.dtype)
+    across = torch.einsum("nrph,nchw->nrcpw", rows, features)
+    return torch.einsum("nrcpw,nrqw->nrcpq", across, columns)
+
+
+def roi_pool(features: Tensor, boxes: Tensor, size: int, scale: float) -> Tensor:
+    """RoI max pooling: features (N, C, H, W), boxes (N, R, 4) in pixels → (N, R, C, P, P), P = `size`.
+
+    Both rounded edges are inside, so a region has one cell at least. Of equal values the first in reading order is the maximum.
+    """
+    height, width = features.shape[2:]
+    rows = bins(boxes[..., 1] * scale, boxes[..., 3] * scale, size, height)
+    columns = bins(boxes[..., 0] * scale, boxes[..., 2] * scale, size, width)
+    if features.is_cpu and features.dtype in (torch.float32, torch.float64):
+        return _Pool.apply(features, rows, columns)  # type: ignore[return-value]
+    return pooled_by_masks(features, rows, columns)
+
+
+def bins(low: Tensor, high: Tensor, size: int, cells: int) -> Tensor:
+    """Edges of the regions (N, R) in cells → first cell and the one after the last of each bin, int64 (N, R, P, 2)."""
+    first, last = (low + 0.5).floor().long(), (high + 0.5).floor().long()
+    length = (last - first + 1).clamp(min=1)[..., None]
+    bin_ = torch.arange(size, device=low.device)
+    start, end = bin_ * length // size, -(-(bin_ + 1) * length // size)
+    return (torch.stack([start, end], -1) + first[..., None, None]).clamp(0, cells)
+
+
+def pooled_by_masks(features: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Maximum over masked rows, then over masked columns, for every device; arguments as `bins` gives them."""
+
+    def inside(edges: Tensor, cells: int) -> Tensor:
+        at = torch.arange(cells, device=edges.device)
+        return (at >= edges[..., :1]) & (at < edges[..., 1:])  # (N, R, P, cells)
+
+    vertical, horizontal = inside(rows, features.shape[2]), inside(columns, features.shape[3])
+    least = torch.finfo(features.dtype).min
+    out = []
+    for p in range(rows.shape[2]):
+        tall = features[:, None].masked_fill(~vertical[:, :, p, None, :, None], least).amax(3)  # (N, R, C, W)
+        out.append(
+            torch.stack([tall.masked_fill(~wide[:, :, None], least).amax(3) for wide in horizontal.unbind(2)], -1)
+        )
+    full = (vertical.any(-1)[..., None] & horizontal.any(-1)[:, :, None])[:, :, None]
+    return torch.where(full, torch.stack(out, -2), 0.0)
+
+
+def _last(features: Tensor) -> Tensor:
+    return features.permute(0, 2, 3, 1).contiguous()  # no copy of what is channels_last already
+
+
+class _Align(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, features: Tensor, rows: Tensor, by_row: Tensor, columns: Tensor, by_column: Tensor
+    ) -> Tensor:
+        places = [part.contiguous().numpy() for part in (rows, by_row.to(features), columns, by_column.to(features))]
+        ctx.places, ctx.shape = places, features.shape
+        out = features.new_empty(*rows.shape[:3], rows.shape[2], features.shape[1])
+        _kernels()["align"](_last(features).numpy(), *places, out.numpy())
+        return out.permute(0, 1, 4, 2, 3)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        n, c, h, w = ctx.shape
+        found = grad.new_zeros(n, h, w, c)
+        _kernels()["align_back"](grad.permute(0, 1, 3, 4, 2).contiguous().numpy(), *ctx.places, found.numpy())
+        return found.permute(0, 3, 1, 2), None, None, None, None
+
+
+class _Pool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, rows: Tensor, columns: Tensor) -> Tensor:  # type: ignore[override]
+        out = features.new_empty(*rows.shape[:3], columns.shape[2], features.shape[1])
+        best = torch.empty(out.shape, dtype=torch.int32)
+        edges = rows.contiguous().numpy(), columns.contiguous().numpy()
+        _kernels()["pool"](_last(features).numpy(), *edges, out.numpy(), best.numpy())
+        ctx.save_for_backward(best)
+        ctx.shape = features.shape
+        return out.permute(0, 1, 4, 2, 3)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        n, c, h, w = ctx.shape
+        found = grad.new_zeros(n, h * w, c)
+        (best,) = ctx.saved_tensors
+        _kernels()["pool_back"](grad.permute(0, 1, 3, 4, 2).contiguous().numpy(), best.numpy(), found.numpy())
+        return found.view(n, h, w, c).permute(0, 3, 1, 2), None, None
+
+
+@functools.cache
+def _kernels() -> dict[str, Callable[..., None]]:
+    """The four loops in machine code (compiled once, then cached); features (N, H, W, C), bins (N, R, P, P, C)."""
+    from numba import njit
+
+    @njit(cache=True, nogil=True, fastmath={"contract", "reassoc"}, error_model="numpy")
+    def align(features, rows, by_row, columns, by_column, out):  # type: ignore[no-untyped-def]
+        count, regions, size, taps = rows.shape
+        channels = features.shape[3]
+        for n in range(count):
+            for r in range(regions):
+                for p in range(size):
+                    for q in range(size):
+                        place = out[n, r, p, q]
+                        place[:] = 0
+                        for i in range(taps):
+                            if by_row[n, r, p, i] == 0:
+                                continue
+                            line = features[n, rows[n, r, p, i]]
+                            for j in range(taps):
+                                weight = by_row[n, r, p, i] * by_column[n, r, q, j]
+                                if weight == 0:
+                                    continue
+                                cell = line[columns[n, r, q, j]]
+                                for k in range(channels):
+                                    place[k] += weight * cell[k]
+
+    @njit(cache=True, nogil=True, fastmath={"contract", "reassoc"}, error_model="numpy")
+    def align_back(grad, rows, by_row, columns, by_column, found):  # type: ignore[no-untyped-def]
+        count, regions, size, taps = rows.shape
+        channels = found.shape[3]
+        for n in range(count):
+            for r in range(regions):
+                for p in range(size):
+                    for q in range(size):
+                        place = grad[n, r, p, q]
+                        for i in range(taps):
+                            if by_row[n, r, p, i] == 0:
+                                continue
+                            line = found[n, rows[n, r, p, i]]
+                            for j in range(taps):
+                                weight = by_row[n, r, p, i] * by_column[n, r, q, j]
+                                if weight == 0:
+                                    continue
+                                cell = line[columns[n, r, q, j]]
+                                for k in range(channels):
+                                    cell[k] += weight * place[k]
+
+    @njit(cache=True, nogil=True, error_model="numpy")
+    def pool(features, rows, columns, out, best):  # type: ignore[no-untyped-def]
+        count, regions, size = rows.shape[:3]
+        width, channels = features.shape[2:]
+        for n in range(count):
+            for r in range(regions):
+                for p in range(size):
+                    top, bottom = rows[n, r, p, 0], rows[n, r, p, 1]
+                    for q in range(columns.shape[2]):
+                        left, right = columns[n, r, q, 0], columns[n, r, q, 1]
+                        place, chosen = out[n, r, p, q], best[n, r, p, q]
+                        if top >= bottom or left >= right:
+                            place[:] = 0
+                            chosen[:] = -1
+                            continue
+                        place[:] = features[n, top, left]
+                        chosen[:] = top * width + left
+                        for y in range(top, bottom):
+                            for x in range(left, right):
+                                cell = features[n, y, x]
+                                at = y * width + x
+                                for k in range(channels):
+                                    more = cell[k] > place[k]
+                                    place[k] = cell[k] if more else place[k]
+                                    chosen[k] = at if more else chosen[k]
+
+    @njit(cache=True, nogil=True, error_model="numpy")
+    def pool_back(grad, best, found):  # type: ignore[no-untyped-def]
+        count, regions, size, across, channels = grad.shape
+        for n in range(count):
+            for r in range(regions):
+                for p in range(size):
+                    for q in range(across):
+                        for k in range(channels):
+                            if best[n, r, p, q, k] >= 0:
+                                found[n, best[n, r, p, q, k], k] += grad[n, r, p, q, k]
+
+    return {"align": align, "align_back": align_back, "pool": pool, "pool_back": pool_back}
