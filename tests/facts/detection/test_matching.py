@@ -12,7 +12,9 @@ def overlaps(seed=0, pictures=3, boxes=40, objects=5):
 
     def some(count):
         corner = torch.rand(pictures, count, 2, generator=g, dtype=torch.float64) * 20
-        return torch.cat([corner, corner + 2 + torch.rand(pictures, count, 2, generator=g, dtype=torch.float64) * 12], -1)
+        return torch.cat(
+            [corner, corner + 2 + torch.rand(pictures, count, 2, generator=g, dtype=torch.float64) * 12], -1
+        )
 
     labels = torch.randint(0, 3, (pictures, objects), generator=g)
     labels[0, 3:] = -1
@@ -26,7 +28,7 @@ def plain(overlap, labels, positive, negative, least, rescue):
     for n in range(len(overlap)):
         objects = [m for m in range(overlap.shape[2]) if labels[n, m] >= 0]
         for a in range(overlap.shape[1]):
-            best = max(objects, key=lambda m: overlap[n, a, m], default=None)  # noqa: B023
+            best = max(objects, key=lambda m: overlap[n, a, m], default=None)
             value = float(overlap[n, a, best]) if best is not None else 0.0
             if best is not None and value >= positive:
                 out[n, a] = best
@@ -36,7 +38,7 @@ def plain(overlap, labels, positive, negative, least, rescue):
             for a in range(overlap.shape[1]):
                 claims = [m for m in objects if 0 < overlap[n, a, m] == overlap[n, :, m].max()]
                 if claims:
-                    out[n, a] = max(claims, key=lambda m: overlap[n, a, m])  # noqa: B023
+                    out[n, a] = max(claims, key=lambda m: overlap[n, a, m])
     return out
 
 

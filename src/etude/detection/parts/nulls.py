@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 
@@ -9,3 +12,11 @@ def transposed(boxes: Tensor, size: float, cells: int) -> Tensor:
     """YOLO's `place` with row and column exchanged: another cell than the one that holds the centre."""
     cell = ((boxes[..., :2] + boxes[..., 2:]) / 2 * (cells / size)).long().clamp(0, cells - 1)
     return cell[..., 0] * cells + cell[..., 1]
+
+
+def proposals_of_others(said: Any, anchors: Tensor, size: float, count: int) -> Tensor:
+    """Faster R-CNN's `propose`, each picture with the proposals of the one before it (of an empty one, where it is alone)."""
+    from etude.detection.faster_rcnn import propose
+
+    own = propose(said, anchors, size, count)
+    return own.roll(1, 0) if len(own) > 1 else torch.zeros_like(own)

@@ -48,17 +48,21 @@ def interpolation(low: Tensor, high: Tensor, size: int, samples: int, cells: int
     """Along one axis: the cells that each bin reads and their weights.
 
     Edges of the regions (N, R) in cells → cell numbers int64 (N, R, P, 2·samples) and weights (N, R, P, 2·samples), which sum to
-    1 (less where points lie outside). A cell that several points share has all the weight in its first place, and 0 in the others.
+    1 (less where points lie outside). A cell that several points share has all its weight in the first place, 0 in the others.
     """
     step = (high - low) / (size * samples)
     point = torch.arange(size * samples, device=low.device, dtype=low.dtype) + 0.5
-    place = low[..., None] - 0.5 + point * step[..., None]  # (N, R, P·samples), in units of cells from the first one's centre
+    place = (
+        low[..., None] - 0.5 + point * step[..., None]
+    )  # (N, R, P·samples), in units of cells from the first one's centre
     inside = (place >= -1) & (place <= cells)
     place = place.clamp(0, cells - 1)
     below = place.floor().clamp(max=max(0, cells - 2))
     share = place - below
     cell = torch.stack([below, (below + 1).clamp(max=cells - 1)], -1).long().unflatten(-2, (size, samples)).flatten(-2)
-    weight = (torch.stack([1 - share, share], -1) * inside[..., None] / samples).unflatten(-2, (size, samples)).flatten(-2)
+    weight = (
+        (torch.stack([1 - share, share], -1) * inside[..., None] / samples).unflatten(-2, (size, samples)).flatten(-2)
+    )
     same = cell[..., :, None] == cell[..., None, :]  # of equal cells the first takes all
     first = ~same.tril(-1).any(-1)
     return cell, torch.where(first, (weight[..., None, :] * same).sum(-1), 0.0)
