@@ -273,10 +273,9 @@ def train(config: Config, run: Run) -> dict[str, float]:
         rpn = rpn_objective(said, model.anchors, scene, config.anchors, config.box_weight, dice)  # lines 2 and 3
         regions = propose(said, model.anchors, config.size, config.proposals)  # line 4
         regions = torch.cat([regions, scene.boxes], 1)
-        truth = (scene.boxes, scene.labels, scene.difficult)
-        regions, kind, code, _ = heads.chosen_regions(regions, *truth, config.regions, 0.25, 0.0, kinds, dice)  # line 5
-        scores, codes = model.heads(pooled(config, features, regions))
-        fast = heads.objective(scores, codes, kind.flatten(), code.flatten(0, 1), config.box_weight)
+        chosen = heads.chosen_regions(regions, scene, config.regions, 0.25, 0.0, kinds, dice)  # line 5
+        scores, codes = model.heads(pooled(config, features, chosen.boxes))
+        fast = heads.objective(scores, codes, chosen.kinds.flatten(), chosen.codes.flatten(0, 1), config.box_weight)
         loss = rpn + fast
         optimizer.zero_grad()
         loss.backward()  # line 6

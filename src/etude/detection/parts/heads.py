@@ -11,12 +11,15 @@ Codes are divided by the deviations (0.1, 0.1, 0.2, 0.2), which makes the head's
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from etude.detection.parts import boxes as box
-from etude.detection.parts.matching import assign, sample
+from etude.detection.parts.matching import IGNORED, assign, sample
+from etude.detection.parts.scenes import Scene
 from etude.detection.parts.suppression import pick
 
 DEVIATIONS = (0.1, 0.1, 0.2, 0.2)
@@ -47,34 +50,33 @@ def smooth_l1(difference: Tensor, beta: float = 1.0) -> Tensor:
     return torch.where(size < beta, difference.square() / (2 * beta), size - beta / 2)
 
 
-def chosen_regions(
-    regions: Tensor,
-    scene_boxes: Tensor,
-    labels: Tensor,
-    difficult: Tensor,
-    count: int,
-    share: float,
-    least: float,
-    classes: int,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The regions of a mini-batch: proposals (N, A, 4) → regions (N, K, 4), classes (N, K), codes to say (N, K, 4), and which
-    regions are at an object (N, K). Class C is background, −1 does not count.
+class Chosen(NamedTuple):
+    """The regions of a mini-batch."""
 
-    At an object: IoU ≥ 0.5; background: IoU in [least, 0.5). At most `share` of the `count` are at objects.
-    """
-    overlap = box.iou(regions, scene_boxes)
-    flat = (regions[..., 2:] <= regions[..., :2]).any(-1)  # empty places of a list of proposals
-    assigned = assign(overlap, labels, 0.5, 0.5, least=least, difficult=difficult).masked_fill(flat, -2)
-    index, valid = sample(assigned, count, share, generator)
+    boxes: Tensor
+    """(N, K, 4) in pixels."""
+    kinds: Tensor
+    """int64 (N, K): the object's class, C for background, −1 for a place that does not count."""
+    codes: Tensor
+    """(N, K, 4): the object's box relative to the region, divided by the deviations; 0 away from objects."""
+
+
+def chosen_regions(
+    regions: Tensor, scene: Scene, count: int, share: float, least: float, classes: int, generator: torch.Generator
+) -> Chosen:
+    """Of the regions (N, A, 4), `count` a picture, at most `share` of them at an object (IoU ≥ 0.5), else with IoU ≥ `least`."""
+    empty = (regions[..., 2:] <= regions[..., :2]).any(-1)  # places of a list that are not filled
+    overlap = box.iou(regions, scene.boxes)
+    assigned = assign(overlap, scene.labels, 0.5, 0.5, least=least, difficult=scene.difficult)
+    index, valid = sample(assigned.masked_fill(empty, IGNORED), count, share, generator)
     owner = assigned.gather(1, index)
     region = regions.gather(1, index[..., None].expand(-1, -1, 4))
     at = (owner >= 0) & valid
-    kind = torch.where(at, labels.gather(1, owner.clamp(min=0)), classes).masked_fill(~valid, -1)
-    target = scene_boxes.gather(1, owner.clamp(min=0)[..., None].expand(-1, -1, 4))
-    safe = torch.where(at[..., None], region, region.new_tensor([0.0, 0.0, 1.0, 1.0]))
-    wanted = torch.where(at[..., None], target, safe)
-    return region, kind, box.encode(wanted, safe) / region.new_tensor(DEVIATIONS), at
+    kind = torch.where(at, scene.labels.gather(1, owner.clamp(min=0)), classes).masked_fill(~valid, -1)
+    target = scene.boxes.gather(1, owner.clamp(min=0)[..., None].expand(-1, -1, 4))
+    unit = region.new_tensor([0.0, 0.0, 1.0, 1.0])
+    code = box.encode(torch.where(at[..., None], target, unit), torch.where(at[..., None], region, unit))
+    return Chosen(region, kind, code / region.new_tensor(DEVIATIONS))
 
 
 def objective(scores: Tensor, codes: Tensor, kind: Tensor, code: Tensor, weight: float) -> Tensor:

@@ -20,3 +20,10 @@ def proposals_of_others(said: Any, anchors: Tensor, size: float, count: int) -> 
 
     own = propose(said, anchors, size, count)
     return own.roll(1, 0) if len(own) > 1 else torch.zeros_like(own)
+
+
+def pooled_elsewhere(config: Any, features: Tensor, regions: Tensor) -> Tensor:
+    """Fast R-CNN's `pooled` with the features of the picture before."""
+    from etude.detection.fast_rcnn import pooled
+
+    return pooled(config, features.roll(1, 0) if len(features) > 1 else torch.zeros_like(features), regions)

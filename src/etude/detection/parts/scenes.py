@@ -35,17 +35,23 @@ class Scene:
     boxes: Tensor
     labels: Tensor
     difficult: Tensor
+    proposals: Tensor | None = None
+    """(N, P, 4), where a method has computed some; empty places are boxes without an area."""
 
     def __len__(self) -> int:
         return len(self.x)
 
     def at(self, index: Tensor) -> Scene:
         """The pictures of these numbers."""
-        return Scene(self.x[index], self.boxes[index], self.labels[index], self.difficult[index])
+        return Scene(*(part[index] for part in self._parts()))
 
     def to(self, device: torch.device) -> Scene:
         """On another device."""
-        return Scene(*(part.to(device) for part in (self.x, self.boxes, self.labels, self.difficult)))
+        return Scene(*(part.to(device) for part in self._parts()))
+
+    def _parts(self) -> list[Tensor]:
+        parts = (self.x, self.boxes, self.labels, self.difficult, self.proposals)
+        return [part for part in parts if part is not None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,8 +169,12 @@ def flipped(part: Scene, generator: torch.Generator) -> Scene:
     """Each picture mirrored left to right with its boxes, or not, evenly."""
     turn = (torch.rand(len(part), generator=generator) < 0.5).to(part.x.device)
     x = torch.where(turn[:, None, None, None], part.x.flip(-1), part.x)
-    moved = box.mirror(part.boxes, part.x.shape[-1])
-    return Scene(x, torch.where(turn[:, None, None], moved, part.boxes), part.labels, part.difficult)
+
+    def moved(boxes: Tensor) -> Tensor:
+        return torch.where(turn[:, None, None], box.mirror(boxes, part.x.shape[-1]), boxes)
+
+    proposals = None if part.proposals is None else moved(part.proposals)
+    return Scene(x, moved(part.boxes), part.labels, part.difficult, proposals)
 
 
 def _overlap(a: Sequence[float], b: Sequence[float]) -> float:

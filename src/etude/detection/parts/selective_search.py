@@ -19,15 +19,21 @@ Differences:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from etude.detection.parts.scenes import Scene
+
+if TYPE_CHECKING:
+    from etude.core.run import Run
 
 COLOURS, DIRECTIONS, STEPS = 25, 8, 10
 
@@ -57,6 +63,12 @@ def selective_search(
         found = found[(sides >= 3).all(1)][:most]
         boxes[n, : len(found)], count[n] = found, len(found)
     return torch.from_numpy(boxes), torch.from_numpy(count)
+
+
+def proposed(run: Run, part: Scene, most: int) -> Scene:
+    """The split with its proposals, by selective search."""
+    run.say(f"selective search in {len(part):,} pictures")
+    return dataclasses.replace(part, proposals=selective_search(part.x, most)[0])
 
 
 def edges(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
