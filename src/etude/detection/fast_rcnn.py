@@ -158,7 +158,7 @@ class FastRCNN(nn.Module):
 def pooled(config: Config, features: Tensor, regions: Tensor) -> Tensor:
     """Features of the regions: (N, F, H, W), (N, R, 4) in pixels → (N·R, F·bins²) (line 4)."""
     pool = roi_align if config.pooling == "align" else roi_pool
-    return pool(features.float(), regions, config.bins, 1 / config.stride).flatten(2).flatten(0, 1)
+    return pool(features, regions, config.bins, 1 / config.stride).flatten(2).flatten(0, 1)
 
 
 def detect(config: Config, model: nn.Module, x: Tensor) -> scoring.Found:

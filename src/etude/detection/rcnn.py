@@ -17,14 +17,14 @@ Algorithm:
 5. to detect: scores of all regions, the class's code, non-maximum suppression within each class
 
 Differences:
-- E39: the notes say "classification". After the network is trained its own softmax is left away: support vector machines score the
-  regions, and regressions move them.
+- E39: the notes say "classification". After the network is trained its own softmax is left away: support vector machines
+  score the regions, and regressions move them.
 - All negatives take part at once (a picture of ours has some fifty regions); the paper mines hard ones, having two million.
 - The machines are solved by Newton's method on the squared hinge (scikit-learn's LinearSVC to nine digits); the paper's hinge
   is not squared. The constant is part of the norm, as in liblinear.
 - The network is small and from scratch; the paper's is AlexNet, pretrained on ImageNet. φ is its last hidden layer for both
   (the paper regresses from pool5). A region is warped by interpolation at two points a pixel and direction.
-- A score s is reported as the probability 1/(1 + e^(−2s)), so that thresholds mean the same as in the other detectors; order is kept.
+- A score s is reported as 1/(1 + e^(−2s)), so that thresholds mean the same as in the other detectors; the order is kept.
 
 Expect: one core, 90 s: see the card.
 Command: `etude run detection/rcnn --preset bccd`
@@ -49,7 +49,7 @@ from etude.detection.parts import boxes as box
 from etude.detection.parts import heads, scoring
 from etude.detection.parts.average_precision import recall_of
 from etude.detection.parts.linear import ridge, support_vectors
-from etude.detection.parts.regions import roi_align
+from etude.detection.parts.regions import roi_align, widened
 from etude.detection.parts.scenes import Scene, scenes
 from etude.detection.parts.selective_search import proposed, selective_search
 from etude.detection.parts.suppression import pick
@@ -173,7 +173,7 @@ def warp(x: Tensor, regions: Tensor, side: int, context: float) -> Tensor:
     """Regions (N, R, 4) of pictures uint8 (N, C, S, S) → (N·R, C, side, side) in [0, 1] (line 1)."""
     middle, half = (regions[..., :2] + regions[..., 2:]) / 2, (regions[..., 2:] - regions[..., :2]) / 2
     wider = torch.cat([middle - half * (1 + context), middle + half * (1 + context)], -1)
-    return roi_align(x.float() / 255, wider, side, 1.0).flatten(0, 1)
+    return roi_align(x.to(torch.get_default_dtype()) / 255, wider, side, 1.0).flatten(0, 1)
 
 
 @torch.no_grad()
@@ -251,7 +251,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
         with run.autocast():
             logits = model(warp(scene.x, chosen.boxes, config.side, config.context))  # line 2
         kind = chosen.kinds.flatten()
-        loss = F.cross_entropy(logits.float(), kind, ignore_index=-1)
+        loss = F.cross_entropy(widened(logits), kind, ignore_index=-1)
         optimizer.zero_grad()
         loss.backward()
         run.average(model, loss=loss)

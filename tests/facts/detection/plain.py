@@ -3,6 +3,7 @@
 """
 
 import json
+import math
 
 import torch
 from torch import nn
@@ -136,3 +137,98 @@ def yolo_loss(out, boxes, labels, count, size, coordinate, no_object):
                     if b != responsible:
                         total = total + no_object * places[b][4] ** 2
     return total / len(out)
+
+
+def align(features, boxes, size, scale, samples):
+    """RoIAlign region by region: every point between its four cells, the points of a bin averaged."""
+    n_, c_, h, w = features.shape
+    out = torch.zeros(n_, boxes.shape[1], c_, size, size, dtype=features.dtype)
+    steps = (torch.arange(size * samples, dtype=torch.float64) + 0.5) / (size * samples)
+    for n in range(n_):
+        for r, (x1, y1, x2, y2) in enumerate((boxes[n] * scale).tolist()):
+            y, x = y1 - 0.5 + steps * (y2 - y1), x1 - 0.5 + steps * (x2 - x1)
+            inside = ((y >= -1) & (y <= h))[:, None] & ((x >= -1) & (x <= w))
+            y, x = y.clamp(0, h - 1), x.clamp(0, w - 1)
+            a, b = y.long(), x.long()
+            a2, b2, down, across = (a + 1).clamp(max=h - 1), (b + 1).clamp(max=w - 1), (y - a)[:, None], x - b
+            f = features[n]
+            upper = f[:, a][:, :, b] * (1 - across) + f[:, a][:, :, b2] * across
+            lower = f[:, a2][:, :, b] * (1 - across) + f[:, a2][:, :, b2] * across
+            point = (upper * (1 - down) + lower * down) * inside
+            out[n, r] = point.view(c_, size, samples, size, samples).mean((2, 4))
+    return out
+
+
+def pool(features, boxes, size, scale):
+    """Maximum of each bin, cell by cell; edges of bins as exact fractions."""
+    n_, c_, h, w = features.shape
+    out = torch.zeros(n_, boxes.shape[1], c_, size, size, dtype=features.dtype)
+    for n in range(n_):
+        for r, box in enumerate((boxes[n] * scale).tolist()):
+            x1, y1, x2, y2 = (math.floor(v + 0.5) for v in box)
+            high, wide = max(y2 - y1 + 1, 1), max(x2 - x1 + 1, 1)
+            for p in range(size):
+                for q in range(size):
+                    ys = [y for y in range(h) if p * high // size <= y - y1 < -(-(p + 1) * high // size)]
+                    xs = [x for x in range(w) if q * wide // size <= x - x1 < -(-(q + 1) * wide // size)]
+                    if ys and xs:
+                        out[n, r, :, p, q] = features[n][:, ys][:, :, xs].amax((1, 2))
+    return out
+
+
+def encoded(b, a):
+    """The code of box b relative to a, four numbers each."""
+    (bw, bh), (aw, ah) = ((v[2] - v[0], v[3] - v[1]) for v in (b, a))
+    across = ((b[0] + b[2]) / 2 - (a[0] + a[2]) / 2) / aw
+    down = ((b[1] + b[3]) / 2 - (a[1] + a[3]) / 2) / ah
+    return [across, down, math.log(bw / aw), math.log(bh / ah)]
+
+
+def decoded(code, a, size):
+    """The inverse, cut at the picture's edge."""
+    w, h = a[2] - a[0], a[3] - a[1]
+    x, y = (a[0] + a[2]) / 2 + code[0] * w, (a[1] + a[3]) / 2 + code[1] * h
+    half_w, half_h = math.exp(code[2]) * w / 2, math.exp(code[3]) * h / 2
+    return [min(max(v, 0.0), size) for v in (x - half_w, y - half_h, x + half_w, y + half_h)]
+
+
+def region_loss(scores, codes, chosen, classes, weight):
+    """Fast R-CNN's loss, region by region, by torch's own functions."""
+    total, counted = 0.0, 0
+    for row, kind in enumerate(chosen.kinds.flatten().tolist()):
+        if kind < 0:
+            continue
+        counted += 1
+        total = total + nn.functional.cross_entropy(scores[row : row + 1], torch.tensor([kind]))
+        if kind < classes:
+            code = chosen.codes.flatten(0, 1)[row]
+            total = total + weight * nn.functional.smooth_l1_loss(
+                codes[row].view(classes, 4)[kind], code, reduction="sum"
+            )
+    return total / counted
+
+
+def heads(made):
+    """The two heads as torch's own layers, with the weights of `made`: features → (scores, codes (K, 4C))."""
+    body = nn.Sequential(made.hidden[0], nn.ReLU(), made.hidden[2], nn.ReLU()).double()
+    scores, codes = made.scores.double(), made.codes.double()
+
+    def both(x):
+        x = body(x)
+        return scores(x), codes(x)
+
+    return both
+
+
+def region_answers(scores, codes, regions, size, least, threshold):
+    """Detections from heads on regions, picture by picture: scores (N, R, C + 1), codes (N, R, 4C)."""
+    rows = []
+    for said, moved, places in zip(scores.softmax(-1), codes, regions.tolist()):
+        candidates = []
+        for chance, code, place in zip(said.tolist(), moved.tolist(), places):
+            for kind, p in enumerate(chance[:-1]):
+                if place[2] > place[0]:
+                    own = [d * v for d, v in zip((0.1, 0.1, 0.2, 0.2), code[4 * kind : 4 * kind + 4])]
+                    candidates.append((decoded(own, place, size), p, kind))
+        rows.append(chosen(candidates, least, threshold))
+    return rows

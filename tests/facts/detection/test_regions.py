@@ -1,11 +1,15 @@
 """RoI pooling and RoIAlign equal their definitions bin by bin, on both paths, and their gradients are the adjoints."""
 
-import math
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from etude.detection.parts import regions
+
+plain = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("plain.py"))))
 
 SCALE = 1 / 4
 
@@ -24,52 +28,11 @@ def some(seed=0, pictures=2, count=9, channels=5, height=11, width=13):
     return features, boxes
 
 
-def plain_align(features, boxes, size, scale, samples):
-    """Point by point, as the paper says it."""
-    n_, c_, h, w = features.shape
-    out = torch.zeros(n_, boxes.shape[1], c_, size, size, dtype=features.dtype)
-    for n in range(n_):
-        for r, (x1, y1, x2, y2) in enumerate((boxes[n] * scale).tolist()):
-            for p in range(size):
-                for q in range(size):
-                    for i in range(samples):
-                        for j in range(samples):
-                            y = y1 - 0.5 + (p + (i + 0.5) / samples) * (y2 - y1) / size
-                            x = x1 - 0.5 + (q + (j + 0.5) / samples) * (x2 - x1) / size
-                            if not (-1 <= y <= h and -1 <= x <= w):
-                                continue
-                            y, x = min(max(y, 0), h - 1), min(max(x, 0), w - 1)
-                            a, b = int(y), int(x)
-                            a2, b2 = min(a + 1, h - 1), min(b + 1, w - 1)
-                            f = features[n]
-                            value = (a + 1 - y) * ((b + 1 - x) * f[:, a, b] + (x - b) * f[:, a, b2])
-                            value = value + (y - a) * ((b + 1 - x) * f[:, a2, b] + (x - b) * f[:, a2, b2])
-                            out[n, r, :, p, q] += value / samples**2
-    return out
-
-
-def plain_pool(features, boxes, size, scale):
-    """Maximum of each bin, cell by cell; edges of bins as exact fractions."""
-    n_, c_, h, w = features.shape
-    out = torch.zeros(n_, boxes.shape[1], c_, size, size, dtype=features.dtype)
-    for n in range(n_):
-        for r, box in enumerate((boxes[n] * scale).tolist()):
-            x1, y1, x2, y2 = (math.floor(v + 0.5) for v in box)
-            high, wide = max(y2 - y1 + 1, 1), max(x2 - x1 + 1, 1)
-            for p in range(size):
-                for q in range(size):
-                    ys = [y for y in range(h) if p * high // size <= y - y1 < -(-(p + 1) * high // size)]
-                    xs = [x for x in range(w) if q * wide // size <= x - x1 < -(-(q + 1) * wide // size)]
-                    if ys and xs:
-                        out[n, r, :, p, q] = features[n][:, ys][:, :, xs].amax((1, 2))
-    return out
-
-
 @pytest.mark.parametrize(("size", "samples"), [(3, 2), (2, 1), (5, 3)])
 def test_aligning_is_interpolation_point_by_point(size, samples):
     """The notes name regions only (E39): here they lie on the picture, and the map is read where they are projected."""
     features, boxes = some()
-    wanted = plain_align(features, boxes, size, SCALE, samples)
+    wanted = plain.align(features, boxes, size, SCALE, samples)
     found = regions.roi_align(features, boxes, size, SCALE, samples)
     assert (found - wanted).abs().max() < 1e-12
     assert found[0, 1].abs().max() == 0  # far outside
@@ -78,7 +41,7 @@ def test_aligning_is_interpolation_point_by_point(size, samples):
 @pytest.mark.parametrize("size", [1, 3, 7])
 def test_pooling_is_the_maximum_of_each_bin(size):
     features, boxes = some(1)
-    assert torch.equal(regions.roi_pool(features, boxes, size, SCALE), plain_pool(features, boxes, size, SCALE))
+    assert torch.equal(regions.roi_pool(features, boxes, size, SCALE), plain.pool(features, boxes, size, SCALE))
 
 
 def test_products_and_masks_equal_machine_code():

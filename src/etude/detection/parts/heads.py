@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from etude.detection.parts import boxes as box
 from etude.detection.parts.matching import IGNORED, assign, sample
+from etude.detection.parts.regions import widened
 from etude.detection.parts.scenes import Scene
 from etude.detection.parts.suppression import pick
 
@@ -94,9 +95,9 @@ def answers(
     scores: Tensor, codes: Tensor, regions: Tensor, size: float, least: float, overlap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Detections of each picture, as of `suppression.pick`: scores (N, R, C + 1), codes (N, R, C, 4), regions (N, R, 4)."""
-    chance = scores.float().softmax(-1)[..., :-1]
+    chance = widened(scores).softmax(-1)[..., :-1]
     flat = (regions[..., 2:] <= regions[..., :2]).any(-1, keepdim=True)
     chance = chance.masked_fill(flat, 0.0)
     anchors = torch.where(flat, regions.new_tensor([0.0, 0.0, 1.0, 1.0]), regions)
-    found = box.decode(codes.float() * codes.new_tensor(DEVIATIONS).float(), anchors[:, :, None])
+    found = box.decode(widened(codes) * regions.new_tensor(DEVIATIONS), anchors[:, :, None])
     return pick(box.clip(found, size, size), chance, least, overlap)

@@ -27,8 +27,9 @@ def assign(
 ) -> Tensor:
     """IoU (N, A, M) of boxes and objects, labels (N, M), −1 for none → int64 (N, A): the object's number, BACKGROUND or IGNORED.
 
-    With `rescue` every object has a box at least (one that overlaps it at all): the one that overlaps it most, and all equal
-    ones; a box that several objects claim goes to the one it overlaps most. Boxes at `difficult` objects (N, M) are ignored.
+    With `rescue` every object has a box at least (one that overlaps it at all): the one that overlaps it most, and all that
+    equal it within 1e-6; a box that several objects claim goes to the one it overlaps most. Boxes at `difficult` objects (N, M)
+    are ignored.
     """
     real = labels >= 0
     overlap = overlap.masked_fill(~real[:, None], -1.0)
@@ -38,7 +39,7 @@ def assign(
     out = torch.where((best < negative) & (best.clamp(min=0) >= least), BACKGROUND, out)
     if rescue:
         top = overlap.amax(1, keepdim=True)  # (N, 1, M)
-        claimed = torch.where((overlap == top) & (top > 0), overlap, -1.0)
+        claimed = torch.where((overlap > top - 1e-6) & (top > 0) & (overlap > 0), overlap, -1.0)  # equal to rounding
         most, owner = claimed.max(-1)
         out = torch.where(most > 0, owner, out)
     if difficult is not None:

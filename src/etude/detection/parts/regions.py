@@ -34,12 +34,13 @@ def roi_align(features: Tensor, boxes: Tensor, size: int, scale: float, samples:
     """RoIAlign: features (N, C, H, W), boxes (N, R, 4) in pixels → (N, R, C, P, P), P = `size`.
 
     `scale` is cells a pixel (1 / stride). torchvision's `roi_align(…, sampling_ratio=samples, aligned=True)`: points further than
-    a cell outside the map count as 0, those nearer as the edge.
+    a cell outside the map count as 0, those nearer as the edge. Features in half precision are widened.
     """
+    features = widened(features)
     height, width = features.shape[2:]
     rows = interpolation(boxes[..., 1] * scale, boxes[..., 3] * scale, size, samples, height)
     columns = interpolation(boxes[..., 0] * scale, boxes[..., 2] * scale, size, samples, width)
-    if features.is_cpu and features.dtype in (torch.float32, torch.float64):
+    if features.is_cpu:
         return _Align.apply(features, *rows, *columns)  # type: ignore[return-value]
     return aligned_by_products(features, dense(*rows, height), dense(*columns, width))
 
@@ -85,10 +86,11 @@ def roi_pool(features: Tensor, boxes: Tensor, size: int, scale: float) -> Tensor
 
     Both rounded edges are inside, so a region has one cell at least. Of equal values the first in reading order is the maximum.
     """
+    features = widened(features)
     height, width = features.shape[2:]
     rows = bins(boxes[..., 1] * scale, boxes[..., 3] * scale, size, height)
     columns = bins(boxes[..., 0] * scale, boxes[..., 2] * scale, size, width)
-    if features.is_cpu and features.dtype in (torch.float32, torch.float64):
+    if features.is_cpu:
         return _Pool.apply(features, rows, columns)  # type: ignore[return-value]
     return pooled_by_masks(features, rows, columns)
 
@@ -119,6 +121,11 @@ def pooled_by_masks(features: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         )
     full = (vertical.any(-1)[..., None] & horizontal.any(-1)[:, :, None])[:, :, None]
     return torch.where(full, torch.stack(out, -2), 0.0)
+
+
+def widened(features: Tensor) -> Tensor:
+    """float32 in place of half precision."""
+    return features if features.dtype == torch.float64 else features.float()
 
 
 def _last(features: Tensor) -> Tensor:
