@@ -1,4 +1,4 @@
-"""Fast R-CNN: one pass over the picture, then two small heads on the pooled features of every proposed region
+"""Fast R-CNN: one pass over the picture, two heads on the features of every region
 
 Paper: Girshick, Fast R-CNN, 2015, arXiv:1504.08083.
 
@@ -67,7 +67,7 @@ class Config:
     """Regions of each picture, by selective search."""
     stride: Literal[8, 16, 32] = 8
     """Pixels a cell of the feature map."""
-    regions: Count = 32
+    regions: Count = 48
     """Regions of each picture that a mini-batch looks at; a quarter of them at objects at most."""
     background_from: Probability = 0.0
     """Background has at least this IoU with an object (the paper: 0.1)."""
@@ -79,11 +79,11 @@ class Config:
     """Channels of the first layer; every halving of the picture doubles them."""
     hidden: Count = 128
     """Width of the heads' two hidden layers."""
-    steps: Count = 500
+    steps: Count = 700
     """Number of parameter updates."""
     batch: Count = 16
     """Pictures in a mini-batch (of each rank)."""
-    learning_rate: Positive = 4e-3
+    learning_rate: Positive = 5e-3
     """Peak learning rate of the one-cycle schedule."""
     weight_decay: NonNegative = 5e-4
     """Decoupled weight decay."""
@@ -101,7 +101,7 @@ class Config:
 
 PRESETS = {
     "tiny": Config(size=32, examples=40, width=8, hidden=16, bins=3, proposals=12, regions=8, steps=6, batch=8),
-    "default": Config(evaluate_every=250),
+    "default": Config(evaluate_every=350),
     "bccd": Config(
         data="bccd", size=224, flip=True, stride=16, proposals=500, regions=64, steps=1500, batch=8, evaluate_every=500
     ),

@@ -1,4 +1,4 @@
-"""Faster R-CNN: the network proposes its own regions, from the features with which it classifies them
+"""Faster R-CNN: the network proposes its own regions, from features it has anyway
 
 Paper: Ren, He, Girshick, Sun, Faster R-CNN: Towards Real-Time Object Detection with Region Proposal Networks, 2015,
 arXiv:1506.01497.
@@ -48,9 +48,8 @@ from etude.core.errors import UserError
 from etude.core.run import Run
 from etude.core.spec import Spec
 from etude.detection.parts import boxes as box
-from etude.detection.parts import heads, scoring
+from etude.detection.parts import heads, matching, scoring
 from etude.detection.parts.average_precision import recall_of
-from etude.detection.parts.matching import assign, sample
 from etude.detection.parts.regions import roi_align, roi_pool, widened
 from etude.detection.parts.scenes import Scene, scenes
 from etude.detection.parts.suppression import pick
@@ -206,8 +205,8 @@ def anchors(size: int, stride: int, scales: tuple[float, ...], aspects: tuple[fl
 def rpn_objective(said: Said, anchors: Tensor, scene: Scene, count: int, weight: float, generator: Any) -> Tensor:
     """L_RPN (lines 2 and 3): 0-dim, mean over the anchors drawn."""
     overlap = box.iou(anchors[None], scene.boxes)
-    assigned = assign(overlap, scene.labels, 0.7, 0.3, rescue=True, difficult=scene.difficult)
-    index, valid = sample(assigned, count, 0.5, generator)
+    assigned = matching.assign(overlap, scene.labels, 0.7, 0.3, rescue=True, difficult=scene.difficult)
+    index, valid = matching.sample(assigned, count, 0.5, generator)
     owner = assigned.gather(1, index)
     at = (owner >= 0) & valid
     logit = said.objectness.gather(1, index)

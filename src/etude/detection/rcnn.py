@@ -1,4 +1,4 @@
-"""R-CNN: warp every proposed region to one size, compute its features by a network, judge them by linear classifiers
+"""R-CNN: every proposed region through a network, judged by linear classifiers
 
 Paper: Girshick, Donahue, Darrell, Malik, Rich feature hierarchies for accurate object detection and semantic segmentation, 2013,
 arXiv:1311.2524.
