@@ -33,8 +33,10 @@ def support_vectors(x: Tensor, sign: Tensor, slack: float, tolerance: float = 1e
         curve.diagonal().add_(1.0)
         step = torch.linalg.solve(curve, slope)
         size = 1.0
-        while size > 1e-8 and (then := value(weight - size * step)) > now - 1e-4 * size * slope @ step:
+        then = value(weight - step)
+        while size > 1e-8 and then > now - 1e-4 * size * slope @ step:
             size /= 2
+            then = value(weight - size * step)
         if size <= 1e-8:
             break
         weight, now = weight - size * step, then
