@@ -26,7 +26,8 @@ Differences:
   (`--upsampling learned`) from their bilinear start. All levels are learned at once, where the paper goes from 32s to 8s.
 - Adam and a schedule, where the paper has momentum 0.99 at a rate of 10⁻¹⁰ for a loss summed over pixels.
 
-Expect: seed 0, one core: digits on canvases, 300 steps, 13 s of CPU time: mean IoU 0.73; with the coarse scores alone 0.34.
+Expect: seed 0, one core: digits on canvases, 300 steps, 13 s of CPU time: mean IoU 0.73; with the
+    coarse scores alone 0.34. ISBI-2012 after 100 steps of preset `isbi`: pixel accuracy 0.884, Rand error 0.69.
 Command: `etude run segmentation/fcn`, then `etude predict segmentation/fcn FILE`;
     `etude run segmentation/fcn --preset isbi`
 """
