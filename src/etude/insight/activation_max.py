@@ -58,8 +58,8 @@ class Config:
     """Images in each of these updates."""
     layer: str = ""
     """Layer whose units are maximised, by its name in the network; empty for the logits."""
-    units: Count = 10
-    """How many of its units, from the first."""
+    pictures: Count = 10
+    """How many of its units get a picture, from the first."""
     start: Literal["mean", "noise"] = "noise"
     """Where the ascent begins: the mean colour, or noise round it (deviation 0.1), where dead ReLUs have a gradient."""
     steps: Count = 100
@@ -85,8 +85,8 @@ PRESETS = {
 SETTINGS = {
     "source": Idle("a sweep has no other run to name; tests/facts/blocks/test_sources.py examines several"),
     "data": "mnist",
-    "layer": {"layer": "features.3", "units": 4},
-    "units": 4,
+    "layer": {"layer": "features.3", "pictures": 4},
+    "pictures": 4,
     "clipped": {"clipped": True, "learning_rate": 1.0},
     "batch": Idle("each image is scored by itself; a larger batch only takes more memory"),
 }
@@ -116,7 +116,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
     run.describe(source.spec, source)
     model, name = source.model, config.layer and layer(source.model, config.layer)
     mean = torch.tensor(source.spec.mean, device=run.device).view(1, -1, 1, 1).expand(1, *source.spec.shape)
-    count = min(config.units, seen(model, mean, [name])[0].shape[1])
+    count = min(config.pictures, seen(model, mean, [name])[0].shape[1])
     units = torch.arange(count, device=run.device)
     begin = mean.repeat(count, 1, 1, 1)  # line 1
     if config.start == "noise":

@@ -105,10 +105,10 @@ def test_layers_of_any_module() -> None:
 
 def write_out(plain: Any, model: nn.Module, config: Config, mean: float) -> tuple[Tensor, list[float]]:
     """Lines 1 to 3 by autograd."""
-    x = torch.full((config.units, 1, 8, 8), mean)
+    x = torch.full((config.pictures, 1, 8, 8), mean)
     if config.start == "noise":
         x = x + 0.1 * torch.randn(x.shape, generator=plain.draw("start"))
-    rows, heights = torch.arange(config.units), []
+    rows, heights = torch.arange(config.pictures), []
     for _ in range(config.steps):
         leaf = x.clone().requires_grad_()
         value = model(leaf)[rows, rows]
@@ -158,4 +158,4 @@ def test_loop_is_the_one_written_out(plain: Any) -> None:
 
 @pytest.mark.usefixtures("double")
 def test_reported_numbers_are_those_of_the_pictures(plain: Any) -> None:
-    check(plain, start="mean", clipped=True, units=4)
+    check(plain, start="mean", clipped=True, pictures=4)
