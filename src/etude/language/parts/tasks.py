@@ -21,7 +21,7 @@ from torch import Tensor
 
 from etude import data
 from etude.core.errors import UserError
-from etude.data import texts
+from etude.data import tagged, texts
 from etude.language.parts.wordpiece import WordPiece
 
 __all__ = ["Encoded", "Item", "Task", "answer_f1", "encode", "exact_match", "read_task"]
@@ -80,7 +80,7 @@ def read_task(name: str, kind: str, examples: int = 0) -> Task:
     GLUE's dev file is the test, a twentieth of its training file validates. Of SQuAD's development file, the only one read, the
     articles are split: of every ten the first seven train, the eighth validates and two are the test.
     """
-    folder = next((path for path in (Path(name).expanduser(), data.home() / name) if path.is_dir()), None)
+    folder = tagged.folder_of(name)
     if folder is None:
         content = data.text(name)
         parts = [_of_text(part, kind) for part in texts.split(content.text)]
@@ -149,31 +149,10 @@ def _glue(folder: Path) -> Task:
 
 
 def _conllu(folder: Path) -> Task:
-    """Words and their universal part of speech; lines of multiword tokens and empty nodes are left out."""
-    found = {}
-    for split in ("train", "dev", "test"):
-        files = sorted([*folder.glob(f"*-ud-{split}.conllu"), *folder.glob(f"*-ud-{split}.conllu.gz")])
-        if not files:
-            raise UserError(f"{folder} has no file *-ud-{split}.conllu, plain or .gz")
-        sentences: list[list[tuple[str, str]]] = [[]]
-        for line in _lines(folder, files[0].name):
-            cells = line.split("\t")
-            if not line.strip():
-                sentences.append([])
-            elif not line.startswith("#") and cells[0].isdigit():
-                if len(cells) != 10:
-                    raise UserError(
-                        f"{files[0]} has a line of {len(cells)} columns where CoNLL-U has 10: {line[:60]!r}"
-                    )
-                sentences[-1].append((cells[1].replace(" ", ""), cells[3]))
-        found[split] = [sentence for sentence in sentences if sentence]
-    names = tuple(sorted({tag for sentence in found["train"] for _, tag in sentence}))
-    number = {tag: place for place, tag in enumerate(names)}
-    parts = [
-        [Item(tuple(w for w, _ in s), tags=tuple(number.get(tag, -100) for _, tag in s)) for s in found[split]]
-        for split in ("train", "dev", "test")
-    ]
-    return Task(parts[0], parts[1], parts[2], names, folder.name, str(folder))
+    """Words and their universal part of speech."""
+    read = tagged.official(folder)
+    parts = [[Item(s.words, tags=s.tags) for s in part] for part in (read.train, read.validation, read.test)]
+    return Task(parts[0], parts[1], parts[2], read.classes, read.name, read.source)
 
 
 def _squad(folder: Path) -> Task:
