@@ -250,6 +250,19 @@ def test_reported_numbers_are_those_of_the_saved_network(tmp_path):
     assert text.split("\n")[0].startswith("the/")
 
 
+def test_reported_baselines_are_two(tmp_path, monkeypatch):
+    """What the linear classifier says is what is scored as the linear one, and the commonest tags as theirs."""
+    for number, name in enumerate(("commonest_tags", "linear_tags")):
+        monkeypatch.setattr(
+            f"etude.sequence.tagger.{name}", lambda train, test, n=number: [[3 + n] * len(s.words) for s in test]
+        )
+    result, data = run(tmp_path, steps=1), tagged.read(write(tmp_path))
+    for number, name in enumerate(("commonest", "linear")):
+        expected = share(data.test, [[3 + number] * len(s.words) for s in data.test])
+        assert result.metrics[f"test_{name}_accuracy"] == pytest.approx(expected)
+    assert result.metrics["test_commonest_accuracy"] != result.metrics["test_linear_accuracy"]
+
+
 def test_files_and_sentences_are_tagged(tmp_path):
     result = run(tmp_path)
     loaded = etude.load(result.folder)

@@ -30,7 +30,7 @@ def write(folder):
             f"{i}\t{w}\t_\t{t}\t{t[0]}\t_\t_\tr{t}\t_\t_"
             for i, (w, t) in enumerate(zip(words.split(), tags.split()), 1)
         ]
-        lines.append("")
+        lines += ["1-2\tboth\t_\tX" + "\t_" * 6, "1.1\tnone\t_\tX" + "\t_" * 6, ""]  # a multiword token, an empty node
     (folder / "own.conllu").write_text("\n".join(lines), encoding="utf-8")
     return str(folder / "own.conllu")
 
