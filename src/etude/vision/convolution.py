@@ -136,6 +136,7 @@ EXPERIMENTS = (
     Experiment(
         "torch's numbers",
         preset="default",
+        flags={"examples": 100, "steps": 300},
         metric="torch_gap",
         bar=1e-5,
         better="lower",
@@ -145,6 +146,7 @@ EXPERIMENTS = (
     Experiment(
         "a layer moves with its image",
         preset="default",
+        flags={"examples": 100, "steps": 300},
         metric="conv_gap",
         bar=1e-5,
         better="lower",
@@ -157,6 +159,7 @@ EXPERIMENTS = (
     Experiment(
         "the frame of zeros",
         preset="default",
+        flags={"examples": 100, "steps": 300},
         metric="border_error",
         bar=0.33,
         better="lower",

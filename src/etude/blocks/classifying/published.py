@@ -60,6 +60,15 @@ REGISTRY = {
     "resnet50-imagenet": _torchvision("resnet50-0676ba61.pth"),
     "resnet101-imagenet": _torchvision("resnet101-63fe2227.pth"),
     "resnet152-imagenet": _torchvision("resnet152-394f9c45.pth"),
+    "alexnet-imagenet": _torchvision("alexnet-owt-7be5be79.pth"),
+    "vgg11-imagenet": _torchvision("vgg11-8a719046.pth"),
+    "vgg11-bn-imagenet": _torchvision("vgg11_bn-6002323d.pth"),
+    "vgg13-imagenet": _torchvision("vgg13-19584684.pth"),
+    "vgg13-bn-imagenet": _torchvision("vgg13_bn-abd245e5.pth"),
+    "vgg16-imagenet": _torchvision("vgg16-397923af.pth"),
+    "vgg16-bn-imagenet": _torchvision("vgg16_bn-6c64b313.pth"),
+    "vgg19-imagenet": _torchvision("vgg19-dcbb9e9d.pth"),
+    "vgg19-bn-imagenet": _torchvision("vgg19_bn-c79401a0.pth"),
 }
 """Everything that `--init` knows by name."""
 
