@@ -60,7 +60,8 @@ def images(name: str | os.PathLike[str], size: int | None = None) -> Images:
     with shape, class names, and the training split's mean and standard deviation per channel in [0, 1] units. A
     registered dataset gives a stratified tenth of its training images, always the same ones, to validation. With `size`,
     images are resized (bilinear, averaging when shrinking) to size × size. A registered name wins over a folder of that
-    name; write `./name` for the folder. Raises `UserError` naming the file and what to do.
+    name; write `./name` for the folder. A folder whose images would fill half of the memory stays on the disk
+    (`etude.data.streamed`). Raises `UserError` naming the file and what to do.
     """
     from etude.data.sets import assemble
 
@@ -68,9 +69,11 @@ def images(name: str | os.PathLike[str], size: int | None = None) -> Images:
         raise UserError(f"The image size must be at least 1 pixel, not {size}.")
     dataset = _find(name, "images")
     if dataset is None:
-        from etude.data import folders
+        from etude.data import folders, streamed
 
         path = Path(name).expanduser()
+        if streamed.too_large(path, size):
+            return streamed.images(str(name), path, size)
         read = folders.read(path, size)
         return assemble(str(name), read.train, read.test, read.classes, None, read.source, read.validation)
     train, test, source = _arrays(dataset)

@@ -44,13 +44,43 @@ class Folder:
     source: str
 
 
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """The files of a folder, by split, with their labels; `classes` and `source` as in `Folder`."""
+
+    train: list[tuple[Path, int]]
+    validation: list[tuple[Path, int]]
+    test: list[tuple[Path, int]]
+    classes: tuple[str, ...]
+    source: str
+
+    @property
+    def paths(self) -> list[Path]:
+        """Of all splits, in this order."""
+        return [path for part in (self.train, self.validation, self.test) for path, _ in part]
+
+
 def read(folder: Path, size: int | None = None, seed: int = 0, share: float = 0.2) -> Folder:
     """Read every image below `folder`; `size` crops the middle square of each and resizes it to size × size.
 
     Images are grey (C = 1) when every file is, else RGB (C = 3); transparency is laid on white, and the orientation
-    that a camera noted is applied. `seed` and `share` choose the split of our own. Raises `UserError` when the folder
-    does not exist, has fewer than two classes, a class with too few images to split, a broken image (named), or sizes that
+    that a camera noted is applied. Raises `UserError` as `listing` does, for a broken image (named), and for sizes that
     differ without `size`.
+    """
+    found = listing(folder, seed, share)
+    arrays = _decoded(found.paths, size, folder)
+    rows = (found.train, found.validation, found.test)
+    ends = np.cumsum([len(part) for part in rows])
+    images = (arrays[end - len(part) : end] for end, part in zip(ends, rows))
+    labels = (np.array([label for _, label in part], np.int64) for part in rows)
+    train, validation, test = zip(images, labels)
+    return Folder(train, validation, test, found.classes, found.source)
+
+
+def listing(folder: Path, seed: int = 0, share: float = 0.2) -> Listing:
+    """List every image below `folder`, without opening any; `seed` and `share` choose the split of our own.
+
+    Raises `UserError` when the folder does not exist, has fewer than two classes, or a class with too few images to split.
     """
     if not folder.is_dir():
         raise UserError(
@@ -101,13 +131,8 @@ def read(folder: Path, size: int | None = None, seed: int = 0, share: float = 0.
         part: [(path, classes.index(name)) for name in classes for path in paths.get(name, ())]
         for part, paths in parts.items()
     }
-    arrays = _decoded([path for part in rows.values() for path, _ in part], size, folder)
     source = f"{folder} ({split}{f'; {ignored} other files left alone' if ignored else ''})"
-    ends = np.cumsum([len(part) for part in rows.values()])
-    images = (arrays[end - len(part) : end] for end, part in zip(ends, rows.values()))
-    labels = (np.array([label for _, label in part], np.int64) for part in rows.values())
-    train, validation, test = zip(images, labels)
-    return Folder(train, validation, test, classes, source)
+    return Listing(rows["train"], rows["validation"], rows["test"], classes, source)
 
 
 def picture(path: Path, shape: tuple[int, ...]) -> np.ndarray:
@@ -215,8 +240,15 @@ def _shape(path: Path) -> tuple[bool, tuple[int, int]]:
 
 def _decoded(paths: list[Path], size: int | None, folder: Path) -> np.ndarray:
     """Decode all into one uint8 array (N, C, H, W): headers first, so that the array is allocated once."""
+    out = np.empty((len(paths), *common_shape(paths, size, folder)), np.uint8)
+    for row, path in enumerate(paths):
+        out[row] = decoded(path, size, grey=out.shape[1] == 1)
+    return out
+
+
+def common_shape(paths: list[Path], size: int | None, folder: Path) -> tuple[int, int, int]:
+    """(C, H, W) of the decoded images, from their headers alone. Raises `UserError` for sizes that differ without `size`."""
     shapes = [_shape(path) for path in paths]
-    grey = all(is_grey for is_grey, _ in shapes)
     height, width = (size, size) if size else shapes[0][1]
     if not size:
         for path, (_, sides) in zip(paths, shapes):
@@ -225,13 +257,15 @@ def _decoded(paths: list[Path], size: int | None, folder: Path) -> np.ndarray:
                     f"{path} is {sides[1]}×{sides[0]} pixels but {paths[0].name} is {width}×{height}: give one "
                     f"size for all images of {folder}."
                 )
-    out = np.empty((len(paths), 1 if grey else 3, height, width), np.uint8)
-    for row, path in enumerate(paths):
-        image = _plain(_opened(path), grey)
-        if size:
-            image = _square(image, size)
-        out[row] = np.asarray(image).reshape(height, width, -1).transpose(2, 0, 1)
-    return out
+    return 1 if all(is_grey for is_grey, _ in shapes) else 3, height, width
+
+
+def decoded(path: Path, size: int | None, grey: bool) -> np.ndarray:
+    """One image file, upright, grey or RGB, with `size` its middle square resized: uint8 (C, H, W)."""
+    image = _plain(_opened(path), grey)
+    if size:
+        image = _square(image, size)
+    return np.asarray(image).reshape(image.height, image.width, -1).transpose(2, 0, 1)
 
 
 def _plain(image: Image.Image, grey: bool) -> Image.Image:

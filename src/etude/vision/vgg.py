@@ -1,4 +1,4 @@
-"""VGG: small kernels, stacked deep; nine in ten of its weights lie in the dense layers
+"""VGG: small kernels in deep stacks; most of the weights lie in the dense layers
 
 Paper: Simonyan & Zisserman, Very Deep Convolutional Networks for Large-Scale Image Recognition, 2014, arXiv:1409.1556.
 
@@ -15,7 +15,8 @@ Differences:
 - E31: the notes describe "two convolutions and a pooling, repeated". That is VGG-13; VGG-11 has 1-1-2-2-2 convolutions a stage,
   VGG-16 2-2-3-3-3 and VGG-19 2-2-4-4-4. Of VGG-16's 138,357,544 parameters 102,764,544 (74.3 %) are its first dense layer.
 - `--normalizer batch` (default) puts batch normalisation before each ReLU, as torchvision's vgg16_bn does. The paper has none: it
-  began its deep networks with the weights of VGG-11, since fresh ones did not learn; He's initialisation, taken here, is younger.
+  began its deep networks with the weights of VGG-11, since fresh ones did not learn (`--initializer paper`);
+  He's rule, which is younger and taken here, mends that, with and without normalisation.
 - For 32 pixels: one pixel is left, `--width` and `--dense` are smaller, and depth 8 (1-1-1-1-1) is no network of the paper.
 - The paper jitters scale and colour, and tests densely over whole images at several scales; here crops, mirrors, one size.
 - E26: the border that a crop shows is the mean pixel of the training set, per channel.
@@ -23,7 +24,7 @@ Differences:
 - `--init NAME|FILE|RUN` begins with other weights by torchvision's names; `--freeze N` keeps the first N stages as they are,
   running statistics included.
 
-Expect: one core: see the card.
+Expect: one core: 0.98 to 0.99 on the bundled digits in 10 CPU seconds, 16 layers; drawn as in the paper it stays at 0.10.
 Command: `etude run vision/vgg --preset cifar`
 """
 
@@ -118,10 +119,10 @@ EXPERIMENTS = (
         "sixteen layers",
         preset="default",
         metric="test_accuracy",
-        bar=0.9,
-        published="0.9340 on CIFAR-10 (VGG-16 with batch normalisation, Zagoruyko 2015); the paper has ImageNet alone",
+        bar=0.977,
+        published="none on these images; ILSVRC-2012: 7.0 % to 7.5 % top-5 error of one network (validation)",
         notes="digits on 32 × 32 pixels, width 8: whether a fresh network of sixteen layers learns at all",
-        controls=(Control("no batch normalisation, as in the paper", flags={"normalizer": "none"}),),
+        controls=(Control("weights drawn as in the paper", flags={"initializer": "paper"}),),
     ),
 )
 

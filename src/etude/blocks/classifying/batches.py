@@ -16,6 +16,7 @@ from etude.core.randomness import generator
 from etude.core.run import Run
 from etude.data.batches import Stream
 from etude.data.sets import Images, Split, moments
+from etude.data.streamed import reader
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 """Training images (B, C, H, W) uint8 and a generator → images of the same shape and dtype."""
@@ -77,11 +78,14 @@ def _member(
     drawn = bootstrap(count, run.seed, member) if recipe.ensemble == "bagging" else None
     purpose = f"shift {member}" if member else "shift"
 
-    def batch(step: int) -> tuple[Tensor, Tensor]:
+    def chosen(step: int) -> Tensor:
         index = stream.indices(step)
-        if drawn is not None:
-            index = drawn[index]
-        x = data.train.x[index]
+        return index if drawn is None else drawn[index]
+
+    images = reader(data.train.x, chosen)
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        index, x = chosen(step), images(step)
         if augment is not None:
             x = augment(x, run.generator(purpose, step))
         return x.to(run.device), data.train.y[index].to(run.device)

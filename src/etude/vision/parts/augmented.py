@@ -3,6 +3,7 @@
 The whole set lies there once, as bytes (N, H + 2s, W + 2s, C) with a border of the mean pixel; a batch is one indexed
 read, whose result is channels_last as convolutions want it. The numbers that choose it are functions of (seed, step),
 drawn on the CPU for 64 steps at a time, so an accelerator is told what to do long before it is there.
+Of images on the disk (`etude.data.streamed`) the batches come from there instead, cut and mirrored in the same way.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from etude.core.run import Run
 from etude.data.batches import Stream
 from etude.data.sets import Images
+from etude.data.streamed import Stored, reader
 
 TOGETHER = 64
 """Steps whose random numbers travel to an accelerator in one message."""
@@ -50,9 +52,11 @@ def batches(run: Run, data: Images, batch: int, shift: int, flip: bool) -> Calla
     is zero behind `Standardise`: the paper's zero padding) and, with `flip`, mirrored in every other case.
     """
     stream = Stream(len(data.train), batch, run.seed, run.rank, run.world)
-    whole = bordered(data.train.x, shift, data.spec.mean).to(run.device)
     labels = data.train.y.to(run.device)
     height, width = data.train.x.shape[-2:]
+    images = reader(data.train.x, stream.indices) if isinstance(data.train.x, Stored) else None
+    whole = torch.empty(0) if images else bordered(data.train.x, shift, data.spec.mean).to(run.device)
+    rows = torch.arange(batch, device=run.device)
     ahead = 1 if run.device.type == "cpu" else TOGETHER
     held: dict[int, Tensor] = {}
 
@@ -70,6 +74,9 @@ def batches(run: Run, data: Images, batch: int, shift: int, flip: bool) -> Calla
             pinned = numbers.pin_memory() if run.device.type == "cuda" else numbers
             held[block] = pinned.to(run.device, non_blocking=True)
         index, top, left, mirrored = held[block][step % ahead]
-        return cut(whole, index, top, left, mirrored, height, width), labels[index]
+        if images is None:
+            return cut(whole, index, top, left, mirrored, height, width), labels[index]
+        here = bordered(images(step), shift, data.spec.mean).to(run.device)
+        return cut(here, rows, top, left, mirrored, height, width), labels[index]
 
     return at
