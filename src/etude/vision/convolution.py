@@ -153,7 +153,7 @@ EXPERIMENTS = (
         notes="the image is moved by one pixel; behind pooling, or with stride 2, that is no whole number of places",
         controls=(
             Control("behind the pooling", metric="pooled_gap"),
-            Control("stride 2", flags={"stride": 2}),
+            Control("stride 2", flags={"stride": 2, "pool": "none"}),
         ),
     ),
     Experiment(
@@ -181,7 +181,9 @@ SETTINGS = {
     "data": "mnist",
     "size": 12,
     "examples": 100,
-    "padding": 0,
+    "stride": {"stride": 2, "pool": "none"},
+    "padding": 2,
+    "window": 1,
     "groups": 2,
     "kernel": 5,
     "optimizer": "sgd",
