@@ -52,7 +52,7 @@ COURSE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("16", "Editing images with generators; games", ("11",)),
 )
 # errata in which nothing is computed otherwise, so no test can show them
-WORDS = {32: "a published figure", 59: "a count of changes", 95: "a spelling"}
+WORDS = {28: "a count of images", 32: "a published figure", 59: "a count of changes", 95: "a spelling"}
 MARKED = re.compile(r"(<!-- written by docs/generate.py -->\n)(.*?)(\n<!-- end -->)", re.DOTALL)
 SIGNS = {"higher": "≥", "lower": "≤", "near": ""}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -89,7 +90,7 @@ def test_every_library_says_it_in_its_own_way(ask, part) -> None:
 
 
 def command(etude, *words: str, tail: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    shell = f"exec {sys.executable} -W error -m etude {' '.join(words)} {tail}"
+    shell = f"exec {shlex.quote(sys.executable)} -W error -m etude {' '.join(words)} {tail}"
     return subprocess.run(
         ["sh", "-c", shell],
         env={**etude.environment, **environment},

@@ -77,7 +77,7 @@ class Config:
     """Bins a side of a region's features."""
     width: Count = 16
     """Channels of the first layer; every halving of the picture doubles them."""
-    hidden: Count = 128
+    head_width: Count = 128
     """Width of the heads' two hidden layers."""
     steps: Count = 700
     """Number of parameter updates."""
@@ -100,7 +100,7 @@ class Config:
 
 
 PRESETS = {
-    "tiny": Config(size=32, examples=40, width=8, hidden=16, bins=3, proposals=12, regions=8, steps=6, batch=8),
+    "tiny": Config(size=32, examples=40, width=8, head_width=16, bins=3, proposals=12, regions=8, steps=6, batch=8),
     "default": Config(evaluate_every=350),
     "bccd": Config(
         data="bccd", size=224, flip=True, stride=16, proposals=500, regions=64, steps=1500, batch=8, evaluate_every=500
@@ -148,7 +148,7 @@ class FastRCNN(nn.Module):
     def __init__(self, spec: Spec, config: Config) -> None:
         super().__init__()
         self.trunk = Trunk(spec, config.width, config.stride)
-        self.heads = heads.Heads(self.trunk.channels * config.bins**2, config.hidden, len(spec.classes))
+        self.heads = heads.Heads(self.trunk.channels * config.bins**2, config.head_width, len(spec.classes))
 
     def forward(self, x: Tensor) -> Tensor:
         """Pictures (N, C, size, size), uint8 or float in [0, 1] → features (N, F, H, W) (line 2)."""

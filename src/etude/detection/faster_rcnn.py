@@ -88,7 +88,7 @@ class Config:
     """Bins a side of a region's features."""
     width: Count = 16
     """Channels of the first layer; every halving of the picture doubles them."""
-    hidden: Count = 128
+    head_width: Count = 128
     """Width of the heads' two hidden layers."""
     steps: Count = 700
     """Number of parameter updates."""
@@ -112,7 +112,7 @@ class Config:
 
 PRESETS = {
     "tiny": Config(
-        size=32, examples=48, width=8, hidden=16, bins=3, proposals=12, anchors=32, regions=8, steps=6, batch=8
+        size=32, examples=48, width=8, head_width=16, bins=3, proposals=12, anchors=32, regions=8, steps=6, batch=8
     ),
     "default": Config(evaluate_every=350),
     "bccd": Config(
@@ -172,7 +172,7 @@ class FasterRCNN(nn.Module):
         channels = self.trunk.channels
         self.slide = nn.Conv2d(channels, channels, 3, padding=1)
         self.objectness, self.codes = nn.Conv2d(channels, each, 1), nn.Conv2d(channels, 4 * each, 1)
-        self.heads = heads.Heads(channels * config.bins**2, config.hidden, len(spec.classes))
+        self.heads = heads.Heads(channels * config.bins**2, config.head_width, len(spec.classes))
         for layer in (self.slide, self.objectness, self.codes):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]

@@ -80,7 +80,7 @@ class Config:
     """Regions of each picture that a mini-batch looks at; a quarter of them at objects at most."""
     width: Count = 16
     """Channels of the first layer; every halving of the picture doubles them."""
-    hidden: Count = 128
+    head_width: Count = 128
     """Width of the last hidden layer: the features φ."""
     steps: Count = 500
     """Number of parameter updates of the network."""
@@ -105,7 +105,7 @@ class Config:
 
 
 PRESETS = {
-    "tiny": Config(size=32, examples=40, side=16, width=8, hidden=16, proposals=12, regions=4, steps=6, batch=8),
+    "tiny": Config(size=32, examples=40, side=16, width=8, head_width=16, proposals=12, regions=4, steps=6, batch=8),
     "default": Config(evaluate_every=250),
     "bccd": Config(
         data="bccd", size=224, flip=True, proposals=500, side=48, regions=32, steps=1500, batch=8, evaluate_every=500
@@ -152,16 +152,16 @@ class RCNN(nn.Module):
         super().__init__()
         classes = len(spec.classes)
         self.trunk = Trunk(spec, config.width, 8)
-        self.hidden = nn.Linear(self.trunk.channels * (config.side // 8) ** 2, config.hidden)
-        self.softmax = nn.Linear(config.hidden, classes + 1)
-        self.machines, self.codes = nn.Linear(config.hidden, classes), nn.Linear(config.hidden, 4 * classes)
+        self.hidden = nn.Linear(self.trunk.channels * (config.side // 8) ** 2, config.head_width)
+        self.softmax = nn.Linear(config.head_width, classes + 1)
+        self.machines, self.codes = nn.Linear(config.head_width, classes), nn.Linear(config.head_width, 4 * classes)
         for layer in (self.machines, self.codes):  # solved for, not descended
             layer.requires_grad_(False)
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def features(self, crops: Tensor) -> Tensor:
-        """φ of warped regions (K, C, side, side) in [0, 1] → (K, hidden)."""
+        """φ of warped regions (K, C, side, side) in [0, 1] → (K, head_width)."""
         return self.hidden(self.trunk(crops).flatten(1)).relu()
 
     def forward(self, crops: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ def warp(x: Tensor, regions: Tensor, side: int, context: float) -> Tensor:
 
 @torch.no_grad()
 def described(config: Config, model: nn.Module, x: Tensor, regions: Tensor, batch: int = 32) -> Tensor:
-    """φ of every region: pictures (N, C, S, S), regions (N, R, 4) → (N, R, hidden), in eval mode."""
+    """φ of every region: pictures (N, C, S, S), regions (N, R, 4) → (N, R, head_width), in eval mode."""
     parts = [
         model.features(warp(a, b, config.side, config.context)).unflatten(0, b.shape[:2])  # type: ignore[operator]
         for a, b in zip(x.split(batch), regions.split(batch))

@@ -56,7 +56,7 @@ from etude.vision.lenet import LeNet
 class Config:
     data: str = "digits"
     """Labelled images (digits, mnist, cifar10, class folders), or a folder of images with captions.tsv, .txt or .csv."""
-    units: Units = "characters"
+    level: Units = "characters"
     """What is said at a time."""
     size: Literal[28, 32] = 28
     """Side of the images in pixels; others are resized."""
@@ -214,7 +214,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
     data = read(config.data, config.size)  # line 1
     learned = Part(*(part[: config.examples or None] for part in data.train))
     pairs = [(image, caption) for image, captions in enumerate(learned.captions) for caption in captions]
-    words = Vocabulary.of((caption for _, caption in pairs), config.units)
+    words = Vocabulary.of((caption for _, caption in pairs), config.level)
     spec = Spec(data.spec.shape, (), data.spec.mean, data.spec.std, {"vocabulary": words.state()})
     run.describe(spec, data)
     model = build(config, spec)["model"]

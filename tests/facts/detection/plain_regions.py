@@ -16,7 +16,7 @@ from etude.detection.parts.scenes import Scene, scenes
 plain = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("plain.py"))))
 ROOMS = {"fast_rcnn": fast_rcnn, "faster_rcnn": faster_rcnn, "rcnn": rcnn}
 ASIDE = {"quiet": True, "seed": 0, "threads": 1}
-SMALL = {"size": 32, "examples": 16, "width": 4, "steps": 3, "batch": 4, "hidden": 8, "regions": 6, "proposals": 9}
+SMALL = {"size": 32, "examples": 16, "width": 4, "steps": 3, "batch": 4, "head_width": 8, "regions": 6, "proposals": 9}
 SMALL |= ASIDE
 
 

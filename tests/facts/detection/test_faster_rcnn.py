@@ -30,7 +30,7 @@ def test_anchors_are_the_golden_ones():
 
 def small(config=None):
     spec = Spec((1, 32, 32), ("a", "b"), (0.5,), (0.5,), {"boxes": True})
-    config = config or Config(size=32, width=4, hidden=8, bins=2, scales=(0.3, 0.5), aspects=(1.0,))
+    config = config or Config(size=32, width=4, head_width=8, bins=2, scales=(0.3, 0.5), aspects=(1.0,))
     torch.manual_seed(0)
     return config, build(config, spec)["model"]
 

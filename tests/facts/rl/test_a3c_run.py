@@ -163,7 +163,8 @@ def test_reported_numbers_are_those_of_the_saved_weights(tmp_path):
     assert got["env_steps"] == box["taken"].sum() >= 300
     assert got["updates"] == box["updates"].sum()
     assert got["least_share"] == pytest.approx(float(box["taken"].min() / box["taken"].sum()))
-    assert got["training_return"] == pytest.approx(np.mean(box["recent"]))
+    if box["recent"]:  # within so few steps no episode may have ended
+        assert got["training_return"] == pytest.approx(np.mean(box["recent"]))
     assert got["replaced"] == 0
 
 

@@ -209,8 +209,8 @@ def test_classes_and_own_folders_are_read(tmp_path):
     "settings",
     [
         {},
-        {"inject": "state", "cell": "gru", "units": "words", "examples": 7},
-        {"dropout": 0.3, "clip_norm": 100.0, "units": "words"},
+        {"inject": "state", "cell": "gru", "level": "words", "examples": 7},
+        {"dropout": 0.3, "clip_norm": 100.0, "level": "words"},
     ],
 )
 def test_loop_equals_a_plain_one(settings, tmp_path):
@@ -220,7 +220,7 @@ def test_loop_equals_a_plain_one(settings, tmp_path):
     data = read(config.data, 28)
     count = config.examples or len(data.train.x)
     pairs = [(i, c) for i in range(count) for c in data.train.captions[i]]
-    words = Vocabulary.of([c for _, c in pairs], config.units)
+    words = Vocabulary.of([c for _, c in pairs], config.level)
     torch.manual_seed(fold(3, 0, 0, "init"))
     spec = Spec(data.spec.shape, (), data.spec.mean, data.spec.std, {"vocabulary": words.state()})
     ours = build(config, spec)["model"].double()
@@ -286,7 +286,7 @@ def test_reported_numbers_are_those_of_the_saved_network(tmp_path):
 
 
 def test_pictures_get_captions(tmp_path):
-    loaded = etude.load(run(tmp_path, units="words").folder)
+    loaded = etude.load(run(tmp_path, level="words").folder)
     folder = tmp_path / "images"
     rows = loaded.predict(folder)
     assert [row["file"] for row in rows] == [str(folder / f"{i:02d}.png") for i in range(20)]

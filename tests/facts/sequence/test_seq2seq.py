@@ -72,6 +72,7 @@ def scene():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_equals_its_definition(kind, scene):
+    """E56: the weights are over the encoding's times t, and what is read is read with the decoder's s_l of the same step."""
     h, s, blank = scene
     model = Attention(kind, 5).double()
     a, weights = model(s, model.remember(h, blank))

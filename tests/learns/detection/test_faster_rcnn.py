@@ -6,7 +6,7 @@ FLAGS = {
     "size": 32,
     "examples": 400,
     "width": 16,
-    "hidden": 64,
+    "head_width": 64,
     "proposals": 12,
     "objects": 1,
     "batch": 16,

@@ -54,8 +54,11 @@ def evaluate(run: Run, model: nn.Module, data: Images, split: Literal["validatio
 def pictures(run: Run, model: nn.Module, data: Images, first: Tensor) -> None:
     """Confusion matrix and surest mistakes on the test split, and the filters of a first layer's weight.
 
-    `first` is (O, C, h, w), or (O, C·H·W) of a layer that sees whole images.
+    `first` is (O, C, h, w), or (O, C·H·W) of a layer that sees whole images. Of images on the disk the first 5,000 are looked at.
     """
     whole = checkpoint.state_of(first)  # under --shard every rank holds a part of it
     filters = whole if whole.ndim == 4 else whole.view(len(whole), *data.spec.shape)
-    classifier_pictures(run, model, data.test.x, data.test.y, data.spec.classes, filters)
+    x, y = data.test.x, data.test.y
+    if not isinstance(x, Tensor):
+        x, y = x[:5000], y[:5000]
+    classifier_pictures(run, model, x, y, data.spec.classes, filters)

@@ -335,7 +335,7 @@ def _array(value: Any) -> np.ndarray:
 
 def _take(images: Any, order: np.ndarray) -> np.ndarray:
     """Only the wanted images leave the device."""
-    return _array(images[torch.from_numpy(order)] if hasattr(images, "split") else np.asarray(images)[order])
+    return _array(images[torch.from_numpy(order)] if isinstance(images, Tensor) else np.asarray(images)[order])
 
 
 def _pixels(images: Any) -> np.ndarray:
