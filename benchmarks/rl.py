@@ -1,7 +1,7 @@
 """DQN, PPO and A2C against Stable-Baselines3: environment steps a second with the learning in them, and learning curves.
 
     python benchmarks/rl.py            the races → results/bench/rl.json
-    python benchmarks/rl.py on_policy  PPO and A2C alone; DQN's rows stay as they are (`a2c`, `ppo`: those rows alone)
+    python benchmarks/rl.py on_policy  PPO and A2C alone; DQN's rows stay as they are (`dqn`, `a2c`, `ppo`: those alone)
     python benchmarks/rl.py learning N what PPO has learned after N steps with the peer's defaults, 5 seeds: the peer's, ours by
                                        torch and in machine code → results/rl/ppo_learning.json
     python benchmarks/rl.py curves     5 seeds of both, with the peer's default settings and with RL Zoo's
@@ -55,13 +55,13 @@ SEEDS = range(5)
 
 
 def ours(preset: str, steps: int, engine: str = "gymnasium") -> float:
-    """Seconds an environment step of `etude run rl/dqn`, first step to last."""
+    """CPU seconds an environment step of `etude run rl/dqn`, first step to last."""
     import etude
 
     with tempfile.TemporaryDirectory() as folder:
         light = {"evaluate_every": 0, "evaluation_episodes": 1, "final_episodes": 1, "quiet": True, "threads": 1}
         result = etude.run("rl/dqn", preset=preset, steps=steps, engine=engine, out=Path(folder) / "run", **light)
-        seconds = _loop_seconds(result.folder)
+        seconds = _loop_seconds(result.folder, "loop_cpu_seconds")
     return seconds / result.metrics["env_steps"]
 
 
@@ -71,11 +71,11 @@ def _loop_seconds(folder: Path, kind: str = "loop_seconds") -> float:
 
 
 def theirs(settings: dict[str, Any], steps: int, worlds: int = 1) -> float:
-    """Seconds an environment step of Stable-Baselines3's `learn`."""
+    """CPU seconds an environment step of Stable-Baselines3's `learn`."""
     model = _peer(settings, 0, worlds)
-    start = time.perf_counter()
+    start = time.process_time()
     model.learn(steps)
-    return (time.perf_counter() - start) / model.num_timesteps
+    return (time.process_time() - start) / model.num_timesteps
 
 
 def _peer(settings: dict[str, Any], seed: int, worlds: int = 1) -> Any:
@@ -318,8 +318,10 @@ if __name__ == "__main__":
     else:
         from race import RESULTS, report
 
-        part = sys.argv[1:]
-        known = json.loads((RESULTS / "rl.json").read_text()) if part else rows()
-        fresh = on_policy_rows("" if part in ([], ["on_policy"]) else part[0])
+        part = " ".join(sys.argv[1:])
+        known = json.loads((RESULTS / "rl.json").read_text()) if part else []
+        fresh = rows() if part in ("", "dqn") else []
+        if part != "dqn":
+            fresh += on_policy_rows("" if part == "on_policy" else part)
         told = {row["name"] for row in fresh}
         report("rl", [row for row in known if row["name"] not in told] + fresh)
