@@ -32,13 +32,11 @@ if "etude-test/Aim-v0" not in gymnasium.registry:
 
 def test_aims_at_the_best_action(tmp_path):
     settings = {"steps": 2500, "worlds": 8, "collect": 64, "updates": 40, "batch": 64, "widths": (32,), "gamma": 0.9}
-    settings |= {"learning_starts": 300, "learning_rate": 1e-2, "actor_learning_rate": 3e-3, "evaluate_every": 0}
+    settings |= {"learning_starts": 300, "learning_rate": 5e-3, "actor_learning_rate": 3e-3, "evaluate_every": 0}
     settings |= {"env": "etude-test/Aim-v0", "noise": 0.3, "final_episodes": 100, "quiet": True}
     result = etude.run("rl/td3", out=tmp_path / "run", seed=0, **settings)
     state = torch.linspace(-2, 2, 41)[:, None]
     with torch.no_grad():
         action = 1 + 2 * etude.load(result.folder).model(state)
-    assert (
-        action - 0.5 * state - 1
-    ).abs().mean() < 0.2  # measured 0.073 and, on another processor, 0.11; a quarter of the box is 1
-    assert abs(result.metrics["overestimation"]) < 0.1  # measured 0.018
+    assert (action - 0.5 * state - 1).abs().mean() < 0.1  # measured 0.050; 0.084 and 0.078 on seeds 1 and 2
+    assert abs(result.metrics["overestimation"]) < 0.1  # measured 0.011
