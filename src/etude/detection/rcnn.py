@@ -26,7 +26,7 @@ Differences:
   (the paper regresses from pool5). A region is warped by interpolation at two points a pixel and direction.
 - A score s is reported as 1/(1 + e^(−2s)), so that thresholds mean the same as in the other detectors; the order is kept.
 
-Expect: one core, three minutes: 0.95 mAP at IoU 0.5 on digits on a canvas, 0.91 at IoU 0.75; 0.90 of regions named.
+Expect: one core, three minutes: 0.961 mAP at IoU 0.5 on digits on a canvas, 0.912 at 0.75; 0.90 of regions named (seed 0).
 Command: `etude run detection/rcnn --preset bccd`
 """
 
