@@ -21,7 +21,7 @@ region = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("plain_re
 
 @pytest.mark.usefixtures("_float64")
 @pytest.mark.parametrize("flags", [
-    {"pooling": "max", "bins": 3, "flip": True, "clip_norm": 0.05, "box_weight": 2.0, "background_from": 0.05},
+    {"pooling": "max", "bins": 3, "flip": True, "clip_norm": 0.05, "box_weight": 2.0, "background_from": 0.3},
     {"pooling": "align", "bins": 2, "clip_norm": None, "weight_decay": 0.1, "overlap": 0.2, "stride": 16},
 ], ids=str)  # fmt: skip
 def test_loop_of_fast_rcnn_is_the_one_written_out(flags, tmp_path):
