@@ -46,6 +46,7 @@ def test_loop_is_the_one_written_out(flags, tmp_path):
             torch.testing.assert_close(state[name].double(), value.double(), rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.usefixtures("_float64")  # where no two classes tie
 @pytest.mark.parametrize("flags", [{}, {"tile": 16, "fused": 1}], ids=str)
 def test_reported_numbers_are_those_of_the_saved_network(flags, tmp_path):
     done = etude.run("segmentation/fcn", **TINY, **flags, out=tmp_path / "run")
