@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import etude
+from etude.core.errors import RunError
 from etude.core.randomness import fold, generator
 from etude.rl import a2c
 from etude.rl.a2c import Config
@@ -139,3 +140,15 @@ def test_reported_numbers_are_those_of_the_saved_policy(no_film, tmp_path):
     assert got["sampled_return"] == plainly.returns_of(plainly.drawing(net, dice), 3, "final sampling").mean()
     assert got["env_steps"] == rows[-1]["env_steps"] == loaded.state["worlds"]["steps"]
     assert got["training_return"] == pytest.approx(np.mean(loaded.state["box"]["recent"]))
+
+
+def test_loop_makes_no_update_from_a_gradient_that_is_not_finite(tmp_path, monkeypatch):
+    real, seen = a2c.slopes_of, []
+
+    def slopes(*given):
+        seen.append(1)
+        return tuple(slope * (math.nan if len(seen) == 2 else 1) for slope in real(*given))
+
+    monkeypatch.setattr(a2c, "slopes_of", slopes)
+    with pytest.raises(RunError, match="not finite at step 1; the update was not made"):
+        etude.run("rl/a2c", out=tmp_path / "run", seed=SEED, quiet=True, **SMALL)

@@ -183,7 +183,8 @@ def test_workers_share_the_steps_and_their_updates_reach_the_weights(tmp_path):
 
 
 def test_a_run_of_two_saves_the_shared_weights_and_goes_on_from_them(tmp_path, monkeypatch):
-    shared, begun, share, enter = [], [], torch.Tensor.share_memory_, workers.Crew.__enter__
+    shared, begun, share = [], [], torch.Tensor.share_memory_
+    enter, end = workers.Crew.__enter__, workers.Crew.end
 
     def sharing(tensor):
         shared.append(tensor)
@@ -193,6 +194,12 @@ def test_a_run_of_two_saves_the_shared_weights_and_goes_on_from_them(tmp_path, m
         begun.append(shared[0].clone())
         return enter(crew)
 
+    def ending(crew):
+        if crew.pids:  # a worker was in the middle of a segment
+            shared[0][0] += 1
+        end(crew)
+
+    monkeypatch.setattr(workers.Crew, "end", ending)
     monkeypatch.setattr(torch.Tensor, "share_memory_", sharing)
     monkeypatch.setattr(workers.Crew, "__enter__", entering)
     first = etude.run("rl/a3c", out=tmp_path / "run", seed=SEED, quiet=True, **TWO)
