@@ -90,7 +90,7 @@ SETTINGS = {
     "data": "mnist",
     "classes": 4,
     "blur_every": 2,
-    "small_contributions": 0.3,
+    "small_contributions": 0.6,
 }
 
 METRICS = {

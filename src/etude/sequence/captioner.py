@@ -92,7 +92,7 @@ PRESETS = {
     "mnist": Config(data="mnist", steps=1000, evaluate_every=500),  # 25 s → 0.98
 }
 
-SETTINGS = {"data": "mnist", "examples": 100, "evaluate_every": 5}
+SETTINGS = {"data": "mnist", "examples": 100, "clip_norm": 0.01, "evaluate_every": 5}
 
 METRICS = {
     "test_accuracy": "share of the test images whose whole caption is one of theirs",

@@ -105,6 +105,7 @@ PRESETS = {
 SETTINGS = {
     "data": "ud_english_ewt",
     "column": {"column": "xpos", "data": "ud_english_ewt"},
+    "clip_norm": 0.01,
     "evaluate_every": 5,
     "training_examples": 30,
 }
