@@ -17,6 +17,7 @@ PICTURE_BYTES = 400_000  # larger still pictures are re-encoded
 ANIMATION_BYTES = 3_000_000  # larger animations are shown by their first frame
 TEXT_CHARACTERS = 4000  # longer texts are cut, with a note
 TABLE_ROWS = 200
+SQUAT = 1.2  # up to this height over width a picture alone may take both columns
 
 
 class _Tile(NamedTuple):
@@ -47,14 +48,15 @@ def pictures(record: Record) -> str:
 
 
 def _in_columns(tiles: list[_Tile]) -> str:
-    """Tiles in order: each narrow one goes into the shorter of two columns, each wide one across both."""
+    """Tiles in order: each narrow one goes into the shorter of two columns, a wide one and a squat one alone across both."""
     out: list[str] = []
     columns: list[list[_Tile]] = [[], []]
 
     def flush() -> None:
         if columns[0]:
             parts = "".join(f"<div>{''.join(tile.html for tile in column)}</div>" for column in columns if column)
-            out.append(f'<div class="pair">{parts}</div>')
+            alone = not columns[1] and len(columns[0]) == 1 and (columns[0][0].tall or 0) <= SQUAT
+            out.append(f'<div class="pair{" alone" if alone else ""}">{parts}</div>')
         columns[:] = [[], []]
 
     for tile in tiles:
