@@ -1,12 +1,15 @@
-"""The Transformer's training step against torch.nn.Transformer, and what leaving out the padding gains.
+"""The Transformer's training step against torch.nn.Transformer, what leaving out the padding gains, beam search against Hugging
+Face's generate, and recurrent networks against torch's modules and cells.
 
 One CPU thread, and cost is CPU time of this process: on one thread that is the time the work takes on a quiet core,
-and it does not count what other programs do. Run it as `python benchmarks/sequence.py`.
+and it does not count what other programs do. Run it as `python benchmarks/sequence.py`; `transformer`, `beam` or
+`recurrent` behind it renews these rows alone.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import math
 import sys
 from pathlib import Path
@@ -14,20 +17,21 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from race import cpu, race, report
+from race import RESULTS, cpu, race, report
 
 once = functools.partial(cpu, repeats=1)  # a call takes seconds
 VOCABULARY, WIDTH, HEADS, LAYERS, BATCH, STEPS = 4000, 128, 4, 3, 64, 3
 
 
-def rows() -> list[dict[str, Any]]:
-    """All rows."""
+def rows(part: str = "") -> list[dict[str, Any]]:
+    """All rows, or those of a part."""
     import torch
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    parts = {"transformer": _transformer, "beam": _beam}
     try:
-        return _transformer()
+        return [row for name, made in parts.items() if part in ("", name) for row in made()]
     finally:
         torch.set_num_threads(before)
 
@@ -151,5 +155,90 @@ def _transformer() -> list[dict[str, Any]]:
     return found
 
 
+def _beam() -> list[dict[str, Any]]:
+    """The same weights in both networks, tokens compared."""
+    import torch
+    import transformers
+    from transformers.models.marian import modeling_marian as marian
+
+    from etude.blocks.tokens.decoding import beam_search
+    from etude.sequence.parts.translating import BOS, EOS, PAD
+    from etude.sequence.transformer import Architecture, Transformer
+
+    vocabulary, width, heads, layers, longest, beams, new = 8000, 256, 4, 3, 20, 4, 32
+    sides = {f"{s}_{k}": v for s in ("encoder", "decoder") for k, v in (
+        ("layers", layers), ("attention_heads", heads), ("ffn_dim", 4 * width))}  # fmt: skip
+    torch.manual_seed(0)
+    peer = marian.MarianMTModel(
+        marian.MarianConfig(
+            vocab_size=vocabulary, d_model=width, activation_function="relu", scale_embedding=True, pad_token_id=PAD,
+            max_position_embeddings=128, decoder_start_token_id=BOS, eos_token_id=EOS, bos_token_id=BOS,
+            share_encoder_decoder_embeddings=True, forced_eos_token_id=None, **sides,
+        )
+    ).eval()  # fmt: skip
+    for name, parameter in peer.named_parameters():
+        if "embed_positions" not in name and "norm" not in name:
+            parameter.data.normal_(std=0.06 if parameter.ndim > 1 else 0.1)
+    last: Any = peer.model.decoder.layers[-1]  # signs, so that the likeliest token is not the one that was just written
+    last.final_layer_norm.weight.data.copy_(2 * torch.randn(width).sign())
+    peer.tie_weights()
+    order = torch.arange(width).view(2, -1).t().flatten()  # Marian's waves are [sines | cosines], ours alternate
+    theirs = peer.state_dict()
+    mine = {"embedding.weight": theirs["model.shared.weight"][:, order]}
+    for side, kinds in (("encoder", ("self_attn",)), ("decoder", ("self_attn", "encoder_attn"))):
+        for layer in range(layers):
+            old, ours = f"model.{side}.layers.{layer}.", f"{side}.{layer}."
+            for kind, name in zip(kinds, ("self_attn", "multihead_attn")):
+                inward = [theirs[f"{old}{kind}.{p}_proj.weight"][:, order] for p in "qkv"]
+                mine[f"{ours}{name}.in_proj_weight"] = torch.cat(inward)
+                mine[f"{ours}{name}.in_proj_bias"] = torch.cat([theirs[f"{old}{kind}.{p}_proj.bias"] for p in "qkv"])
+            for one in ("weight", "bias"):
+                for kind, name in zip(kinds, ("self_attn", "multihead_attn")):
+                    mine[f"{ours}{name}.out_proj.{one}"] = theirs[f"{old}{kind}.out_proj.{one}"][order]
+                for number, kind in enumerate((*kinds, "final"), 1):
+                    mine[f"{ours}norm{number}.{one}"] = theirs[f"{old}{kind}_layer_norm.{one}"][order]
+                mine[f"{ours}linear2.{one}"] = theirs[f"{old}fc2.{one}"][order]
+            mine[f"{ours}linear1.weight"] = theirs[f"{old}fc1.weight"][:, order]
+            mine[f"{ours}linear1.bias"] = theirs[f"{old}fc1.bias"]
+    model = Transformer(Architecture(vocabulary, 128, layers, heads, width, dropout=0.0)).eval()
+    model.load_state_dict(mine)
+
+    found = []
+    for batch in (1, 8):
+        lengths = torch.randint(12, longest + 1, (batch,)) if batch > 1 else torch.tensor([longest])
+        lengths[0] = longest
+        source = torch.randint(3, vocabulary, (batch, longest))
+        source[torch.arange(batch), lengths - 1] = EOS
+        source[torch.arange(longest) >= lengths[:, None]] = PAD
+        begin, asked = torch.full((batch,), BOS), {"attention_mask": (source != PAD).long(), "do_sample": False}
+        asked |= {"num_beams": beams, "max_new_tokens": new, "length_penalty": 1.0, "early_stopping": True}
+
+        @torch.no_grad()
+        def search(source=source, lengths=lengths, begin=begin):
+            return beam_search(model.step, model.begin(source, lengths), begin, new, beams=beams, stop=EOS, pad=PAD)
+
+        def generate(source=source, asked=asked):
+            return peer.generate(source, **asked)
+
+        said, told = search(), generate()[:, 1:]
+        if not torch.equal(said.tokens[:, 0, : told.shape[1]], told):
+            raise AssertionError(f"the tokens of batch {batch} differ")
+        different = len(set(told.flatten().tolist()))
+        equal = (
+            f"{layers} + {layers} layers, width {width}, {vocabulary} tokens, random weights, the same on both sides, sources of "
+            f"{int(lengths.min())} to {longest} tokens, {beams} beams, {told.shape[1]} new tokens, float32, 1 thread, CPU time; "
+            f"all tokens identical ({different} different ones)"
+        )
+        found.append(
+            race(f"beam search batch {batch}", cpu(search, 3), cpu(generate, 3), "transformers generate",
+                 transformers.__version__, 1.5, equal, pairs=9)
+        )  # fmt: skip
+    return found
+
+
 if __name__ == "__main__":
-    report("sequence", rows())
+    chosen = " ".join(sys.argv[1:])
+    known = json.loads((RESULTS / "sequence.json").read_text()) if chosen else []
+    fresh = rows(chosen)
+    names = {row["name"] for row in fresh}
+    report("sequence", [row for row in known if row["name"] not in names] + fresh)

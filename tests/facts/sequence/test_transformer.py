@@ -176,6 +176,37 @@ def test_teacher_forcing_equals_step_by_step(norm, positions):
     assert (whole.gather(2, targets[..., None])[..., 0] - told).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_weights_laid_out_for_some_rows_say_the_same(norm):
+    """In float32, where the third step of as many rows takes the laid out ones: rows copied, swapped and fewer, and the logits
+    of what each has read are those of the whole; no state is overwritten."""
+    model = network(norm_placement=norm).float()
+    source, lengths, before = pairs(targets=(6, 6, 6))
+    state, read, states = model.begin(source, lengths), torch.empty(3, 0, dtype=torch.int64), []
+    for place, order in enumerate(([0, 1, 2], [0, 1, 2], [0, 1, 2], [0, 1, 2], [1, 2], [1, 2])):
+        rows, kept = torch.tensor(order), torch.tensor([row in order for row in range(3)]).nonzero()[:, 0]
+        if len(rows) < len(read):
+            state, read = decoding.select(state, rows, kept), read[rows]
+        read = torch.cat([read, before[rows, place : place + 1]], 1)
+        states.append((state, read))
+        logits, state = model.step(read[:, -1], state)
+        whole = model(source[rows], lengths[rows], read)[:, -1]
+        assert (logits - whole).abs().max() < 1e-5
+    for old, read in states[::-1]:
+        again, _ = model.step(read[:, -1], old)
+        rows = torch.arange(3)[3 - len(read) :]
+        assert (again - model(source[rows], lengths[rows], read)[:, -1]).abs().max() < 1e-5
+    two = decoding.select(model.begin(source, lengths), torch.tensor([0, 0, 1, 1, 2, 2]))
+    tokens = before[:, :1].repeat_interleave(2, 0)
+    tokens[1::2] = 5
+    _, two = model.step(tokens[:, 0], two)
+    swapped = decoding.select(two, torch.tensor([1, 0, 3, 3, 5, 4]))
+    logits, _ = model.step(torch.full((6,), 4), swapped)
+    seen = torch.cat([tokens[[1, 0, 3, 3, 5, 4]], torch.full((6, 1), 4)], 1)
+    sources = torch.tensor([0, 0, 1, 1, 2, 2])
+    assert (logits - model(source[sources], lengths[sources], seen)[:, -1]).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize(("beams", "penalty"), [(1, 1.0), (3, 1.0), (3, 0.0)])
 @pytest.mark.parametrize("norm", ["post", "pre"])
 def test_kept_keys_and_values_translate_as_full_recomputation(norm, beams, penalty):

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from etude.blocks.nn.affine import Linear, affine
 from etude.blocks.nn.attention import Text
 from etude.blocks.nn.positional import LearnedPositions, append_step, sinusoids
-from etude.blocks.nn.transformer import Block, Past
-from etude.blocks.tokens import decoding
+from etude.blocks.nn.transformer import Block
 from etude.core.errors import UserError
 from etude.sequence.parts.translating import PAD
+from etude.sequence.transformer import steps
+from etude.sequence.transformer.steps import State
 
 __all__ = ["Architecture", "Positions", "State", "Transformer"]
 
@@ -72,27 +73,6 @@ class Positions(nn.Module):
             rows = sinusoids(max(64, 2 * count), self.width, dtype=torch.float64)
             self._waves = waves = rows.to(like.device, like.dtype)
         return waves[:count]
-
-
-@dataclass(frozen=True)
-class State:
-    """What decoding keeps of R = B·K rows, the K rows of a sentence side by side: nothing in it is overwritten."""
-
-    past: list[Past]
-    """Keys and values of what has been written, a layer."""
-    memory: list[tuple[Tensor, Tensor]]
-    """Keys and values (B, H, S, d) of the source, a layer: once a sentence."""
-    mask: Tensor
-    """(B, S), True where the source has text."""
-    place: int = 0
-    """How many tokens have been read."""
-
-    def select(self, rows: Tensor, sentences: Tensor | None) -> State:
-        """As beam search asks for it, see `etude.blocks.tokens.decoding.select`."""
-        memory, mask = self.memory, self.mask
-        if sentences is not None:
-            memory, mask = decoding.select((memory, mask), sentences)
-        return State(decoding.select(self.past, rows), memory, mask, self.place)
 
 
 class Transformer(nn.Module):
@@ -156,19 +136,15 @@ class Transformer(nn.Module):
     def begin(self, source: Tensor, lengths: Tensor) -> State:
         """The source read, and nothing written."""
         memory, text = self.encode(source, lengths)
-        memory = text.put(memory)
-        blocks: list[Block] = [*self.decoder]  # type: ignore[list-item]
-        return State([None for _ in blocks], [block.read_memory(memory) for block in blocks], text.mask)
+        return steps.begin(self._written, text.put(memory), text.mask)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """Reads the token written last, (R,): logits (R, V) of the next, from the keys and values of those before it."""
-        h = self.dropout(self.target_positions(self._embed(tokens[:, None]), state.place))
-        past: list[Past] = []
-        for block, before, memory in zip(self.decoder, state.past, state.memory):
-            h, now = block.advance(h, before, memory, state.mask)  # type: ignore[operator]
-            past.append(now)
-        return self._logits(h[:, 0]), State(past, state.memory, state.mask, state.place + 1)
+        h = self.target_positions(self._embed(tokens[:, None]), state.place)[:, 0]
+        layout = steps.laid_out(self._written, self.embedding.weight, len(tokens), state)
+        h, state = steps.advance(self._written, h, state, layout)
+        return layout.table(self.decoder_norm(h)), state
 
     @torch.no_grad()
     def looks(self, source: Tensor, lengths: Tensor, before: Tensor) -> dict[str, list[Tensor]]:
@@ -186,6 +162,10 @@ class Transformer(nn.Module):
             found["cross"].append(both["cross"])
             h = block(h, memory, memory_key_mask=mask)
         return found
+
+    @property
+    def _written(self) -> list[Block]:
+        return [*self.decoder]  # type: ignore[list-item]
 
     def require(self, count: int) -> None:
         """Raise UserError where there are fewer than `count` positions."""
