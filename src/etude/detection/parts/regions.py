@@ -24,6 +24,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -154,21 +155,20 @@ class _Align(torch.autograd.Function):
 class _Pool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, rows: Tensor, columns: Tensor) -> Tensor:  # type: ignore[override]
+        cells = _last(features)
         out = features.new_empty(*rows.shape[:3], columns.shape[2], features.shape[1])
-        best = torch.empty(out.shape, dtype=torch.int32)
-        edges = rows.contiguous().numpy(), columns.contiguous().numpy()
-        _kernels()["pool"](_last(features).numpy(), *edges, out.numpy(), best.numpy())
-        ctx.save_for_backward(best)
-        ctx.shape = features.shape
+        ctx.edges = rows.contiguous().numpy(), columns.contiguous().numpy()
+        _kernels()["pool"](cells.detach().numpy(), *ctx.edges, out.numpy())
+        ctx.save_for_backward(cells, out)
         return out.permute(0, 1, 4, 2, 3)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        n, c, h, w = ctx.shape
-        found = grad.new_zeros(n, h * w, c)
-        (best,) = ctx.saved_tensors
-        _kernels()["pool_back"](grad.permute(0, 1, 3, 4, 2).contiguous().numpy(), best.numpy(), found.numpy())
-        return found.view(n, h, w, c).permute(0, 3, 1, 2), None, None
+        cells, out = ctx.saved_tensors
+        found = torch.zeros_like(cells)
+        slope = grad.permute(0, 1, 3, 4, 2).contiguous()
+        _kernels()["pool_back"](slope.numpy(), cells.numpy(), out.numpy(), *ctx.edges, found.numpy())
+        return found.permute(0, 3, 1, 2), None, None
 
 
 @functools.cache
@@ -219,41 +219,83 @@ def _kernels() -> dict[str, Callable[..., None]]:
                                 for k in range(channels):
                                     cell[k] += weight * place[k]
 
+    # first the maximum over the rows of a bin, for all its columns at once (one long read), then over the columns
     @njit(cache=True, nogil=True, error_model="numpy")
-    def pool(features, rows, columns, out, best):  # type: ignore[no-untyped-def]
+    def pool(features, rows, columns, out):  # type: ignore[no-untyped-def]
         count, regions, size = rows.shape[:3]
-        width, channels = features.shape[2:]
+        height, width, channels = features.shape[1:]
+        cells, places = features.reshape(-1), out.reshape(-1, channels)
+        tall = np.empty(width * channels, features.dtype)
+        number = 0
+        for n in range(count):
+            for r in range(regions):
+                west, east = columns[n, r, 0, 0], columns[n, r, -1, 1]
+                for p in range(size):
+                    top, bottom = rows[n, r, p, 0], rows[n, r, p, 1]
+                    full = top < bottom and west < east
+                    if full:
+                        length, at = (east - west) * channels, ((n * height + top) * width + west) * channels
+                        line = cells[at : at + length]
+                        for k in range(length):
+                            tall[k] = line[k]
+                        for _ in range(top + 1, bottom):
+                            at += width * channels
+                            line = cells[at : at + length]
+                            for k in range(length):
+                                tall[k] = line[k] if line[k] > tall[k] else tall[k]
+                    for q in range(columns.shape[2]):
+                        left, right = columns[n, r, q, 0], columns[n, r, q, 1]
+                        place = places[number]
+                        number += 1
+                        if not full or left >= right:
+                            place[:] = 0
+                            continue
+                        at = (left - west) * channels
+                        cell = tall[at : at + channels]
+                        for k in range(channels):
+                            place[k] = cell[k]
+                        for _ in range(left + 1, right):
+                            at += channels
+                            cell = tall[at : at + channels]
+                            for k in range(channels):
+                                place[k] = cell[k] if cell[k] > place[k] else place[k]
+
+    # the maximum is found again by its value: the first cell that equals it takes what there is to give
+    @njit(cache=True, nogil=True, error_model="numpy")
+    def pool_back(grad, features, out, rows, columns, found):  # type: ignore[no-untyped-def]
+        count, regions, size = rows.shape[:3]
+        height, width, channels = features.shape[1:]
+        cells, given = features.reshape(-1), found.reshape(-1)
+        slopes, places = grad.reshape(-1), out.reshape(-1)
+        rest = np.empty(channels, features.dtype)
+        zero = rest.dtype.type(0)
+        start = -channels
         for n in range(count):
             for r in range(regions):
                 for p in range(size):
                     top, bottom = rows[n, r, p, 0], rows[n, r, p, 1]
                     for q in range(columns.shape[2]):
                         left, right = columns[n, r, q, 0], columns[n, r, q, 1]
-                        place, chosen = out[n, r, p, q], best[n, r, p, q]
+                        start += channels
                         if top >= bottom or left >= right:
-                            place[:] = 0
-                            chosen[:] = -1
                             continue
-                        place[:] = features[n, top, left]
-                        chosen[:] = top * width + left
+                        slope, place = slopes[start : start + channels], places[start : start + channels]
+                        if bottom - top == 1 and right - left == 1:
+                            at = ((n * height + top) * width + left) * channels
+                            into = given[at : at + channels]
+                            for k in range(channels):
+                                into[k] += slope[k]
+                            continue
+                        for k in range(channels):
+                            rest[k] = slope[k]
                         for y in range(top, bottom):
                             for x in range(left, right):
-                                cell = features[n, y, x]
-                                at = y * width + x
+                                at = ((n * height + y) * width + x) * channels
+                                cell, into = cells[at : at + channels], given[at : at + channels]
                                 for k in range(channels):
-                                    more = cell[k] > place[k]
-                                    place[k] = cell[k] if more else place[k]
-                                    chosen[k] = at if more else chosen[k]
-
-    @njit(cache=True, nogil=True, error_model="numpy")
-    def pool_back(grad, best, found):  # type: ignore[no-untyped-def]
-        count, regions, size, across, channels = grad.shape
-        for n in range(count):
-            for r in range(regions):
-                for p in range(size):
-                    for q in range(across):
-                        for k in range(channels):
-                            if best[n, r, p, q, k] >= 0:
-                                found[n, best[n, r, p, q, k], k] += grad[n, r, p, q, k]
+                                    hit = cell[k] == place[k]
+                                    more = rest[k]
+                                    into[k] += more if hit else zero
+                                    rest[k] = zero if hit else more
 
     return {"align": align, "align_back": align_back, "pool": pool, "pool_back": pool_back}

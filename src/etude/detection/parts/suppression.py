@@ -92,40 +92,46 @@ def _greedy(over: Tensor) -> Tensor:
 
 @functools.cache
 def _swept() -> Callable[..., Any]:
-    """The greedy loop in machine code: each box against those that stay, 32 at a time (compiled once, then cached)."""
+    """The greedy loop in machine code: each box against those that stay, 64 at a time (compiled once, then cached).
+
+    The first look at a block needs no division and no class: w·h > share·(A + B), with share a little below t/(1 + t), is
+    necessary for IoU > t. The answer itself is computed as it is everywhere else.
+    """
     from numba import njit
 
     @njit(cache=True, nogil=True)
     def sweep(boxes, classes, threshold):  # type: ignore[no-untyped-def]
-        count = boxes.shape[1]
-        kept = np.empty(count, np.int64)
-        kx1, ky1 = np.empty(count, np.float32), np.empty(count, np.float32)
-        kx2, ky2 = np.empty(count, np.float32), np.empty(count, np.float32)
-        size, kind = np.empty(count, np.float32), np.empty(count, np.int64)
-        zero = np.float32(0)
+        count, block = boxes.shape[1], 64
+        kept, kind = np.empty(count, np.int64), np.empty(count, np.int64)
+        stays = np.zeros((5, (count + block - 1) // block * block), np.float32)  # x1, y1, x2, y2, area
+        zero, one = np.float32(0), np.float32(1)
+        share = max(threshold / (one + threshold) * np.float32(1 - 1e-5), zero)
         n = 0
         for i in range(count):
             x1, y1, x2, y2, c = boxes[0, i], boxes[1, i], boxes[2, i], boxes[3, i], classes[i]
             own = max(x2 - x1, zero) * max(y2 - y1, zero)
-            gone = False
-            start = 0
+            gone, start = False, 0
             while start < n and not gone:
-                end = min(start + 32, n)
-                hits = 0
-                for j in range(start, end):
-                    w = max(min(x2, kx2[j]) - max(x1, kx1[j]), zero)
-                    h = max(min(y2, ky2[j]) - max(y1, ky1[j]), zero)
-                    shared = w * h
-                    union = own + size[j] - shared
-                    hits += (
-                        (shared > zero)
-                        & (kind[j] == c)
-                        & (shared / (union if union > zero else np.float32(1)) > threshold)
-                    )
-                gone = hits > 0
-                start = end
+                at = stays[:, start : start + block]
+                near = np.uint32(0)
+                for j in range(block):
+                    w = (x2 if x2 < at[2, j] else at[2, j]) - (x1 if x1 > at[0, j] else at[0, j])
+                    h = (y2 if y2 < at[3, j] else at[3, j]) - (y1 if y1 > at[1, j] else at[1, j])
+                    w = w if w > zero else zero
+                    near |= np.uint32(w * h > share * (own + at[4, j]))
+                if near:
+                    for j in range(min(block, n - start)):
+                        w = max(min(x2, at[2, j]) - max(x1, at[0, j]), zero)
+                        h = max(min(y2, at[3, j]) - max(y1, at[1, j]), zero)
+                        shared = w * h
+                        union = own + at[4, j] - shared
+                        if shared > zero and kind[start + j] == c and shared / union > threshold:
+                            gone = True
+                            break
+                start += block
             if not gone:
-                kx1[n], ky1[n], kx2[n], ky2[n], size[n], kind[n], kept[n] = x1, y1, x2, y2, own, c, i
+                stays[0, n], stays[1, n], stays[2, n], stays[3, n], stays[4, n] = x1, y1, x2, y2, own
+                kind[n], kept[n] = c, i
                 n += 1
         return kept[:n]
 
