@@ -1,4 +1,4 @@
-"""Maximally activating patches: what a unit was shown when it answered most strongly
+"""Maximally activating patches: the parts of images that a unit answers most strongly
 
 Paper: Girshick, Donahue, Darrell, Malik, Rich Feature Hierarchies, 2013, arXiv:1311.2524, section 3.1; Zeiler, Fergus,
     Visualizing and Understanding Convolutional Networks, 2013, arXiv:1311.2901, section 4.
@@ -84,9 +84,6 @@ SETTINGS = {
     "data": "mnist",
     "layer": "logits",
     "pictures": 4,
-    "once": Idle(
-        "in so few images the strongest places of a map rarely share one; the tests of the whole run have both"
-    ),
     "batch": Idle("each image is scored by itself; a larger batch only takes more memory"),
 }
 
