@@ -1,4 +1,4 @@
-"""Maximally activating patches: the parts of images that a unit answers most strongly
+"""Maximally activating patches: what a unit answers most strongly
 
 Paper: Girshick, Donahue, Darrell, Malik, Rich Feature Hierarchies, 2013, arXiv:1311.2524, section 3.1; Zeiler, Fergus,
     Visualizing and Understanding Convolutional Networks, 2013, arXiv:1311.2901, section 4.
