@@ -59,7 +59,7 @@ from etude.blocks.acting.memory import afford_learning
 from etude.blocks.acting.replay import Replay, Screens
 from etude.blocks.acting.returns import td_target
 from etude.blocks.acting.worlds import Engine, Worlds
-from etude.catalog import Control, Experiment, method
+from etude.catalog import Control, Experiment, Idle, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, NonNegative, Positive, Probability, Whole
 from etude.core.errors import RunError, UserError
@@ -71,6 +71,8 @@ from etude.optim.denormals import flushed
 from etude.rl.parts.films import films
 from etude.rl.parts.mlp import activations, backward
 from etude.rl.parts.pixels import CONVOLUTIONS, flat_size
+from etude.rl.parts.replay_fused import ValueLearner, refuse
+from etude.rl.parts.replay_updates import Choices
 from etude.rl.q_learning import boltzmann, draw, epsilon_greedy, linear, spread
 
 
@@ -87,6 +89,10 @@ class Config:
     """Copies of the environment that act together."""
     engine: Engine = "gymnasium"
     """Gymnasium's worlds, or the classic ones compiled: the same transitions, many times as fast."""
+    update: Literal["torch", "compiled"] = "torch"
+    """Who computes the updates: torch, or machine code on one thread of the CPU, twice as fast (states that are numbers, one
+    rank; equal but for rounding; half a minute to compile, the first time ever).
+    """
     collect: Count = 256
     """Environment steps in a round, before its updates."""
     updates: Whole = 128
@@ -137,6 +143,7 @@ PRESETS = {
         evaluation_episodes=5, final_episodes=5,
     ),
     "default": Config(),
+    "compiled": Config(engine="compiled", update="compiled"),
     "lake": Config(  # 4 s; values of a start state from which at most 1 can be earned: 4.0, with --double 0.1
         env="FrozenLake-v1", steps=20_000, collect=64, updates=32, batch=32, target_every=64, learning_rate=0.1,
         widths=(), epsilon_end=0.5, epsilon_fraction=0.3, evaluate_every=0, final_episodes=400, keep_best=False,
@@ -153,6 +160,7 @@ PRESETS = {
 }  # fmt: skip
 
 SETTINGS = {
+    "update": Idle("the same numbers but for rounding, which tests compare"),
     "env": "Acrobot-v1",
     "buffer": 1000,
     "learning_starts": 600,
@@ -179,6 +187,10 @@ EXPERIMENTS = (
             Control("an untrained network", {"updates": 0, "steps": 256}),
             Control("the notes' target, unmasked (E93)", swap={"td_target": "etude.rl.parts.nulls.unmasked_target"}),
         ),
+    ),
+    Experiment(
+        "compiled", preset="compiled", metric="greedy_return", bar=475.0, notes="worlds and updates in machine code",
+        controls=(Control("an untrained network", {"updates": 0, "steps": 256}),),
     ),
     Experiment(
         "double", preset="lake", metric="overestimation", bar=0.15, better="lower", flags={"double": True},
@@ -279,6 +291,11 @@ def train(config: Config, run: Run) -> dict[str, float]:
         raise UserError(
             f"--env {env.name} observes images, beside which an action is no input: leave --action-outputs on"
         )
+    if config.update == "compiled":
+        numbers = images, f"learns from numbers, and {worlds.name} shows images"
+        refuse(
+            run, numbers, (not config.action_outputs, "has one output for each action, and --no-action-outputs none")
+        )
     extra = {"env": config.env, "size": worlds.size, "actions": worlds.actions}
     spec = Spec(extra=extra | ({"shape": list(worlds.shape)} if images else {}))
     if config.exploration == "notes_epsilon_greedy":
@@ -288,6 +305,10 @@ def train(config: Config, run: Run) -> dict[str, float]:
     model = run.place(build(config, spec)["model"])
     target = copy.deepcopy(model)
     optimizer = Adam(model.parameters(), lr=config.learning_rate)
+    choices = Choices(config.gamma, config.clip_norm, config.huber, config.double)
+    learner = (
+        ValueLearner(optimizer, list(pairwise(model.widths)), config.batch) if config.update == "compiled" else None
+    )
     rounds = -(-config.steps // config.collect)
     room = min(config.buffer, rounds * config.collect + config.worlds)  # more would stay empty
     if images and room < (least := (worlds.shape[0] // worlds.planes + 1) * config.worlds):
@@ -353,20 +374,26 @@ def train(config: Config, run: Run) -> dict[str, float]:
             y = td_target(rows["reward"], rows["terminated"], behind.amax(-1), config.gamma)  # (K, B)
             said = y.new_empty(*y.shape, 1 if not config.action_outputs else worlds.actions)  # Q_φ(s, ·)
             weight = torch.zeros_like(said).scatter_(2, column, 1 / config.batch)  # of each of them in the loss
-            with flushed():
-                for k, (x_k, y_k, said_k, weight_k) in enumerate(zip(x, y[..., None], said, weight)):  # line 5
-                    if config.double:
-                        best = model.values(online, rows["next_state"][k]).argmax(1, keepdim=True)
-                        chosen = behind[k].gather(1, best)[:, 0]
-                        y[k] = td_target(rows["reward"][k], rows["terminated"][k], chosen, config.gamma)
-                    kept = activations(online, x_k, said_k)
-                    backward(online, kept, slope(said_k - y_k, config.huber).mul_(weight_k), slopes)
-                    if run.world > 1:
-                        run.average(model)
-                    norm = torch.linalg.vector_norm(gradient)
-                    run.average(gradient_norm=norm)  # finite exactly when the gradient is, and much cheaper to look at
-                    gradient.mul_((config.clip_norm / (norm + 1e-6)).clamp_(max=1.0))
-                    optimizer.step()
+            if learner:  # line 5, K times
+                said, norms = learner.learn(choices, rows, behind, y)
+                run.average(gradient_norm=norms[-1])
+            else:
+                with flushed():
+                    for k, (x_k, y_k, said_k, weight_k) in enumerate(zip(x, y[..., None], said, weight)):  # line 5
+                        if config.double:
+                            best = model.values(online, rows["next_state"][k]).argmax(1, keepdim=True)
+                            chosen = behind[k].gather(1, best)[:, 0]
+                            y[k] = td_target(rows["reward"][k], rows["terminated"][k], chosen, config.gamma)
+                        kept = activations(online, x_k, said_k)
+                        backward(online, kept, slope(said_k - y_k, config.huber).mul_(weight_k), slopes)
+                        if run.world > 1:
+                            run.average(model)
+                        norm = torch.linalg.vector_norm(gradient)
+                        run.average(
+                            gradient_norm=norm
+                        )  # finite exactly when the gradient is, and much cheaper to look at
+                        gradient.mul_((config.clip_norm / (norm + 1e-6)).clamp_(max=1.0))
+                        optimizer.step()
             error = said.gather(2, column)[..., 0] - y
             if not model.phi.isfinite().all():
                 raise RunError(f"the weights are no longer finite in round {step + 1}; lower --learning-rate")

@@ -52,7 +52,7 @@ from etude.blocks.acting.episodes import Copies, play, show
 from etude.blocks.acting.memory import afford_learning
 from etude.blocks.acting.returns import td_target
 from etude.blocks.acting.worlds import Engine, Worlds
-from etude.catalog import Control, Experiment, method
+from etude.catalog import Control, Experiment, Idle, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, Few, Positive, Probability, Whole
 from etude.core.randomness import fold
@@ -76,6 +76,9 @@ from etude.rl.parts.continuous import (
     room,
     sentences,
 )
+from etude.rl.parts.replay_fused import BoxLearner, refuse
+from etude.rl.parts.replay_updates import GRADIENTS, Steps
+from etude.rl.parts.replay_updates import off_policy_actor_critic as fused
 
 Gradient = Literal["reparameterised", "score", "mean"]
 
@@ -92,6 +95,10 @@ class Config:
     """Copies of the environment that act together."""
     engine: Engine = "gymnasium"
     """Gymnasium's worlds, or the classic ones compiled: the same transitions, many times as fast."""
+    update: Literal["torch", "compiled"] = "torch"
+    """Who computes the updates: torch, or machine code on one thread of the CPU, twice as fast (one rank; equal but for
+    rounding; half a minute to compile, the first time ever).
+    """
     collect: Count = 64
     """Environment steps in a round, before its updates."""
     updates: Whole = 32
@@ -134,10 +141,12 @@ PRESETS = {
         final_episodes=2,
     ),
     "default": Config(),
+    "compiled": Config(engine="compiled", update="compiled"),
     "ddpg": Config(gradient="mean", actor_learning_rate=1e-4, tau=0.001, gamma=0.99, batch=64, widths=(400, 300)),
 }  # fmt: skip
 
 SETTINGS = {
+    "update": Idle("the same numbers but for rounding, which tests compare"),
     "env": "MountainCarContinuous-v0",
     "engine": "compiled",
     "steps": 800,
@@ -161,6 +170,10 @@ EXPERIMENTS = (
             Control("an untrained network", {"updates": 0, "steps": 256}),
             Control("a critic that never learns", {"learning_rate": 1e-12}),
         ),
+    ),
+    Experiment(
+        "compiled", preset="compiled", metric="greedy_return", bar=-170.0, notes="worlds and updates in machine code",
+        controls=(Control("an untrained network", {"updates": 0, "steps": 256}),),
     ),
 )  # fmt: skip
 
@@ -227,6 +240,8 @@ def train(config: Config, run: Run) -> dict[str, float]:
     worlds = Worlds.make(env, config.worlds, run.seed, "training", run.rank, config.engine, box=True)
     spec = Spec(extra=about(config.env, worlds))
     capacity = room(config)
+    if config.update == "compiled":
+        refuse(run)
     afford_learning([worlds.size + worlds.actions, *config.widths, 1], config.updates * config.batch * config.draws)
     run.describe(spec)
     built = build(config, spec)
@@ -236,6 +251,11 @@ def train(config: Config, run: Run) -> dict[str, float]:
     target_model, target_critic = frozen(model), frozen(critic)
     actor_optimizer = Adam([flatten(model)], lr=config.actor_learning_rate)
     optimizer = Adam([flatten(critic)], lr=config.learning_rate)
+    learner = None
+    if config.update == "compiled":
+        learner = BoxLearner(model, critic, target_model, target_critic, actor_optimizer, optimizer, config.batch)
+    kind = GRADIENTS.index(config.gradient)
+    rule = Steps(config.gamma, config.tau, config.noise, 0.0, config.target_every, kind, 0.0)
     replay, box = replay_of(worlds, capacity), Box(recent=[], updates=0)
     run.track(model=model, critic=critic, target_model=target_model, target_critic=target_critic, worlds=worlds)
     run.track(actor_optimizer=actor_optimizer, optimizer=optimizer, replay=replay, box=box)
@@ -263,31 +283,36 @@ def train(config: Config, run: Run) -> dict[str, float]:
             rows = replay.gather(replay.sample(shape, run.generator("replay", step)), run.device)  # line 3
             size = (config.updates, 2, config.draws, config.batch, worlds.actions)
             noise = torch.randn(size, generator=run.generator("noise", step)).to(run.device)
-            names = ("state", "action", "reward", "next_state", "terminated")
-            losses, values = [], []
-            with torch.no_grad():  # the gradients are written out
-                for k in range(config.updates):
-                    s, a, r, after, over = (rows[name][k] for name in names)
-                    there = target_model(after)  # line 4
-                    behind = expected_value(target_critic, after, there, noise[k, 0], config.noise, config.gradient)
-                    y = td_target(r, over, behind, config.gamma)
-                    q, kept = critic.follow(s, a)
-                    error = q - y
-                    loss = 0.5 * error.square().mean()
-                    critic.learn(kept, error / config.batch)
-                    run.average(critic, loss=loss)
-                    optimizer.step()  # line 5
-                    mean, kept = model.act(s)
-                    up = climb(critic, critic.slope, s, mean, noise[k, 1], config.noise, config.gradient)
-                    model.learn(kept, up * (-1 / config.batch))
-                    run.average(model)
-                    actor_optimizer.step()  # line 6
-                    box.updates += 1
-                    if box.updates % config.target_every == 0:  # line 7
-                        follow_(target_critic, critic, config.tau)
-                        follow_(target_model, model, config.tau)
-                    losses.append(loss)
-                    values.append(q.mean())
+            if learner:  # lines 4 to 7
+                losses, values, _ = learner.learn(fused, rule, rows, noise, box.updates)
+                run.average(critic, model, loss=losses[-1])
+                box.updates += config.updates
+            else:
+                names = ("state", "action", "reward", "next_state", "terminated")
+                losses, values = [], []
+                with torch.no_grad():  # the gradients are written out
+                    for k in range(config.updates):
+                        s, a, r, after, over = (rows[name][k] for name in names)
+                        there = target_model(after)  # line 4
+                        behind = expected_value(target_critic, after, there, noise[k, 0], config.noise, config.gradient)
+                        y = td_target(r, over, behind, config.gamma)
+                        q, kept = critic.follow(s, a)
+                        error = q - y
+                        loss = 0.5 * error.square().mean()
+                        critic.learn(kept, error / config.batch)
+                        run.average(critic, loss=loss)
+                        optimizer.step()  # line 5
+                        mean, kept = model.act(s)
+                        up = climb(critic, critic.slope, s, mean, noise[k, 1], config.noise, config.gradient)
+                        model.learn(kept, up * (-1 / config.batch))
+                        run.average(model)
+                        actor_optimizer.step()  # line 6
+                        box.updates += 1
+                        if box.updates % config.target_every == 0:  # line 7
+                            follow_(target_critic, critic, config.tau)
+                            follow_(target_model, model, config.tau)
+                        losses.append(loss)
+                        values.append(q.mean())
             run.log(loss=torch.stack(losses).mean(), q_mean=torch.stack(values).mean())
         every = config.evaluate_every
         if step + 1 == rounds or (every and reached // every > step * config.collect // every):
