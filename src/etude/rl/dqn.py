@@ -32,6 +32,8 @@ Differences:
   between good and bad to the end, so by default the one that did best in the evaluations is kept and scored on fresh
   episodes (greedy_return); last_greedy_return is the last one's score. overestimation is max Q of the states in which
   those fresh episodes began, minus their discounted returns.
+- `--engine compiled_update` makes line 5 in machine code (`parts/replay_updates.py`), all of a round in one call, on the same
+  minibatches and equal but for rounding; `compiled_whole` (`--preset compiled`) compiles the worlds too.
 - Under torchrun every rank has its own worlds and buffer, which a checkpoint holds too, and gradients are averaged.
 
 Expect: CPU, 50,000 steps → greedy return 500 on seeds 0-4 with the kept network, 29 to 66 s on a busy core. The last
@@ -59,7 +61,7 @@ from etude.blocks.acting.memory import afford_learning
 from etude.blocks.acting.replay import Replay, Screens
 from etude.blocks.acting.returns import td_target
 from etude.blocks.acting.worlds import Engine, Worlds
-from etude.catalog import Control, Experiment, Idle, method
+from etude.catalog import Control, Experiment, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, NonNegative, Positive, Probability, Whole
 from etude.core.errors import RunError, UserError
@@ -87,11 +89,10 @@ class Config:
     """Environment steps in all (on each rank), rounded up to whole rounds."""
     worlds: Copies = 8
     """Copies of the environment that act together."""
-    engine: Engine = "gymnasium"
-    """Gymnasium's worlds, or the classic ones compiled: the same transitions, many times as fast."""
-    update: Literal["torch", "compiled"] = "torch"
-    """Who computes the updates: torch, or machine code on one thread of the CPU, twice as fast (states that are numbers, one
-    rank; equal but for rounding; half a minute to compile, the first time ever).
+    engine: Literal["gymnasium", "compiled", "compiled_update", "compiled_whole"] = "gymnasium"
+    """Gymnasium's worlds and torch's updates; the classic worlds compiled (the same transitions, many times as fast); the updates
+    in machine code on one thread of the CPU (twice as fast; states that are numbers, one rank; equal but for rounding; half a
+    minute to compile, the first time ever); or both.
     """
     collect: Count = 256
     """Environment steps in a round, before its updates."""
@@ -143,7 +144,7 @@ PRESETS = {
         evaluation_episodes=5, final_episodes=5,
     ),
     "default": Config(),
-    "compiled": Config(engine="compiled", update="compiled"),
+    "compiled": Config(engine="compiled_whole"),
     "lake": Config(  # 4 s; values of a start state from which at most 1 can be earned: 4.0, with --double 0.1
         env="FrozenLake-v1", steps=20_000, collect=64, updates=32, batch=32, target_every=64, learning_rate=0.1,
         widths=(), epsilon_end=0.5, epsilon_fraction=0.3, evaluate_every=0, final_episodes=400, keep_best=False,
@@ -160,7 +161,6 @@ PRESETS = {
 }  # fmt: skip
 
 SETTINGS = {
-    "update": Idle("the same numbers but for rounding, which tests compare"),
     "env": "Acrobot-v1",
     "buffer": 1000,
     "learning_starts": 600,
@@ -285,17 +285,18 @@ def train(config: Config, run: Run) -> dict[str, float]:
     if config.worlds > config.collect or config.collect > config.buffer:
         raise UserError("--worlds, --collect and --buffer must not fall: worlds <= collect <= buffer")
     env = environment(config.env, run.env)
-    worlds = Worlds.make(env, config.worlds, run.seed, "training", run.rank, config.engine, images=True)
+    engine: Engine = "compiled" if config.engine in ("compiled", "compiled_whole") else "gymnasium"
+    machine = config.engine in ("compiled_update", "compiled_whole")
+    worlds = Worlds.make(env, config.worlds, run.seed, "training", run.rank, engine, images=True)
     images = len(worlds.shape) == 3
     if images and not config.action_outputs:
         raise UserError(
             f"--env {env.name} observes images, beside which an action is no input: leave --action-outputs on"
         )
-    if config.update == "compiled":
+    if machine:
         numbers = images, f"learns from numbers, and {worlds.name} shows images"
-        refuse(
-            run, numbers, (not config.action_outputs, "has one output for each action, and --no-action-outputs none")
-        )
+        outputs = not config.action_outputs, "has one output for each action, and --no-action-outputs none"
+        refuse(run, numbers, outputs, flag=f"--engine {config.engine}")
     extra = {"env": config.env, "size": worlds.size, "actions": worlds.actions}
     spec = Spec(extra=extra | ({"shape": list(worlds.shape)} if images else {}))
     if config.exploration == "notes_epsilon_greedy":
@@ -306,9 +307,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
     target = copy.deepcopy(model)
     optimizer = Adam(model.parameters(), lr=config.learning_rate)
     choices = Choices(config.gamma, config.clip_norm, config.huber, config.double)
-    learner = (
-        ValueLearner(optimizer, list(pairwise(model.widths)), config.batch) if config.update == "compiled" else None
-    )
+    learner = ValueLearner(optimizer, list(pairwise(model.widths)), config.batch) if machine else None
     rounds = -(-config.steps // config.collect)
     room = min(config.buffer, rounds * config.collect + config.worlds)  # more would stay empty
     if images and room < (least := (worlds.shape[0] // worlds.planes + 1) * config.worlds):

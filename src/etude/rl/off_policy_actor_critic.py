@@ -27,6 +27,8 @@ Differences:
 - σ is fixed, for E Q alone is largest without noise, and then nothing is tried out any more. Entropy is what `rl/sac` adds.
 - Actions are clipped to the box, which is a part of the world: Q_φ(s, a) means Q_φ(s, clip(a)) everywhere.
 - The expectations are means over `draws` actions. μ_θ ends in tanh; the first steps are uniform over the box.
+- `--update compiled` makes the updates in machine code (`parts/replay_updates.py`), all of a round in one call, on the same
+  minibatches and noise and equal but for rounding. It takes one rank and the CPU.
 - Against DDPG: noise without memory in place of Ornstein-Uhlenbeck's, no batch normalisation, no weight decay, torch's initial
   weights, the action enters the critic's first layer.
 

@@ -23,6 +23,8 @@ Differences:
 - The density is that of u ∈ [−1, 1]^A, in every environment; in the world's units log π would be less by Σ log half.
 - log(1 − tanh² x) is computed from x, not from a clamped tanh x, and log σ is kept between −20 and 2.
 - E93: nothing is bootstrapped behind a termination; behind a time limit the value still counts.
+- `--update compiled` makes the updates in machine code (`parts/replay_updates.py`), all of a round in one call, on the same
+  minibatches and noise and equal but for rounding. It takes one rank and the CPU.
 - `--no-automatic` keeps α at `temperature`. There is no target actor, as in the paper.
 
 Expect: one core, 47 s: Pendulum after 10,000 steps and 4,544 updates, seeds 0-2: greedy return −148, −149, −133.

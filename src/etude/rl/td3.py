@@ -21,6 +21,8 @@ Differences:
 - E93: nothing is bootstrapped behind a termination; behind a time limit the value still counts (as in the authors' code).
 - Learning waits for `learning_starts` uniform steps; the authors wait 25,000 (1,000 in easy worlds) and make one update a
   step. Here K updates follow `collect` steps, and d counts updates, whatever the number of worlds.
+- `--update compiled` makes the updates in machine code (`parts/replay_updates.py`), all of a round in one call, on the same
+  minibatches and noise and equal but for rounding. It takes one rank and the CPU.
 - The paper's networks are (400, 300) and its Adam runs at 1e-3 with batches of 100; its later code has (256, 256), 3e-4, 256.
 
 Expect: one core, 50 s: Pendulum after 15,000 steps, seed 0: greedy return −145 (after 10,000 steps −549, −144, −131).

@@ -77,7 +77,8 @@ def state_of(run):
 
 def cut(module, name, settings, folder, monkeypatch):
     """A run that is cut in its third round and goes on is the whole one to the last bit; the whole one."""
-    settings = settings | {"update": "compiled", "quiet": True, "seed": SEED, "save_every": 1}
+    machine = {} if "engine" in settings else {"update": "compiled"}
+    settings = settings | machine | {"quiet": True, "seed": SEED, "save_every": 1}
     whole = etude.run(name, out=folder / "whole", **settings)
     real, calls = module.Worlds.drain, []
 

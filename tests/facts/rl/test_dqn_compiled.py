@@ -108,7 +108,7 @@ CHANGES = (
 def test_loop_with_compiled_updates_equals_a_plain_one(changes, plainly, tmp_path):
     settings = SMALL | changes
     want = whole.plain(Config(**settings))
-    metrics, rows, loaded = whole.ours(settings | {"update": "compiled"}, tmp_path / "run")
+    metrics, rows, loaded = whole.ours(settings | {"engine": "compiled_update"}, tmp_path / "run")
     whole.agree(rows, want.rows)
     torch.testing.assert_close(loaded.model.phi.detach(), want.final, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(torch.as_tensor(loaded.state["target"]["phi"]), want.target, atol=2e-5, rtol=1e-4)
@@ -116,8 +116,8 @@ def test_loop_with_compiled_updates_equals_a_plain_one(changes, plainly, tmp_pat
 
 
 def test_loop_in_machine_code_is_that_of_torch_and_goes_on_where_it_was_cut(monkeypatch, tmp_path):
-    got = replayed.cut(dqn, "rl/dqn", SMALL, tmp_path, monkeypatch)
-    want = etude.run("rl/dqn", out=tmp_path / "torch", seed=replayed.SEED, quiet=True, **SMALL)
+    got = replayed.cut(dqn, "rl/dqn", SMALL | {"engine": "compiled_whole"}, tmp_path, monkeypatch)
+    want = etude.run("rl/dqn", out=tmp_path / "torch", seed=replayed.SEED, quiet=True, engine="compiled", **SMALL)
     whole.agree(replayed.log_of(got), replayed.log_of(want))
     assert got.metrics == pytest.approx(want.metrics, rel=2e-4, abs=2e-5)
 
@@ -135,7 +135,9 @@ def test_an_update_of_what_is_not_finite_is_not_made(plainly, tmp_path):
     assert said[:3].isfinite().all()
     assert replay_fused.state_of(adam)[1]["step"] == 3
     with pytest.raises(RunError, match="gradient_norm is|no longer finite|loss is"):
-        etude.run("rl/dqn", out=tmp_path / "run", quiet=True, update="compiled", **SMALL | {"learning_rate": 1e37})
+        etude.run(
+            "rl/dqn", out=tmp_path / "run", quiet=True, engine="compiled_update", **SMALL | {"learning_rate": 1e37}
+        )
 
 
 def test_what_is_not_compiled_is_refused(tmp_path):
@@ -145,5 +147,28 @@ def test_what_is_not_compiled_is_refused(tmp_path):
         ({"action_outputs": False}, "--no-action"),
     ):
         with pytest.raises(UserError, match=said):
-            etude.run("rl/dqn", out=tmp_path / "run", update="compiled", quiet=True, **flags)
+            etude.run("rl/dqn", out=tmp_path / "run", engine="compiled_update", quiet=True, **flags)
         assert not (tmp_path / "run").exists()
+
+
+def test_loop_is_compiled_where_it_is_said(monkeypatch, tmp_path):
+    """Four engines: which worlds, and whose updates."""
+    asked, real = [], dqn.Worlds.make.__func__
+
+    def spy(kind, *given, **more):
+        asked.append(given[5])
+        return real(kind, *given, **more)
+
+    monkeypatch.setattr(
+        dqn.Worlds, "make", classmethod(lambda kind, *g, **m: spy(kind, *g, **m) if len(g) > 5 else real(kind, *g, **m))
+    )
+    learned = replay_fused.ValueLearner.learn
+    for engine in ("gymnasium", "compiled", "compiled_update", "compiled_whole"):
+        calls = []
+        monkeypatch.setattr(replay_fused.ValueLearner, "learn", lambda *g, c=calls: c.append(1) or learned(*g))
+        asked.clear()
+        etude.run(
+            "rl/dqn", out=tmp_path / engine, engine=engine, quiet=True, **SMALL | {"steps": 40, "evaluate_every": 0}
+        )
+        assert bool(calls) == (engine in ("compiled_update", "compiled_whole"))
+        assert asked[0] == ("compiled" if engine in ("compiled", "compiled_whole") else "gymnasium")

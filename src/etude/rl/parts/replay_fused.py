@@ -63,7 +63,7 @@ def _parts() -> None:
         register_jitable(**SUMS)(part)
 
 
-def refuse(run: Run, *others: tuple[bool, str]) -> None:
+def refuse(run: Run, *others: tuple[bool, str], flag: str = "--update compiled") -> None:
     """Raise UserError where the updates are not compiled: several ranks, accelerators, and (met, why) of the method's own."""
     for met, why in (
         *others,
@@ -71,7 +71,7 @@ def refuse(run: Run, *others: tuple[bool, str]) -> None:
         (run.device.type != "cpu", f"computes on the CPU, not on {run.device}: add --device cpu"),
     ):
         if met:
-            raise UserError(f"--update compiled {why}{'' if '--device' in why else '; leave it out'}")
+            raise UserError(f"{flag} {why}{'' if '--device' in why else '; leave it out'}")
 
 
 def gathered(module: nn.Module) -> Tensor:
