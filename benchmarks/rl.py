@@ -1,7 +1,8 @@
 """DQN, PPO and A2C against Stable-Baselines3: environment steps a second with the learning in them, and learning curves.
 
     python benchmarks/rl.py            the races → results/bench/rl.json
-    python benchmarks/rl.py on_policy  PPO and A2C alone; DQN's rows stay as they are (`dqn`, `a2c`, `ppo`: those alone)
+    python benchmarks/rl.py on_policy  PPO and A2C alone; DQN's rows stay as they are (`dqn`, `a2c`, `ppo`: those alone;
+                                       `dqn compiled`: those of DQN whose updates are machine code)
     python benchmarks/rl.py learning N what PPO has learned after N steps with the peer's defaults, 5 seeds: the peer's, ours by
                                        torch and in machine code → results/rl/ppo_learning.json
     python benchmarks/rl.py curves     5 seeds of both, with the peer's default settings and with RL Zoo's
@@ -190,8 +191,8 @@ def learning(total: int) -> None:
     path.write_text(json.dumps(known | {str(total): found}, indent=1) + "\n")
 
 
-def rows(only: int | None = None) -> list[dict[str, object]]:
-    """The races of DQN, one row each (or one of them)."""
+def rows(engines: str = "") -> list[dict[str, object]]:
+    """The races of DQN, one row each (or those of the engines whose names begin so)."""
     from race import race
 
     peer, number = "Stable-Baselines3 DQN", version("stable-baselines3")
@@ -202,6 +203,17 @@ def rows(only: int | None = None) -> list[dict[str, object]]:
         ("dqn, RL Zoo's CartPole settings (256-256)", "default", ZOO, 4000, 1, 4.0, "gymnasium"),
         ("dqn, RL Zoo's settings and 8 worlds", "default", ZOO, 4000, WORLDS, 4.0, "gymnasium"),
         ("dqn, RL Zoo's settings, ours in compiled worlds", "default", ZOO, 4000, WORLDS, 4.0, "compiled"),
+        ("dqn, RL Zoo's settings, compiled updates", "default", ZOO, 4000, 1, 4.0, "compiled_update"),
+        ("dqn, RL Zoo's settings, compiled whole loop", "default", ZOO, 4000, 1, 4.0, "compiled_whole"),
+        (
+            "dqn, RL Zoo's settings and 8 worlds, compiled whole loop",
+            "default",
+            ZOO,
+            4000,
+            WORLDS,
+            4.0,
+            "compiled_whole",
+        ),
     )
     return [
         race(
@@ -210,7 +222,8 @@ def rows(only: int | None = None) -> list[dict[str, object]]:
             lambda settings=settings, steps=steps, worlds=worlds: theirs(settings, steps, worlds),
             peer, number, bar, equal.format(worlds), pairs=9,
         )
-        for name, preset, settings, steps, worlds, bar, engine in (races if only is None else races[only : only + 1])
+        for name, preset, settings, steps, worlds, bar, engine in races
+        if engine.startswith(engines)
     ]  # fmt: skip
 
 
@@ -320,8 +333,8 @@ if __name__ == "__main__":
 
         part = " ".join(sys.argv[1:])
         known = json.loads((RESULTS / "rl.json").read_text()) if part else []
-        fresh = rows() if part in ("", "dqn") else []
-        if part != "dqn":
+        fresh = rows("" if part != "dqn compiled" else "compiled_") if part in ("", "dqn", "dqn compiled") else []
+        if not part.startswith("dqn"):
             fresh += on_policy_rows("" if part == "on_policy" else part)
         told = {row["name"] for row in fresh}
         report("rl", [row for row in known if row["name"] not in told] + fresh)
