@@ -1,32 +1,37 @@
-"""GPT against Hugging Face's generate, and its training step against a plain nanoGPT-style loop.
+"""GPT against Hugging Face's generate and a plain training loop, BERT against transformers' SDPA path, word2vec against gensim.
 
 One CPU thread, and cost is CPU time of this process: on one thread that is the time the work takes on a quiet core,
-and it does not count what other programs do. Run it as `python benchmarks/language.py`.
+and it does not count what other programs do. Run it as `python benchmarks/language.py`; `decoding`,
+`training`, `bert` or `word2vec` behind it renews these rows alone.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from race import cpu, race, report
+from race import RESULTS, cpu, race, report
 
 PROMPT, NEW = 32, 64
 once = functools.partial(cpu, repeats=1)  # a call takes seconds
 
 
-def rows() -> list[dict[str, Any]]:
-    """All rows; float32 decoding is timed with the packing of the weights in every call."""
+def rows(part: str = "") -> list[dict[str, Any]]:
+    """All rows, or those of a part; float32 decoding is timed with the packing of the weights in every call."""
     import torch
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return [*_decoding(), *_training()]
+        parts = {"decoding": _decoding, "training": _training, "bert": _bert, "word2vec": _word2vec}
+        return [row for name, made in parts.items() if part in ("", name) for row in made()]
     finally:
         torch.set_num_threads(before)
 
@@ -185,5 +190,149 @@ def _training() -> list[dict[str, Any]]:
     return found
 
 
+def _bert() -> list[dict[str, Any]]:
+    """The last layer's states of the same weights; ragged text without its padding; what the tokens cost beside them."""
+    import torch
+    import transformers
+
+    from etude.data import texts
+    from etude.language.parts.bert import Architecture, Bert
+    from etude.language.parts.wordpiece import WordPiece
+
+    vocabulary, layers, heads, width, batch, longest = 8000, 6, 6, 384, 16, 128
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+        intermediate_size=4 * width, attn_implementation="sdpa",
+    )  # fmt: skip
+    peer = transformers.BertModel(config).eval()
+    ours = Bert(Architecture(vocabulary, 512, layers, heads, width, 4 * width)).eval()
+    ours.load_state_dict(peer.state_dict(), strict=False)
+    found, name, version = [], "transformers, SDPA", transformers.__version__
+    for case, lengths, bar in (
+        ("full", torch.full((batch,), longest), 1.0),
+        ("ragged", torch.randint(8, longest + 1, (batch,)), 1.5),
+    ):
+        mask = torch.arange(longest) < lengths[:, None]
+        ids = torch.randint(1000, vocabulary, (batch, longest)) * mask
+
+        @torch.no_grad()
+        def mine(ids=ids, mask=mask):
+            return ours(ids, None, mask)
+
+        @torch.no_grad()
+        def theirs(ids=ids, mask=mask):
+            return peer(ids, attention_mask=mask.long()).last_hidden_state
+
+        gap = float((mine() - theirs())[mask].abs().max())
+        if gap > 1e-3:
+            raise AssertionError(f"the states differ by {gap}")
+        equal = (
+            f"{layers} layers, width {width}, {batch} texts of {int(lengths.min())} to {longest} tokens, "
+            f"{len(ids[mask]) / ids.numel():.0%} of it text, float32, same weights, 1 thread, CPU time; states agree within {gap:.0e}"
+        )
+        found.append(race(f"bert inference, {case}", once(mine), once(theirs), name, version, bar, equal, pairs=7))
+    text = texts.house()
+    tokens = WordPiece.learn(text, 1000)
+    lines = [line for line in text.split("\n") if line.strip()][:200]
+
+    def encode():
+        fresh = WordPiece(tokens.tokens, tokens.lower)  # no word is known already
+        return [fresh.encode(line) for line in lines]
+
+    rows = encode()
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    seen = torch.arange(padded.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+
+    @torch.no_grad()
+    def read():
+        return ours(padded, None, seen)
+
+    equal = f"{len(lines)} lines of the house text, {sum(map(len, rows))} tokens; how many times as long the encoder above takes"
+    found.append(
+        race("tokenising for bert", cpu(encode, 3), once(read), "the encoder itself", version, 10.0, equal, pairs=5)
+    )
+    return found
+
+
+def _word2vec() -> list[dict[str, Any]]:
+    """CPU seconds of a word read, from the difference of a long and a short run; similarity of words against PPMI's SVD."""
+    import gensim
+    import torch
+
+    import etude
+    from etude import data
+    from etude.data.texts import split
+    from etude.language.word2vec.pairs import Vocabulary, split_words
+    from etude.language.word2vec.scores import agreement, pair_counts, ppmi_vectors
+
+    words = split_words(split(data.text("tiny_shakespeare").text)[0])
+    vocabulary = Vocabulary(words, 5)
+    known = set(vocabulary.words)
+    kept = [word for word in words if word in known]
+    passes, width, batch = 12, 100, 4000
+    steps = passes * -(-len(kept) // batch)
+    counts = pair_counts(vocabulary.encode(words), 500, 5, True)
+    judge, quality = ppmi_vectors(counts, width), {}
+    sentences = [kept[i : i + 1000] for i in range(0, len(kept), 1000)]
+
+    def gensims() -> float:
+        model = gensim.models.Word2Vec(
+            vector_size=width,
+            window=5,
+            min_count=5,
+            sample=1e-3,
+            sg=1,
+            negative=5,
+            workers=1,
+            alpha=0.05,
+            min_alpha=5e-5,
+            seed=1,
+        )
+        model.build_vocab(sentences)
+        began = time.process_time()
+        model.train(sentences, total_examples=len(sentences), epochs=passes)
+        spent = time.process_time() - began
+        table = torch.stack([torch.tensor(model.wv[word]) for word in vocabulary.words[:500]])
+        quality["gensim"] = agreement(table, judge)
+        return spent / (passes * len(kept))
+
+    def ours(shared: int) -> float:
+        spent = []
+        for count in (steps // 6, steps):
+            with tempfile.TemporaryDirectory() as folder:
+                began = time.process_time()
+                done = etude.run(
+                    "language/word2vec", out=f"{folder}/run", quiet=True, threads=1, preset="shakespeare", steps=count,
+                    shared_negatives=shared, evaluate_every=0,
+                )  # fmt: skip
+                spent.append(time.process_time() - began)
+        quality[str(shared)] = done.metrics["ppmi_spearman"]
+        return (spent[1] - spent[0]) / ((steps - steps // 6) * batch)
+
+    found = []
+    for case, shared, bar in (("exact", 0, 1.0), ("shared negatives", 16, 4.0)):
+        row = race(
+            f"word2vec, {case}",
+            functools.partial(ours, shared),
+            gensims,
+            "gensim Word2Vec",
+            gensim.__version__,
+            bar,
+            "",
+            pairs=5,
+        )
+        row["equal"] = (
+            f"tiny Shakespeare, {len(kept)} words, {passes} passes, width {width}, window 5, 5 negatives, least count 5, "
+            f"1 thread, CPU seconds a word; rank correlation with PPMI's SVD {quality[str(shared)]:.2f}, gensim {quality['gensim']:.2f}"
+        )
+        found.append(row)
+    return found
+
+
 if __name__ == "__main__":
-    report("language", rows())
+    chosen = " ".join(sys.argv[1:])
+    known = json.loads((RESULTS / "language.json").read_text()) if chosen else []
+    fresh = rows(chosen)
+    names = {row["name"] for row in fresh}
+    report("language", [row for row in known if row["name"] not in names] + fresh)

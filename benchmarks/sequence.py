@@ -29,7 +29,7 @@ def rows(part: str = "") -> list[dict[str, Any]]:
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    parts = {"transformer": _transformer, "beam": _beam}
+    parts = {"transformer": _transformer, "beam": _beam, "recurrent": _recurrent}
     try:
         return [row for name, made in parts.items() if part in ("", name) for row in made()]
     finally:
@@ -233,6 +233,81 @@ def _beam() -> list[dict[str, Any]]:
             race(f"beam search batch {batch}", cpu(search, 3), cpu(generate, 3), "transformers generate",
                  transformers.__version__, 1.5, equal, pairs=9)
         )  # fmt: skip
+    return found
+
+
+def _recurrent() -> list[dict[str, Any]]:
+    """Training in the same loop on both sides, generation against a loop over torch's cells; the same weights and dice."""
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    from etude.blocks.nn.recurrent import Recurrent
+    from etude.blocks.tokens.decoding import generate
+    from etude.sequence.parts.text import CharacterModel
+
+    vocabulary, width, batch, time, count = 65, 128, 32, 64, 200
+    found = []
+    for cell, layer, single in (("lstm", nn.LSTM, nn.LSTMCell), ("gru", nn.GRU, nn.GRUCell)):
+        torch.manual_seed(0)
+        ours = CharacterModel(vocabulary, 64, Recurrent(cell, 64, width))  # type: ignore[arg-type]
+        theirs = nn.ModuleDict(
+            {"embedding": nn.Embedding(vocabulary, 64), "recurrent": layer(64, width, batch_first=True),
+             "readout": nn.Linear(width, vocabulary)}
+        )  # fmt: skip
+        theirs.load_state_dict(ours.state_dict())
+        data = torch.randint(vocabulary, (8, batch, time + 1))
+
+        def peer_logits(x, theirs=theirs):
+            return theirs["readout"](theirs["recurrent"](theirs["embedding"](x))[0])
+
+        def steps(model, logits_of, optimizer, data=data):
+            losses = []
+            for rows in data:
+                loss = F.cross_entropy(logits_of(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                losses.append(loss.detach())
+            return torch.stack(losses)
+
+        mine, its = (torch.optim.Adam(m.parameters(), 2e-3, fused=True) for m in (ours, theirs))
+        train = functools.partial(steps, ours, lambda x, m=ours: m(x)[0], mine)
+        plain = functools.partial(steps, theirs, peer_logits, its)
+        gap = float((train() - plain()).abs().max())
+        if gap > 1e-4:
+            raise AssertionError(f"the losses of {cell} differ by {gap}")
+        equal = (
+            f"width {width}, {batch} x {time} characters, float32, fused Adam and clipping, same weights and batches, 1 thread, "
+            f"CPU time of {len(data)} steps; losses of the first {len(data)} agree within {gap:.0e}"
+        )
+        name, version = f"torch.nn.{layer.__name__}", torch.__version__
+        found.append(race(f"{cell} training", cpu(train, 3), cpu(plain, 3), name, version, 1.0, equal, pairs=9))
+
+        one = single(64, width)
+        one.load_state_dict({key.removesuffix("_l0"): value for key, value in ours.recurrent.state_dict().items()})
+        ours.eval()
+
+        @torch.no_grad()
+        def loop(one=one, ours=ours):
+            dice, state, token, said = torch.Generator().manual_seed(0), None, torch.zeros(1, dtype=torch.int64), []
+            for _ in range(count):
+                state = one(ours.embedding(token), state)
+                logits = ours.readout(state[0] if isinstance(state, tuple) else state)
+                token = torch.multinomial((logits / 0.8).softmax(-1), 1, generator=dice)[:, 0]
+                said.append(token)
+            return torch.cat(said)
+
+        def write(ours=ours):
+            dice = torch.Generator().manual_seed(0)
+            return generate(ours, torch.zeros(1, 1, dtype=torch.int64), count, temperature=0.8, generator=dice)[0, 1:]
+
+        if not torch.equal(loop(), write()):
+            raise AssertionError(f"the characters written by {cell} differ")
+        equal = f"width {width}, {count} characters, temperature 0.8, same weights and dice, 1 thread, CPU time; all identical"
+        name = f"a loop over torch.nn.{single.__name__}"
+        found.append(race(f"{cell} generation", cpu(write, 3), cpu(loop, 3), name, version, 3.0, equal, pairs=9))
     return found
 
 

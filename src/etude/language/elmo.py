@@ -32,7 +32,8 @@ Differences:
       tag.
 
 Expect: company, one thread of a busy CPU, 15 s, seeds 0 and 1: all test words right with 12 labelled sentences (random features
-    0.52 of them, logistic regression on the word 0.73), a word 1.24 nats likelier than by its frequency.
+    0.52 of them, logistic regression on the word 0.73), a word 1.24 nats likelier than by its frequency. EWT
+    in 110 s, seed 0: 0.800 with 1,000 labelled sentences (random features 0.667, logistic regression 0.865).
 Command: `etude run language/elmo --preset ewt`
 """
 
@@ -155,6 +156,13 @@ EXPERIMENTS = (
             Control("language models that learn nothing: random features", flags={"learning_rate": 1e-12}),
             Control("logistic regression on the word", metric="test_linear_accuracy"),
             Control("each word's commonest tag", metric="test_commonest_accuracy"),
+        ),
+    ),
+    Experiment(
+        "ewt", preset="ewt", metric="test_accuracy", bar=0.77, within_seconds=400,
+        notes="Logistic regression on the word and its endings is better here (0.86): the paper's text has a billion words.",
+        controls=(
+            Control("language models that learn nothing: random features", flags={"learning_rate": 1e-12}),
         ),
     ),
     Experiment(

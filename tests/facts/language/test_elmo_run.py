@@ -204,15 +204,20 @@ def test_reported_numbers_are_those_of_the_saved_network(tmp_path):
 
 
 def test_reported_baselines_are_two(tmp_path, monkeypatch):
+    learned = []
     for number, name in enumerate(("commonest_tags", "linear_tags")):
-        monkeypatch.setattr(
-            f"etude.language.elmo.{name}", lambda train, test, n=number: [[n] * len(i.first) for i in test]
-        )
+
+        def same(train, test, number=number):
+            learned.append(len(train))
+            return [[number] * len(item.first) for item in test]
+
+        monkeypatch.setattr(f"etude.language.elmo.{name}", same)
     result = run(tmp_path, steps=1, tagging_steps=1)
     task = read_task(str(tmp_path / "text.txt"), "tags")
     for number, name in enumerate(("commonest", "linear")):
         expected = share(task.test, [[number] * len(i.first) for i in task.test])
         assert result.metrics[f"test_{name}_accuracy"] == pytest.approx(expected)
+    assert learned == [9, 9]  # from the labelled sentences alone
 
 
 def test_the_test_part_is_seen_by_its_own_numbers_only(tmp_path):
