@@ -229,7 +229,7 @@ def _bert() -> list[dict[str, Any]]:
             raise AssertionError(f"the states differ by {gap}")
         equal = (
             f"{layers} layers, width {width}, {batch} texts of {int(lengths.min())} to {longest} tokens, "
-            f"{len(ids[mask]) / ids.numel():.0%} of it text, float32, same weights, 1 thread, CPU time; states agree within {gap:.0e}"
+            f"{len(ids[mask]) / ids.numel():.0%} text, float32, same weights, 1 thread, CPU time; states agree within {gap:.0e}"
         )
         found.append(race(f"bert inference, {case}", once(mine), once(theirs), name, version, bar, equal, pairs=7))
     text = texts.house()
@@ -324,7 +324,8 @@ def _word2vec() -> list[dict[str, Any]]:
         )
         row["equal"] = (
             f"tiny Shakespeare, {len(kept)} words, {passes} passes, width {width}, window 5, 5 negatives, least count 5, "
-            f"1 thread, CPU seconds a word; rank correlation with PPMI's SVD {quality[str(shared)]:.2f}, gensim {quality['gensim']:.2f}"
+            f"1 thread, CPU seconds a word; "
+            f"rank correlation with PPMI's SVD {quality[str(shared)]:.2f}, gensim {quality['gensim']:.2f}"
         )
         found.append(row)
     return found
