@@ -21,8 +21,8 @@ Differences:
 - Viola and Jones reject most windows early by a cascade of boosted features; here one small convolutional network sees all.
 - No box is moved: a window is as good as the grid of scales and aspects is fine. OverFeat adds a regression.
 
-Expect: one core, two to three minutes: 0.968 of the pictures localised, 0.952 mAP at IoU 0.5 and 0.14 at IoU 0.75 on the validation
-    pictures of digits on a canvas (seed 0).
+Expect: one core, two to three minutes: 0.968 of the pictures localised, 0.952 mAP at IoU 0.5 and 0.14 at IoU 0.75 on the
+    validation pictures of digits on a canvas (seed 0).
 Command: `etude run detection/sliding_window`
 """
 
