@@ -1,8 +1,8 @@
 """Boxes, regions and whole detectors against torchvision's operators and against each other
 
-Suppression of 10,000 boxes and the features of regions, forward and backward, against torchvision's C++ (where torchvision can be
-imported; without it these rows stay as they were recorded). Fast R-CNN against R-CNN: the time of a picture on the same proposals,
-with networks of one plan. OverFeat against the classifier on every window, at equal scores. CPU seconds of one thread.
+Suppression of 10,000 boxes and the features of regions, forward and backward, against torchvision's C++ (where torchvision can
+be imported; without it these rows stay as they were recorded). Fast R-CNN against R-CNN: the time of a picture on the same
+proposals, with networks of one plan. OverFeat against the classifier on every window, at equal scores. CPU seconds, one thread.
 """
 
 from __future__ import annotations
