@@ -65,6 +65,7 @@ def pages() -> dict[str, str]:
     found["methods/index.md"] = index_page(entries)
     found["methods/benchmarks.md"] = benchmarks_page(rows)
     found["methods/cartpole.md"] = cartpole_page()
+    found["methods/detectors.md"] = detectors_page()
     found["methods/notes.md"] = notes_page()
     found["methods/SUMMARY.md"] = summary(entries)
     found["generated/course.txt"] = course_table(entries)
@@ -314,13 +315,58 @@ def cartpole_page() -> str:
     )
 
 
+def detectors_page() -> str:
+    """All detectors on the same pictures (`benchmarks/detectors.py`)."""
+    found = json.loads((ROOT / "results/detection/detectors.json").read_text(encoding="utf-8"))
+    regions = {
+        "sliding_window": "every window",
+        "overfeat": "every window, moved",
+        "rcnn": "selective search, 50",
+        "fast_rcnn": "selective search, 50",
+        "faster_rcnn": "its own, 50",
+        "yolo": "a grid's cells, 64",
+    }
+    rows = []
+    for name, where in regions.items():
+        if name in found:
+            row = found[name]
+            scores = [f"{row[key]:.3f}" for key in ("map", "map_75", "recall")]
+            recall = f"{row['proposal_recall']:.3f}" if "proposal_recall" in row else "–"
+            speed = f"{row['pictures_a_second']:,.0f}"
+            rows.append(
+                (f"[detection/{name}](detection/{name}.md)", *scores, where, recall, speed, f"{row['parameters']:,}")
+            )
+        else:
+            rows.append((f"[detection/{name}](detection/{name}.md)", *["not run"] * 3, where, "", "", ""))
+    told = (
+        "The story of the notes in one table. A window at every place is thorough and slow; one convolution shares what "
+        "windows have in common; proposals look at few places, first each through the network (R-CNN), then all on one map "
+        "(Fast R-CNN), then proposed by that map (Faster R-CNN); YOLO has no regions at all.",
+        "Every detector with its default settings, seed 0: up to three digits on a canvas of 64 × 64 pixels, 3,000 to learn "
+        "from, 600 to find digits in. The rate is pictures by CPU second of one thread, from pixels to boxes. "
+        "`python benchmarks/detectors.py` makes it again.",
+    )
+    head = (
+        "method",
+        "mAP, IoU 0.5",
+        "mAP, IoU 0.75",
+        "found",
+        "regions",
+        "recall of regions",
+        "pictures a second",
+        "weights",
+    )
+    return "\n\n".join(["# Six detectors, one table", *told, table(head, rows)]) + "\n"
+
+
 def summary(entries: list[Entry]) -> str:
     """Navigation of the methods folder, in the form of literate-nav."""
     lines = ["* [All methods](index.md)"]
     for room in sorted({entry.room for entry in entries}):
         lines.append(f"* {room}")
         lines += [f"    * [{e.name.partition('/')[2]}]({e.name}.md)" for e in entries if e.room == room]
-    lines += ["* [One CartPole for all that act](cartpole.md)", "* [The notes, row by row](notes.md)"]
+    lines += ["* [One CartPole for all that act](cartpole.md)", "* [Six detectors, one table](detectors.md)"]
+    lines.append("* [The notes, row by row](notes.md)")
     return "\n".join([*lines, "* [Benchmarks](benchmarks.md)"]) + "\n"
 
 

@@ -21,8 +21,8 @@ Differences:
 - Viola and Jones reject most windows early by a cascade of boosted features; here one small convolutional network sees all.
 - No box is moved: a window is as good as the grid of scales and aspects is fine. OverFeat adds a regression.
 
-Expect: one core, two to three minutes: 0.968 of the pictures localised, 0.952 mAP at IoU 0.5 and 0.14 at IoU 0.75 on the
-    validation pictures of digits on a canvas (seed 0).
+Expect: one core, two to three minutes: 0.973 of the pictures localised, 0.924 mAP at IoU 0.5 and 0.17 at IoU 0.75 on digits on a
+    canvas (seed 0).
 Command: `etude run detection/sliding_window`
 """
 
@@ -136,7 +136,7 @@ EXPERIMENTS = (
         "digits on a canvas",
         preset="default",
         metric="test_localisation",
-        bar=0.96,
+        bar=0.967,
         published="none: the baseline that OverFeat replaces (Sermanet 2013, §2)",
         controls=(Control("an untrained classifier", {"steps": 1, "learning_rate": 1e-9}),),
     ),

@@ -29,7 +29,7 @@ def test_loop_of_fast_rcnn_is_the_one_written_out(flags, tmp_path):
     done = etude.run("detection/fast_rcnn", **region.SMALL | flags, out=tmp_path / "run")
     config, data, net = region.begun("fast_rcnn", region.SMALL | flags)
     trunk, both, classes = plain.layers(net.trunk, data.spec), plain.heads(net.heads), len(data.spec.classes)
-    regions = selective_search(data.train.x, config.proposals)[0]
+    regions = selective_search(data.train.x, config.proposals, config.search)[0]
     stream = plain.Stream(16, config.batch, 0)
 
     def pooled(features, places):
@@ -54,7 +54,7 @@ def test_loop_of_fast_rcnn_is_the_one_written_out(flags, tmp_path):
     region.agree(done, losses, region.whole(net, trunk))
     trunk.eval()
     with torch.no_grad():
-        places = selective_search(data.test.x, config.proposals)[0]
+        places = selective_search(data.test.x, config.proposals, config.search)[0]
         said = both(pooled(trunk(data.test.x.double() / 255), places.double()))
         said = [part.unflatten(0, places.shape[:2]) for part in said]
     rows = plain.region_answers(*said, places, 32, config.least_score, config.overlap)

@@ -38,7 +38,7 @@ def test_loop_of_rcnn_is_the_one_written_out(flags, tmp_path):
     config, data, net = region.begun("rcnn", region.SMALL | flags)
     trunk, classes = plain.layers(net.trunk, data.spec), len(data.spec.classes)
     net = net.double()
-    regions = selective_search(data.train.x, config.proposals)[0]
+    regions = selective_search(data.train.x, config.proposals, config.search)[0]
     stream = plain.Stream(16, config.batch, 0)
 
     def phi(x, places):
@@ -87,7 +87,7 @@ def test_loop_of_rcnn_is_the_one_written_out(flags, tmp_path):
             net.codes.weight[4 * k : 4 * k + 4] = torch.from_numpy(fit.coef_)
             net.codes.bias[4 * k : 4 * k + 4] = torch.from_numpy(fit.intercept_)
         region.agree(done, losses, region.whole(net, trunk))
-        places = selective_search(data.test.x, config.proposals)[0]
+        places = selective_search(data.test.x, config.proposals, config.search)[0]
         features = phi(data.test.x.double() / 255, places).view(*places.shape[:2], -1)
         chances, codes = (2 * net.machines(features)).sigmoid(), net.codes(features)
         rows = []

@@ -1,5 +1,7 @@
 """Selective search equals its definition, segment by segment and merge by merge, on small pictures."""
 
+import colorsys
+
 import numpy as np
 import pytest
 import torch
@@ -106,6 +108,40 @@ def test_regions_merge_in_the_order_of_their_similarity():
         regions[new] = regions.pop(a) | regions.pop(b)
         told[new] = histogram(regions[new])
         assert tuple(boxes[new]) == box(regions[new])
+
+
+def test_colour_spaces_are_those_of_the_standards():
+    x = torch.randint(0, 256, (1, 3, 6, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    x[0, :, 0] = torch.tensor(
+        [[0, 255, 120, 255, 0], [0, 255, 120, 0, 0], [0, 255, 120, 0, 255]]
+    )  # black, white, grey, red, blue
+    hsv = ss.in_space(x, "hsv").int()
+    for row in range(6):
+        for column in range(5):
+            wanted = colorsys.rgb_to_hsv(*(x[0, :, row, column].double() / 255).tolist())
+            assert hsv[0, :, row, column].tolist() == pytest.approx([255 * v for v in wanted], abs=0.51)
+    lab = ss.in_space(x, "lab")[0, :, 0].T.tolist()
+    known = ((0, 0, 0), (100, 0, 0), (50.43, 0, 0), (53.24, 80.09, 67.20), (32.30, 79.19, -107.86))
+    for mine, (light, a, b) in zip(lab, known):
+        assert mine == pytest.approx([2.55 * light, a + 128, max(0, b + 128)], abs=1)
+    assert ss.in_space(x, "rgb") is x
+    grey = x[:, :1]
+    assert torch.equal(ss.in_space(grey, "lab"), ss.in_space(grey.expand(-1, 3, -1, -1), "lab"))
+
+
+def test_fast_takes_the_hierarchies_of_two_spaces_in_turn(monkeypatch):
+    x = torch.stack([picture(n, 24) for n in range(2)])
+    lists = []
+    for space in ("hsv", "lab"):
+        for k in (50.0, 150.0, 400.0):
+            monkeypatch.setitem(ss.MODES, "single", ((space,), (k,)))
+            boxes, count = ss.selective_search(x, 500)
+            lists.append([boxes[n, : count[n]].tolist() for n in range(2)])
+    found, count = ss.selective_search(x, 500, "fast")
+    for n in range(2):
+        own = found[n, : count[n]].tolist()
+        assert {tuple(box) for box in own} == {tuple(box) for rows in lists for box in rows[n]}
+        assert own[0] == [0, 0, 24, 24]
 
 
 def test_proposals_of_digits_find_nearly_all():

@@ -12,8 +12,9 @@ with normalised histograms of 25 bins a channel (colour) and of 10 bins for each
 parts of derivatives of the picture smoothed by a Gaussian of σ = 1). Histograms of a merged region are the weighted means.
 
 Differences:
-- The paper diversifies over five colour spaces, four similarities and several k; here the channels as they are, the sum of all
-  four similarities, and the values of k given. Several k give several hierarchies; their boxes are taken in turn.
+- The paper diversifies over five colour spaces, four similarities and several k. Here one similarity, the sum of all four, and
+  two modes: "single" takes the channels as they are, "fast" HSV and Lab like the paper's mode of that name, both with three k.
+  Each space and k gives a hierarchy; their boxes are taken in turn.
 - Boxes of a hierarchy come last merge first (large first); the paper multiplies that rank by a random number.
 """
 
@@ -22,8 +23,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -36,28 +37,43 @@ if TYPE_CHECKING:
     from etude.core.run import Run
 
 COLOURS, DIRECTIONS, STEPS = 25, 8, 10
+Mode = Literal["single", "fast"]
+MODES: dict[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
+    "single": (("rgb",), (50.0, 150.0, 400.0)),
+    "fast": (("hsv", "lab"), (50.0, 150.0, 400.0)),
+}
+"""Colour spaces and values of k: each pair gives a hierarchy."""
+XYZ = (
+    (0.412453 / 0.950456, 0.357580 / 0.950456, 0.180423 / 0.950456),
+    (0.212671, 0.715160, 0.072169),
+    (0.019334 / 1.088754, 0.119193 / 1.088754, 0.950227 / 1.088754),
+)
+"""Linear red, green and blue to X, Y and Z as shares of white's (D65)."""
 
 
-def selective_search(
-    x: Tensor, most: int, scales: Sequence[float] = (50.0, 150.0, 400.0), least: int = 12
-) -> tuple[Tensor, Tensor]:
+def selective_search(x: Tensor, most: int, mode: Mode = "single", least: int = 12) -> tuple[Tensor, Tensor]:
     """Proposals in pictures x, uint8 (N, C, H, W): boxes (N, most, 4) in pixels and how many of them are real (N,).
 
-    `scales` are the values of k in grey levels: larger ones begin with larger segments. `least` pixels has a segment. Equal boxes
-    are kept once, those of fewer than 3 pixels' height or width are left out; empty places are boxes without an area.
+    `mode` names colour spaces and values of k in grey levels (`MODES`): larger ones begin with larger segments. `least` pixels
+    has a segment. Equal boxes are kept once, those of fewer than 3 pixels' height or width are left out; empty places are boxes
+    without an area.
     """
     run = _compiled()
-    smooth = _smoothed(x.float(), 0.8).numpy()
-    texture = _texture(x.float())
-    colour = (x.permute(0, 2, 3, 1).int() * COLOURS // 256).numpy()
+    spaces, scales = MODES[mode]
+    seen = []
+    for space in spaces:
+        said = in_space(x, space)
+        colour = (said.permute(0, 2, 3, 1).int() * COLOURS // 256).numpy()
+        seen.append((_smoothed(said.float(), 0.8).numpy(), _texture(said.float()), colour))
     boxes, count = np.zeros((len(x), most, 4), np.float32), np.zeros(len(x), np.int64)
     for n in range(len(x)):
-        image = np.ascontiguousarray(smooth[n].transpose(1, 2, 0))
         lists = []
-        for k in scales:
-            labels, parts = run["segments"](image, *edges(image), np.float32(k), least)
-            grown = run["merged"](labels, parts, colour[n], texture[n], COLOURS, DIRECTIONS * STEPS)
-            lists.append(grown[::-1])
+        for smooth, texture, colour in seen:
+            image = np.ascontiguousarray(smooth[n].transpose(1, 2, 0))
+            for k in scales:
+                labels, parts = run["segments"](image, *edges(image), np.float32(k), least)
+                grown = run["merged"](labels, parts, colour[n], texture[n], COLOURS, DIRECTIONS * STEPS)
+                lists.append(grown[::-1])
         found = _in_turn(lists)
         sides = found[:, 2:] - found[:, :2]
         found = found[(sides >= 3).all(1)][:most]
@@ -65,10 +81,37 @@ def selective_search(
     return torch.from_numpy(boxes), torch.from_numpy(count)
 
 
-def proposed(run: Run, part: Scene, most: int) -> Scene:
+def proposed(run: Run, part: Scene, most: int, mode: Mode = "single") -> Scene:
     """The split with its proposals, by selective search."""
     run.say(f"selective search in {len(part):,} pictures")
-    return dataclasses.replace(part, proposals=selective_search(part.x, most)[0])
+    return dataclasses.replace(part, proposals=selective_search(part.x, most, mode)[0])
+
+
+def in_space(x: Tensor, space: str) -> Tensor:
+    """Pictures uint8 (N, C, H, W) said in a colour space, uint8 too: "rgb" (as they are), "hsv" or "lab"; grey ones as colours.
+
+    All three of HSV span 0 to 255. CIE L*a*b* under D65: 2.55 L*, a* + 128 and b* + 128.
+    """
+    if space == "rgb":
+        return x
+    shade = (x if x.shape[1] == 3 else x[:, :1].expand(-1, 3, -1, -1)).float() / 255
+    if space == "hsv":
+        red, green, blue = shade.unbind(1)
+        value, spread = shade.amax(1), shade.amax(1) - shade.amin(1)
+        safe = spread.clamp(min=1e-8)
+        hue = torch.where(
+            value == red,
+            (green - blue) / safe % 6,
+            torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4),
+        )
+        said = torch.stack([hue / 6 * (spread > 0), spread / value.clamp(min=1e-8), value], 1) * 255
+    else:
+        light = torch.where(shade <= 0.04045, shade / 12.92, ((shade + 0.055) / 1.055) ** 2.4)
+        given = torch.einsum("ij,njhw->nihw", light.new_tensor(XYZ), light)
+        root = torch.where(given > 0.008856, given.clamp(min=1e-9) ** (1 / 3), 7.787 * given + 16 / 116)
+        a, b = 500 * (root[:, 0] - root[:, 1]), 200 * (root[:, 1] - root[:, 2])
+        said = torch.stack([2.55 * (116 * root[:, 1] - 16), a + 128, b + 128], 1)
+    return said.round().clamp(0, 255).to(torch.uint8)
 
 
 def edges(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
