@@ -177,7 +177,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
         raise UserError(
             f"--layer {name} takes no picture of {shapes[0]} pixels ({str(error).splitlines()[0]})"
         ) from error
-    dreamt = Box(x=bases[0], heights=torch.zeros(config.octaves, 2, device=run.device))
+    dreamt = Box(x=bases[0].clone(), heights=torch.zeros(config.octaves, 2, device=run.device))
     run.track(dream=dreamt)
     for step in run.steps(source.steps + config.octaves * config.steps):
         if step < source.steps:  # a fresh network learns first

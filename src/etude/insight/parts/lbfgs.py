@@ -1,0 +1,73 @@
+"""L-BFGS on one tensor: the direction from the last steps, and a search that mostly evaluates once
+
+Paper: Nocedal & Wright, Numerical Optimization, algorithms 7.4 (two loops) and 3.1 (backtracking).
+
+Equation: d = −H g, with H the inverse Hessian that the pairs s = x' − x, y = g' − g imply, begun with (sᵀy / yᵀy) I
+    x ← x + t d, t the first of 1, then shorter ones, with f(x + t d) ≤ f(x) + 10⁻⁴ t gᵀd
+The value and gradient of the point that is taken are those of the next step: one evaluation a step where t = 1 will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from etude.core.checkpoint import Box
+
+Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""x → f(x), 0-dim, and its gradient, of the shape of x; both detached."""
+
+
+def begin(x: Tensor, evaluate: Evaluate, history: int) -> Box:
+    """All that a step needs and changes; to be tracked. `history` pairs are kept."""
+    value, gradient = evaluate(x)
+    pairs = x.new_zeros(2, history, x.numel())
+    return Box(x=x.clone(), value=value.clone(), gradient=gradient.clone(), pairs=pairs, count=0, evaluations=1)
+
+
+def direction(gradient: Tensor, pairs: Tensor, count: int) -> Tensor:
+    """−H g of the newest of `count` pairs (2, m, P); the pair of number n lies in row n mod m. gradient: any shape, P numbers."""
+    s, y = pairs
+    q = gradient.flatten().clone()
+    rows = [n % s.shape[0] for n in range(max(0, count - s.shape[0]), count)]
+    kept = []
+    for k in reversed(rows):
+        rho = 1 / torch.dot(y[k], s[k])
+        a = rho * torch.dot(s[k], q)
+        q -= a * y[k]
+        kept.append((a, rho))
+    if rows:
+        newest = rows[-1]
+        q *= torch.dot(s[newest], y[newest]) / torch.dot(y[newest], y[newest])
+    for k, (a, rho) in zip(rows, reversed(kept)):
+        q += (a - rho * torch.dot(y[k], q)) * s[k]
+    return -q.view_as(gradient)
+
+
+def step(state: Box, evaluate: Evaluate, first: float, most: int = 15) -> None:
+    """One step, in place; of the first one the mean change of an entry is `first`. Without descent x stays and the pairs go."""
+    d = direction(state.gradient, state.pairs, state.count)
+    slope = torch.dot(d.flatten(), state.gradient.flatten())
+    if not float(slope) < 0:
+        state.count = 0
+        d = -state.gradient
+        slope = -state.gradient.pow(2).sum()
+    t = 1.0 if state.count else first / max(float(d.abs().mean()), 1e-30)
+    for _ in range(most):
+        x = state.x + t * d
+        value, gradient = evaluate(x)
+        state.evaluations += 1
+        if float(value) <= float(state.value + 1e-4 * t * slope):
+            break
+        t *= 0.3
+    else:
+        state.count = 0
+        return
+    s, y = (x - state.x).flatten(), (gradient - state.gradient).flatten()
+    if float(torch.dot(s, y)) > 1e-10 * float(torch.dot(y, y)):
+        row = state.count % state.pairs.shape[1]
+        state.pairs[0, row], state.pairs[1, row] = s, y
+        state.count += 1
+    state.x, state.value, state.gradient = x, value, gradient
