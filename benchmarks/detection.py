@@ -103,15 +103,15 @@ def regions(version: str) -> list[dict[str, object]]:
 
 @torch.no_grad()
 def fast() -> dict[str, object]:
-    """A picture of BCCD's size with 500 proposals: the heads of both, after the same selective search."""
+    """A picture of BCCD's size with 1,000 proposals: what follows the same selective search in both."""
     spec = Spec((3, 224, 224), ("RBC", "WBC", "Platelets"), (0.7,) * 3, (0.2,) * 3)
     torch.manual_seed(0)
     one, two = fast_rcnn.PRESETS["bccd"], rcnn.PRESETS["bccd"]
     ours, peer = (room.build(c, spec)["model"].eval() for room, c in ((fast_rcnn, one), (rcnn, two)))
     ours, peer = (part.to(memory_format=torch.channels_last) for part in (ours, peer))
     x = torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8)
-    low = 180 * torch.rand(1, 500, 2)
-    boxes = torch.cat([low, low + 10 + 60 * torch.rand(1, 500, 2)], 2).clamp(max=224)
+    low = 180 * torch.rand(1, one.proposals, 2)
+    boxes = torch.cat([low, low + 10 + 60 * torch.rand(1, one.proposals, 2)], 2).clamp(max=224)
 
     def mine() -> None:
         ours.heads(fast_rcnn.pooled(one, ours(x), boxes))
@@ -120,7 +120,7 @@ def fast() -> dict[str, object]:
         phi = rcnn.described(two, peer, x, boxes)
         peer.machines(phi), peer.codes(phi)
 
-    equal = "the same 500 regions, scored and moved; trunks of one plan and width"
+    equal = f"the same {one.proposals:,} regions, scored and moved; trunks of one plan and width"
     return race(
         "Fast R-CNN, a picture", cpu(mine, 3), cpu(theirs, 3), "R-CNN of this library", "", 10, equal, pairs=PAIRS
     )
