@@ -20,7 +20,7 @@ from etude.insight.parts.photos import photograph
 from etude.insight.style_transfer import Targets, gram, loss, objective
 from race import cpu, race, report
 
-STYLE, CONTENT, SIDE, ROUNDS = 1e6, 1.0, 64, 4
+STYLE, CONTENT, SIDE, ROUNDS = 1e6, 1.0, 64, 1
 NAMES = ["0", "2", "5", "7", "10"]
 KEPT = "7"
 
@@ -137,7 +137,7 @@ def row() -> dict[str, object]:
     )
     return race(
         f"style transfer to equal loss, {SIDE} pixels", cpu(ours, 1), cpu(peer, 1), "PyTorch's tutorial loop", torch.__version__,
-        1.3, equal, pairs=3,
+        1.3, equal, pairs=5,
     )  # fmt: skip
 
 
