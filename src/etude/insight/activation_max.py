@@ -36,18 +36,19 @@ import torch
 from torch import Tensor, nn
 
 from etude.blocks.looking.attribution import panel
-from etude.blocks.looking.sources import Network, resolve, rounds
+from etude.blocks.looking.sources import Network, rounds
 from etude.catalog import Control, Experiment, Idle, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, NonNegative, Positive
 from etude.core.run import Run
 from etude.insight.parts.ascent import ascend, layer, seen, squared, steepest, unit_score, within
+from etude.insight.parts.networks import examined
 
 
 @dataclass(frozen=True)
 class Config:
     source: str = "fresh"
-    """A run folder, a method name (its latest run), or fresh: train a network first. In Python also a model object."""
+    """A run folder, a method name, a published network, or fresh: train one first. In Python also a model object."""
     data: str = ""
     """Dataset or folder to compare with; empty takes what the network was trained on (digits for a fresh one)."""
     network: Network = "lenet"
@@ -113,7 +114,7 @@ EXPERIMENTS = (
 
 @method("insight/activation_max", paper="arXiv:1312.6034", section="5.3.4", threads=1)
 def train(config: Config, run: Run) -> dict[str, float]:
-    source = resolve(run, config.source, config.data, config.network, config.train_steps, config.train_batch)
+    source = examined(run, config.source, config.data, config.network, config.train_steps, config.train_batch)
     run.describe(source.spec, source)
     model, name = source.model, config.layer and layer(source.model, config.layer)
     mean = torch.tensor(source.spec.mean, device=run.device).view(1, -1, 1, 1).expand(1, *source.spec.shape)

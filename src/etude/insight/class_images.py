@@ -38,19 +38,20 @@ import torch
 from torch import Tensor
 
 from etude.blocks.looking.attribution import panel, probabilities
-from etude.blocks.looking.sources import Network, resolve
+from etude.blocks.looking.sources import Network
 from etude.catalog import Control, Experiment, Idle, method
 from etude.core.checkpoint import Box
 from etude.core.config import Count, Fraction, NonNegative, Positive
 from etude.core.errors import UserError
 from etude.core.run import Run
 from etude.insight.parts.ascent import ascend, blurred, even, unit_score, within
+from etude.insight.parts.networks import examined
 
 
 @dataclass(frozen=True)
 class Config:
     source: str = "fresh"
-    """A run folder, a method name (its latest run), or fresh: train a network first. In Python also a model object."""
+    """A run folder, a method name, a published network, or fresh: train one first. In Python also a model object."""
     data: str = ""
     """Dataset or folder to compare with; empty takes what the network was trained on (digits for a fresh one)."""
     network: Network = "lenet"
@@ -134,7 +135,7 @@ def regularised(x: Tensor, gradient: Tensor, config: Config, step: int) -> Tenso
 
 @method("insight/class_images", paper="arXiv:1506.06579", section="5.3.5", threads=1)
 def train(config: Config, run: Run) -> dict[str, float]:
-    source = resolve(run, config.source, config.data, config.network, config.train_steps, config.train_batch)
+    source = examined(run, config.source, config.data, config.network, config.train_steps, config.train_batch)
     run.describe(source.spec, source)
     model, names = source.model, source.spec.classes
     mean = torch.tensor(source.spec.mean, device=run.device).view(1, -1, 1, 1)

@@ -35,12 +35,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from etude.blocks.looking.attribution import probabilities
-from etude.blocks.looking.sources import Network, resolve
+from etude.blocks.looking.sources import Network
 from etude.catalog import Control, Experiment, Idle, method
 from etude.core.config import Count, Whole
 from etude.core.errors import UserError
 from etude.core.run import Run
 from etude.insight.parts.ascent import layer
+from etude.insight.parts.networks import examined
 
 Scale = Literal["each", "all"]
 
@@ -48,7 +49,7 @@ Scale = Literal["each", "all"]
 @dataclass(frozen=True)
 class Config:
     source: str = "fresh"
-    """A run folder, a method name (its latest run), or fresh: train a network first. In Python also a model object."""
+    """A run folder, a method name, a published network, or fresh: train one first. In Python also a model object."""
     data: str = ""
     """Dataset or folder of the network's images; empty takes what it was trained on (digits for a fresh one)."""
     network: Network = "softmax"
@@ -193,7 +194,7 @@ def drawn(weight: Tensor, scale: Scale, shown: int) -> Image.Image:
 
 @method("insight/filters", paper="Krizhevsky et al. 2012", section="5.3.1", threads=1)
 def train(config: Config, run: Run) -> dict[str, float]:
-    source = resolve(run, config.source, config.data, config.network, config.train_steps, config.train_batch)
+    source = examined(run, config.source, config.data, config.network, config.train_steps, config.train_batch)
     run.describe(source.spec, source)
     model, shape = source.model, source.spec.shape
     one = torch.zeros(1, *shape, device=run.device)

@@ -57,11 +57,12 @@ from etude.blocks.looking.attribution import (
     unit,
     verdicts,
 )
-from etude.blocks.looking.sources import resolve, rounds
+from etude.blocks.looking.sources import rounds
 from etude.catalog import Control, Experiment, Idle, method
 from etude.core.config import Count, Probability, Whole
 from etude.core.errors import UserError
 from etude.core.run import Run
+from etude.insight.parts.networks import examined
 from etude.insight.parts.worth import faithfulness
 from etude.insight.saliency import saliency
 
@@ -69,7 +70,7 @@ from etude.insight.saliency import saliency
 @dataclass(frozen=True)
 class Config:
     source: str = "fresh"
-    """A run folder, a method name (its latest run), or fresh: train a network first. In Python also a model object."""
+    """A run folder, a method name, a published network, or fresh: train one first. In Python also a model object."""
     data: str = ""
     """Dataset or folder to look at; empty takes what the network was trained on (digits for a fresh one)."""
     network: Literal["lenet", "mlp"] = "lenet"
@@ -171,7 +172,7 @@ def _picture(
 
 @method("insight/guided_backprop", paper="arXiv:1412.6806", section="5.3.3", threads=1)
 def train(config: Config, run: Run) -> dict[str, float]:
-    source = resolve(run, config.source, config.data, config.network, config.train_steps, config.train_batch)
+    source = examined(run, config.source, config.data, config.network, config.train_steps, config.train_batch)
     names, model = source.spec.classes, source.model
     if config.target is not None and config.target >= len(names):
         raise UserError(f"--target {config.target} is no class; {source.label} has 0 to {len(names) - 1}")

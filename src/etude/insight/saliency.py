@@ -58,11 +58,12 @@ from etude.blocks.looking.attribution import (
     unit,
     verdicts,
 )
-from etude.blocks.looking.sources import Network, resolve, rounds
+from etude.blocks.looking.sources import Network, rounds
 from etude.catalog import Control, Experiment, Idle, method
 from etude.core.config import Count, Probability, Whole
 from etude.core.errors import UserError
 from etude.core.run import Run
+from etude.insight.parts.networks import examined
 from etude.insight.parts.nulls import centre_blob
 from etude.insight.parts.worth import expected_falls, faithfulness
 
@@ -70,7 +71,7 @@ from etude.insight.parts.worth import expected_falls, faithfulness
 @dataclass(frozen=True)
 class Config:
     source: str = "fresh"
-    """A run folder, a method name (its latest run), or fresh: train a network first. In Python also a model object."""
+    """A run folder, a method name, a published network, or fresh: train one first. In Python also a model object."""
     data: str = ""
     """Dataset or folder to look at; empty takes what the network was trained on (digits for a fresh one)."""
     network: Network = "lenet"
@@ -165,7 +166,7 @@ def explain(
 
 @method("insight/saliency", paper="arXiv:1312.6034", section="5.3.3", threads=1)
 def train(config: Config, run: Run) -> dict[str, float]:
-    source = resolve(run, config.source, config.data, config.network, config.train_steps, config.train_batch)
+    source = examined(run, config.source, config.data, config.network, config.train_steps, config.train_batch)
     names, model = source.spec.classes, source.model
     if config.target is not None and config.target >= len(names):
         raise UserError(f"--target {config.target} is no class; {source.label} has 0 to {len(names) - 1}")

@@ -104,10 +104,22 @@ def test_every_name_of_the_registry_builds(monkeypatch: pytest.MonkeyPatch) -> N
 def test_published_network_is_examined() -> None:
     """ResNet-20 of the registry on 200 test images of CIFAR-10, whose labels it knows."""
     done = etude.run(
-        "insight/max_patches", source="resnet20-cifar10", layer="logits", images=200, strongest=2, quiet=True, seed=1
-    )
+        "insight/max_patches", source="resnet20-cifar10", data="cifar10_partial", layer="logits", images=200, strongest=2,
+        quiet=True, seed=1,
+    )  # fmt: skip
     assert done.metrics["own_class"] >= 0.8
     assert etude.load(done.folder).spec.shape == (3, 32, 32)
+
+
+@pytest.mark.skipif("ETUDE_DATA" not in os.environ, reason="ETUDE_DATA is unset: no published weights")
+@pytest.mark.parametrize("method", ["saliency", "guided_backprop", "activation_max", "class_images", "filters"])
+def test_every_method_of_the_room_takes_it(method: str) -> None:
+    data = torch.rand(4, 3, 32, 32), torch.arange(4)
+    done = etude.run(f"insight/{method}", preset="tiny", source="resnet20-cifar10", data=data, quiet=True)
+    assert all(math.isfinite(value) for value in done.metrics.values())
+    if method == "filters":
+        assert done.metrics["filters"] == 16
+        assert done.metrics["smoothness"] > 0.4 > 0.2 > done.metrics["shuffled_smoothness"]
 
 
 def test_layers_by_default() -> None:
