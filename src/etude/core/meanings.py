@@ -18,6 +18,7 @@ SHARED = {
     "error": "mean squared error",
     "nll": "mean negative log-likelihood of the right class (nats)",
     "bleu": "BLEU of translations on the text as written, as sacrebleu counts it (0 to 100)",
+    "unrelated_bleu": "BLEU of each translation against the target of the next sentence: likely text, source unread",
     "exact_match": "share of the sentences that are translated letter for letter",
     "nats_per_token": "mean negative log-likelihood of a token of the given translations, their ends included (nats)",
     "gradient_norm": "Euclidean norm of the gradient over all parameters, before clipping",

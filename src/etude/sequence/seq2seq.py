@@ -142,6 +142,16 @@ EXPERIMENTS = (
             Control("an untrained network", flags={"steps": 1}),
         ),
     ),
+    Experiment(
+        "Multi30k, English to German",
+        preset="en_de",
+        metric="test_bleu",
+        bar=15,
+        controls=(
+            Control("the same translations, each held against another sentence's target", metric="test_unrelated_bleu"),
+            Control("an untrained network", flags={"steps": 1, "evaluate_every": 0}),
+        ),
+    ),
 )
 
 

@@ -163,7 +163,7 @@ def test_grouped_batches_need_samples():
         Grouped(np.empty(0), 4, 0)
 
 
-def test_the_scores_of_a_known_translator():
+def test_the_scores_of_a_known_translator(monkeypatch):
     """Three of four right: exact match .75, BLEU as sacrebleu's, and −log .9 for each token that it agrees with."""
     given = task()
     pairs = [(text, text[::-1]) for text in ("abcdefgh", "b", "hello", "wxyz")]
@@ -181,6 +181,14 @@ def test_the_scores_of_a_known_translator():
         -((tokens - 1) * math.log(0.9) + math.log(0.1 / 28)) / tokens, rel=1e-5
     )
     assert model.training
+    targets = ["a man in a red hat", "a man in a green hat", "two dogs run on the grass", "a man with a red hat runs"]
+    monkeypatch.setattr(of, "translate", lambda *_, **__: targets)  # perfect, and nearer to the next target than by chance
+    monkeypatch.setattr(of, "forced_nats", lambda *_: 0.0)
+    found = of.scores(model, words, [(text, target) for (text, _), target in zip(pairs, targets)])
+    assert found["bleu"] == pytest.approx(100)
+    others = sacrebleu.corpus_bleu(targets, [targets[1:] + targets[:1]]).score
+    assert found["unrelated_bleu"] == pytest.approx(others)
+    assert 5 < others < 50
 
 
 @pytest.mark.parametrize("beams", [1, 3])

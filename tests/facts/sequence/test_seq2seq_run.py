@@ -138,8 +138,11 @@ def test_reported_bleu_is_sacrebleus(captions, tmp_path, monkeypatch):
     result = run(tmp_path / "run", data=str(captions), languages="de-en", vocabulary=300, longest=150, steps=4, beams=2)
     loaded, pairs = etude.load(result.folder), data.parallel(captions, ("de", "en")).test
     told = seq2seq.generate(loaded, [a for a, _ in pairs], seq2seq.Sample(beams=2))
-    assert set(result.metrics) == {"test_bleu", "test_exact_match", "test_nats_per_token"}
-    assert result.metrics["test_bleu"] == pytest.approx(sacrebleu.corpus_bleu(told, [[b for _, b in pairs]]).score)
+    assert set(result.metrics) == {"test_bleu", "test_unrelated_bleu", "test_exact_match", "test_nats_per_token"}
+    targets = [b for _, b in pairs]
+    assert result.metrics["test_bleu"] == pytest.approx(sacrebleu.corpus_bleu(told, [targets]).score)
+    others = [targets[(i + 1) % len(targets)] for i in range(len(targets))]
+    assert result.metrics["test_unrelated_bleu"] == pytest.approx(sacrebleu.corpus_bleu(told, [others]).score)
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(a for a, _ in pairs) + "\n"))
     seq2seq.sample(loaded, seq2seq.Sample(text="-", beams=2), tmp_path)
     assert (tmp_path / "sample.txt").read_text(encoding="utf-8") == "\n".join(told) + "\n"

@@ -272,7 +272,9 @@ def scores(
     model: Translator, task: Task, pairs: Pairs, *, beams: int = 1, length_penalty: float = 1.0
 ) -> dict[str, float]:
     """What translations are worth: `exact_match` (share of sentences translated letter for letter), `nats_per_token` of the
-    given targets, and `bleu`, unless the sentences are strings, which have no words."""
+    given targets, and, unless the sentences are strings, which have no words, `bleu` and `unrelated_bleu`: the same
+    translations held against the targets of other sentences, each against the next one's. The second is what a translator
+    has that writes likely sentences without having read its source."""
     told = translate(
         model, task, [a for a, _ in pairs], longest=task.longest, beams=beams, length_penalty=length_penalty
     )
@@ -280,7 +282,8 @@ def scores(
     found = {"exact_match": exact, "nats_per_token": forced_nats(model, task, pairs)}
     if isinstance(task.content, Strings):
         return found
-    return {"bleu": bleu(told, [[target] for _, target in pairs]), **found}
+    targets = [[target] for _, target in pairs]
+    return {"bleu": bleu(told, targets), "unrelated_bleu": bleu(told, targets[1:] + targets[:1]), **found}
 
 
 @torch.no_grad()
