@@ -137,8 +137,8 @@ SETTINGS: dict[str, Any] = {
     "clip_norm": 0.05,
     "examples": 40,
     "flip": True,
-    "overlap": 0.01,
-    "least_score": 0.2,
+    "overlap": {"overlap": 0.01, "steps": 80},
+    "least_score": {"least_score": 0.3, "steps": 80},
 }
 
 EXPERIMENTS = (

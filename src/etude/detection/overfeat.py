@@ -125,13 +125,14 @@ METRICS = {
 SETTINGS: dict[str, Any] = {
     "data": "mnist",
     "size": 40,
+    "positive": {"positive": 0.3, "negative": 0.2},
     "side": 20,
     "offsets": False,
     "scales": (0.3,),
     "clip_norm": 0.05,
     "examples": 32,
     "flip": True,
-    "match": 0.1,
+    "match": {"match": 0.1, "least_score": 0.02, "steps": 40},
     "least_score": 0.1,
 }
 
