@@ -182,7 +182,7 @@ def test_the_scores_of_a_known_translator(monkeypatch):
     )
     assert model.training
     targets = ["a man in a red hat", "a man in a green hat", "two dogs run on the grass", "a man with a red hat runs"]
-    monkeypatch.setattr(of, "translate", lambda *_, **__: targets)  # perfect, and nearer to the next target than by chance
+    monkeypatch.setattr(of, "translate", lambda *_, **__: targets)  # perfect, and near to the next target
     monkeypatch.setattr(of, "forced_nats", lambda *_: 0.0)
     found = of.scores(model, words, [(text, target) for (text, _), target in zip(pairs, targets)])
     assert found["bleu"] == pytest.approx(100)
