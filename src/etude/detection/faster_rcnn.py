@@ -29,6 +29,7 @@ Differences:
 - The objectness is one logit an anchor; the paper's softmax over two says the same.
 
 Expect: one core, two minutes: 0.946 mAP at IoU 0.5 on digits on a canvas, 0.888 at 0.75; 0.993 of them found (seed 0).
+    Blood cells, preset `bccd`, ten minutes: 0.80 mAP at IoU 0.5, 0.49 at 0.75; 0.965 of them in 100 proposals (seed 0).
 Command: `etude run detection/faster_rcnn --preset bccd`
 """
 
@@ -149,6 +150,15 @@ EXPERIMENTS = (
         bar=0.93,
         published="VOC 2007: 0.732 mAP with VGG-16 (Ren 2015, table 6), other data and a pretrained network",
         controls=(Control("proposals of other pictures", swap={"propose": "etude.detection.parts.nulls.proposals_of_others"}),),
+    ),
+    Experiment(
+        "blood cells",
+        preset="bccd",
+        metric="test_map",
+        bar=0.77,
+        seeds=(0,),
+        notes="BCCD, 205 pictures of blood to learn from, three kinds of cells, 72 test pictures",
+        controls=(Control("an untrained network", {"steps": 1}),),
     ),
 )  # fmt: skip
 

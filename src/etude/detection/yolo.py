@@ -29,6 +29,7 @@ Differences:
   Augmentation: mirroring where the data may be mirrored (`--flip`); the paper also scales, shifts and changes colours.
 
 Expect: one core, 25 s: 0.93 to 0.94 mAP at IoU 0.5 on digits on a canvas, 0.67 to 0.75 at IoU 0.75.
+    Blood cells, preset `bccd`: 0.61 mAP at IoU 0.5, 0.21 at 0.75 (seed 0, H100).
 Command: `etude run detection/yolo --preset bccd`
 """
 
@@ -132,6 +133,15 @@ EXPERIMENTS = (
         controls=(
             Control("rows and columns of the grid exchanged", swap={"place": "etude.detection.parts.nulls.transposed"}),
         ),
+    ),
+    Experiment(
+        "blood cells",
+        preset="bccd",
+        metric="test_map",
+        bar=0.55,
+        seeds=(0,),
+        notes="BCCD, 205 pictures of blood to learn from, three kinds of cells, 72 test pictures",
+        controls=(Control("an untrained network", {"steps": 1}),),
     ),
 )
 
