@@ -163,6 +163,111 @@ def test_what_is_wrong_with_a_folder_is_one_sentence(what, said, tmp_path):
         scenes(str(tmp_path), 40)
 
 
+def own_boxes(folder, count=10):
+    """A folder in YOLO form, the white block of `picture` in each."""
+    for n in range(count):
+        picture(folder / f"images/p{n}.png")
+        (folder / "labels").mkdir(exist_ok=True)
+        (folder / f"labels/p{n}.txt").write_text(f"0 {14 / 40} {7 / 20} {12 / 40} {6 / 20}\n")
+    (folder / "classes.txt").write_text("cat\n")
+
+
+@pytest.mark.parametrize("kind", ["1", "L", "LA", "P", "RGBA", "I;16"])
+def test_a_picture_of_any_kind_shows_its_block(kind, tmp_path):
+    own_boxes(tmp_path)
+    for path in (tmp_path / "images").iterdir():
+        grey = np.asarray(Image.open(path).convert("L"))
+        if kind == "I;16":
+            Image.fromarray(grey.astype(np.uint16) * 257 // 2 + 16384).save(path)  # half of it is not white
+        elif kind == "RGBA":  # black, and clear where the block is, which shows white
+            Image.merge("RGBA", [*[Image.new("L", (40, 20))] * 3, Image.fromarray(255 - grey)]).save(path)
+        else:
+            Image.fromarray(grey).convert(kind).save(path)
+    found = scenes(str(tmp_path), 40)
+    assert found.spec.shape[0] == (1 if kind in ("1", "L", "LA", "I;16") else 3)
+    inside, outside = found.test.x[:, :, 10:18, 10:18].float(), found.test.x[:, :, :6].float()
+    assert inside.min() > 180
+    assert outside.max() < 70
+
+
+def test_pictures_are_grey_only_where_all_of_them_are(tmp_path):
+    own_boxes(tmp_path)
+    for n in range(9):
+        path = tmp_path / f"images/p{n}.png"
+        Image.open(path).convert("L").save(path)
+    assert scenes(str(tmp_path), 40).spec.shape == (3, 40, 40)
+
+
+def test_coco_pictures_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    images, boxes = [], []
+    for n in range(12):
+        folder, side = ("left", 0) if n % 2 else ("right", 20)
+        path = tmp_path / f"{folder}/{n // 2}.png"
+        path.parent.mkdir(exist_ok=True)
+        pixels = np.zeros((20, 40, 3), np.uint8)
+        pixels[4:10, side + 2 : side + 14] = 255
+        Image.fromarray(pixels).save(path)
+        images.append({"id": n, "file_name": f"{folder}/{n // 2}.png"})
+        boxes.append({"image_id": n, "category_id": 1, "bbox": [side + 2, 4, 12, 6]})
+    told = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "cat"}]}
+    (tmp_path / "all.json").write_text(json.dumps(told))
+    found = scenes(str(tmp_path), 40)
+    for part in (found.train, found.validation, found.test):
+        for x, (x1, y1, x2, y2) in zip(part.x, part.boxes[:, 0].int().tolist()):
+            assert x[:, y1 + 1 : y2 - 1, x1 + 1 : x2 - 1].min() > 200
+    images[0]["file_name"] = "0.png"
+    (tmp_path / "all.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match=r"names the picture 0\.png, and there are 2 of that name"):
+        scenes(str(tmp_path), 40)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("labels/p1.txt", b"\xff\xfe\x00", "cannot be read as text"),
+        ("classes.txt", b"\xff\xfe", "cannot be read as text"),
+        ("classes.txt", b"cat\ncat\n", "two classes of the name 'cat'"),
+        ("labels/p1.txt", b"0 20 10 8 8\n", "lies outside the picture"),
+        ("images/p1.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "cannot identify"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_one_sentence(file, content, said, tmp_path):
+    own_boxes(tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        scenes(str(tmp_path), 40)
+
+
+def test_a_split_without_an_object_is_refused(tmp_path):
+    own_boxes(tmp_path)
+    for path in (tmp_path / "labels").iterdir():
+        path.write_text("")
+    with pytest.raises(UserError, match="no object in any"):
+        scenes(str(tmp_path), 40)
+    voc(tmp_path / "own")
+    (tmp_path / "own/Annotations/p3.xml").write_text(xml())
+    with pytest.raises(UserError, match="no box with an area in its test split"):
+        scenes(str(tmp_path / "own"), 40)
+
+
+def test_a_split_names_only_what_is_there(tmp_path):
+    voc(tmp_path)
+    with (tmp_path / "ImageSets/Main/test.txt").open("a") as file:
+        file.write("p9\n")
+    with pytest.raises(UserError, match=r"names p9, and there is no Annotations/p9\.xml"):
+        scenes(str(tmp_path), 40)
+
+
+@pytest.mark.parametrize(("key", "said"), [("image_id", "the image_id 99"), ("category_id", "the category_id 99")])
+def test_coco_boxes_of_nothing_are_refused(key, said, tmp_path):
+    picture(tmp_path / "p.png")
+    box = {"image_id": 1, "category_id": 1, "bbox": [8, 4, 12, 6]} | {key: 99}
+    told = {"images": [{"id": 1, "file_name": "p.png"}], "categories": [{"id": 1, "name": "cat"}], "annotations": [box]}
+    (tmp_path / "all.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match=said):
+        scenes(str(tmp_path), 40)
+
+
 def test_other_names_are_refused():
     with pytest.raises(UserError, match="there is no 'digts'"):
         scenes("digts", 64)

@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from etude.core.errors import UserError
-from etude.data.folders import ENDINGS
+from etude.data.folders import _FORMATS, _GREY, ENDINGS, _plain
 
 PARTS = {"train": "train", "val": "validation", "validation": "validation", "valid": "validation", "test": "test"}
 
@@ -71,39 +71,40 @@ def read(path: Path, size: int) -> tuple[dict[str, Annotated], tuple[str, ...], 
         )
     if len(pictures) < 3:
         raise UserError(f"{path} has {len(pictures)} pictures with boxes: at least three are needed, one a split")
-    if not classes:
+    if not any(picture.objects for picture in pictures):
         raise UserError(f"{path} has pictures, and no object in any of them: there is nothing to learn")
+    if twice := [name for name in classes if classes.count(name) > 1]:
+        raise UserError(f"{path} has two classes of the name '{twice[0]}': give each a name of its own")
     _divide(pictures)
-    grey, dropped, splits = None, 0, {}
+    opened = {id(picture): _opened(picture, size) for picture in pictures}
+    grey, dropped, splits = all(image.mode == "L" for image, _ in opened.values()), 0, {}
     for part in ("train", "validation", "test"):
         mine = [picture for picture in pictures if picture.part == part]
         if not mine:
             raise UserError(f"{path} has no picture in its {part} split: name at least one there")
         pixels, rows = [], Annotated(np.empty(0), [], [], [])
         for picture in mine:
-            image = _opened(picture, size)
-            grey = image[0].mode == "L" if grey is None else grey
-            shown, (width, height) = image
+            shown, (width, height) = opened.pop(id(picture))
             pixels.append(np.asarray(shown.convert("L" if grey else "RGB")).reshape(size, size, -1).transpose(2, 0, 1))
             kept, kinds, hard = _scaled(picture, width, height, size, classes)
             dropped += len(picture.objects) - len(kinds)
             rows.boxes.append(kept)
             rows.labels.append(kinds)
             rows.difficult.append(hard)
+        if part != "validation" and not any(rows.labels):
+            raise UserError(f"{path} has no box with an area in its {part} split: there is nothing to find")
         rows.x = np.ascontiguousarray(np.stack(pixels))
         splits[part] = rows
     return splits, classes, source, dropped
 
 
 def _opened(picture: _Picture, size: int) -> tuple[Image.Image, tuple[int, int]]:
-    """The picture warped to a square, and its own (width, height)."""
+    """The picture, L or RGB, warped to a square, and its own (width, height)."""
     try:
-        with Image.open(io.BytesIO(picture.open())) as image:
-            sides = image.size
+        with Image.open(io.BytesIO(picture.open()), formats=_FORMATS) as image:
+            sides, grey = image.size, image.mode.startswith("I;16") or image.mode in _GREY
             image.draft("RGB", (2 * size, 2 * size))  # a JPEG is decoded at a lower resolution where that is enough
-            return image.convert("L" if image.mode == "L" else "RGB").resize(
-                (size, size), Image.Resampling.BILINEAR
-            ), sides
+            return _plain(image, grey).resize((size, size), Image.Resampling.BILINEAR), sides
     except UserError:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
@@ -204,10 +205,12 @@ def _voc(files: _Folder) -> tuple[list[_Picture], tuple[str, ...]]:
                 if words := line.split():
                     part_of[words[0]] = PARTS[part]
     found: list[_Picture] = []
+    unseen = set(part_of)
     for name in files.listed("Annotations"):
         stem = Path(name).stem
         if not name.endswith(".xml") or (part_of and stem not in part_of):
             continue
+        unseen.discard(stem)
         where = f"{files.path}: {name}"
         try:
             tree = ET.fromstring(files.read(name))
@@ -239,6 +242,10 @@ def _voc(files: _Folder) -> tuple[list[_Picture], tuple[str, ...]]:
             box = (0.0, 0.0, 0.0, 0.0) if empty else (x1 - 1, y1 - 1, x2, y2)
             picture.objects.append((kind.strip(), box, (thing.findtext("difficult") or "0").strip() == "1"))
         found.append(picture)
+    if unseen:
+        raise UserError(
+            f"{files.path}: ImageSets/Main names {min(unseen)}, and there is no Annotations/{min(unseen)}.xml"
+        )
     return found, _names(found)
 
 
@@ -257,7 +264,10 @@ def _coco(path: Path) -> tuple[list[_Picture], tuple[str, ...]]:
     root = path if path.is_dir() else path.parent
     if root.name == "annotations":
         root = root.parent
-    lying = {file.name: file for file in root.rglob("*") if file.suffix.lower() in ENDINGS}
+    lying: dict[str, list[Path]] = {}
+    for place in root.rglob("*"):
+        if place.suffix.lower() in ENDINGS:
+            lying.setdefault(place.name, []).append(place)
     found: list[_Picture] = []
     names: dict[int, str] = {}
     for file in _json_files(path) if path.is_dir() else [path]:
@@ -267,22 +277,36 @@ def _coco(path: Path) -> tuple[list[_Picture], tuple[str, ...]]:
             names |= {int(kind["id"]): str(kind["name"]) for kind in told["categories"]}
             pictures = {}
             for image in told["images"]:
-                name = Path(str(image["file_name"])).name
-                if name not in lying:
-                    raise UserError(f"{file} names the picture {name}, which is nowhere below {root}")
-                pictures[image["id"]] = _Picture(str(lying[name]), lying[name].read_bytes, part=part)
+                lies = _lying(lying, str(image["file_name"]), file, root)
+                pictures[image["id"]] = _Picture(str(lies), lies.read_bytes, part=part)
             for thing in told["annotations"]:
                 x, y, width, height = map(float, thing["bbox"])
                 whole = (x, y, x + width, y + height)
-                pictures[thing["image_id"]].objects.append(
-                    (names[int(thing["category_id"])], whole, bool(thing.get("iscrowd")))
-                )
+                image, kind = thing["image_id"], int(thing["category_id"])
+                if image not in pictures or kind not in names:
+                    lacks = f"image_id {image}" if image not in pictures else f"category_id {kind}"
+                    raise UserError(f"{file} has a box of the {lacks}, which it does not name: correct it")
+                pictures[image].objects.append((names[kind], whole, bool(thing.get("iscrowd"))))
         except UserError:
             raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{file} is no COCO annotation ({type(error).__name__}: {error}): correct it") from error
         found += pictures.values()
     return found, tuple(names[key] for key in sorted(names))
+
+
+def _lying(lying: dict[str, list[Path]], name: str, file: Path, root: Path) -> Path:
+    """The picture below `root` of that name; of several those whose folders agree with it the furthest, which must be one."""
+    asked = Path(name).parts
+    ranked: dict[int, list[Path]] = {}
+    for path in lying.get(asked[-1] if asked else "", ()):
+        pairs = zip(reversed(asked), reversed(path.parts))
+        ranked.setdefault(next((n for n, (a, b) in enumerate(pairs) if a != b), len(asked)), []).append(path)
+    best = ranked[max(ranked)] if ranked else []
+    if len(best) != 1:
+        where = "which is nowhere" if not best else f"and there are {len(best)} of that name"
+        raise UserError(f"{file} names the picture {name}, {where} below {root}")
+    return best[0]
 
 
 # --------------------------------------------------------------------------------------------------------------- YOLO
@@ -290,7 +314,7 @@ def _coco(path: Path) -> tuple[list[_Picture], tuple[str, ...]]:
 
 def _yolo(path: Path) -> tuple[list[_Picture], tuple[str, ...]]:
     told = path / "classes.txt"
-    names = told.read_text(encoding="utf-8").split("\n") if told.is_file() else []
+    names = _lines(told)
     names = [name.strip() for name in names if name.strip()]
     found: list[_Picture] = []
     for image in sorted(file for file in (path / "images").rglob("*") if file.suffix.lower() in ENDINGS):
@@ -298,7 +322,7 @@ def _yolo(path: Path) -> tuple[list[_Picture], tuple[str, ...]]:
         label = (path / "labels" / below).with_suffix(".txt")
         part = PARTS.get(below.parts[0].lower(), "") if len(below.parts) > 1 else ""
         picture = _Picture(str(image), image.read_bytes, part=part, shares=True)
-        for number, line in enumerate(label.read_text(encoding="utf-8").splitlines() if label.is_file() else [], 1):
+        for number, line in enumerate(_lines(label), 1):
             if not line.strip():
                 continue
             try:
@@ -311,7 +335,20 @@ def _yolo(path: Path) -> tuple[list[_Picture], tuple[str, ...]]:
                 raise UserError(
                     f"{label}, line {number}: class {place}, and {told.name} names {len(names)}: correct it"
                 )
+            if not (abs(x) <= 1 and abs(y) <= 1) and math.isfinite(x + y):
+                raise UserError(
+                    f"{label}, line {number}: the centre {x:g}, {y:g} lies outside the picture: all four numbers are shares of "
+                    "its sides, from 0 to 1"
+                )
             name = names[place] if names else str(place)
             picture.objects.append((name, (x - width / 2, y - height / 2, x + width / 2, y + height / 2), False))
         found.append(picture)
     return found, tuple(names) or tuple(sorted(_names(found), key=int))
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a text file, none where it is not there. Raises UserError for what is no UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as text in UTF-8 ({error})") from error
