@@ -82,8 +82,18 @@ def official(folder: Path, column: Column = "upos") -> Tagged:
 
 
 def numbered(parts: list[list[list[tuple[str, str]]]], name: str, source: str, note: str = "") -> Tagged:
-    """The tags of the training part as numbers, in the order of their names."""
+    """The tags of the training part as numbers, in the order of their names. Raises UserError where nothing is to be learned."""
     names = tuple(sorted({tag for sentence in parts[0] for _, tag in sentence}))
+    for part, split in zip(parts, ("training", "validation", "test")):
+        if not part:
+            raise UserError(f"{source} has no tagged sentence in its {split} part")
+        if not any(tag in names for sentence in part for _, tag in sentence):
+            raise UserError(f"the {split} part of {source} has no tag that its training part has")
+    if len(names) < 2:
+        said = (
+            " (_: none is given); another --column may have some" if names == ("_",) else ": there is nothing to learn"
+        )
+        raise UserError(f"every word of {source} has the tag {names[0]!r}{said}")
     number = {tag: place for place, tag in enumerate(names)}
     made = [
         [Sentence(tuple(w for w, _ in s), tuple(number.get(tag, UNKNOWN) for _, tag in s)) for s in part]

@@ -286,13 +286,14 @@ def train(config: Config, run: Run) -> dict[str, float]:
         torch.cat([frequencies[collate([i.first], lexicon).words[0, 1:-1]].double() for i in task.test]).mean()
     )
     known = {word for item in labelled for word in item.first}
+    new = any(t != IGNORED and w not in known for item in task.test for w, t in zip(item.first, item.tags))
     return {
         "test_forward_nats": forward,
         "test_backward_nats": backward,
         "test_unigram_nats": alone,
         "test_gain_nats": alone - (forward + backward) / 2,
         "test_accuracy": share(task.test, told),
-        "test_new_word_accuracy": share(task.test, told, known),
+        **({"test_new_word_accuracy": share(task.test, told, known)} if new else {}),
         "test_linear_accuracy": share(task.test, linear_tags(labelled, task.test)),
         "test_commonest_accuracy": share(task.test, commonest_tags(labelled, task.test)),
     }

@@ -252,7 +252,8 @@ def predict(loaded: Loaded, files: Any) -> list[dict[str, Any]]:
         row["tags"] = {name: every.count(name) / len(every) for name in loaded.spec.classes if name in every}
         if ".conllu" in path.name:
             said = [[loaded.spec.classes.index(tag) for _, tag in tags] for tags in rows]
-            row["accuracy"] = share(sentences, said)
+            if any(tag != UNKNOWN for s in sentences for tag in s.tags):
+                row["accuracy"] = share(sentences, said)
         out = loaded.folder / "predicted" / f"{number:03d}-{path.name.split('.')[0]}.txt"
         out.parent.mkdir(exist_ok=True)
         out.write_text(

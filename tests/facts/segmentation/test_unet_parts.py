@@ -203,6 +203,29 @@ def test_unusable_data_is_one_sentence(tmp_path, monkeypatch):
         read(folder)
     with pytest.raises(UserError, match="name each"):
         read(own(tmp_path / "names", names="one\ntwo"))
+    with pytest.raises(UserError, match="names 'one' twice"):
+        read(own(tmp_path / "twice", names="one\none\ntwo"))
+    folder = own(tmp_path / "bytes")
+    (tmp_path / "bytes/classes.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        read(folder)
+    folder = own(tmp_path / "jpeg")
+    Image.open(tmp_path / "jpeg/masks/p1.png").save(tmp_path / "jpeg/masks/p1.jpg")
+    (tmp_path / "jpeg/masks/p1.png").unlink()
+    with pytest.raises(UserError, match="a JPEG, which does not keep class numbers"):
+        read(folder)
+    folder = own(tmp_path / "cut", size=(60, 80))
+    whole = Image.open(tmp_path / "cut/masks/p1.png")
+    (tmp_path / "cut/masks/p1.png").unlink()
+    whole.save(tmp_path / "cut/masks/p1.bmp")
+    path = tmp_path / "cut/masks/p1.bmp"
+    path.write_bytes(path.read_bytes()[:-400])
+    with pytest.raises(UserError, match=r"p1\.bmp cannot be read"):
+        read(folder)
+    folder = own(tmp_path / "script")
+    (tmp_path / "script/masks/p1.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 11\n%%EndComments\n")
+    with pytest.raises(UserError, match=r"p1\.png cannot be read"):
+        read(folder)
     monkeypatch.setenv("ETUDE_DATA", str(tmp_path))
     with pytest.raises(UserError, match="isbi2012 are not here"):
         read("isbi2012")

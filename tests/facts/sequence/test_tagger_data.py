@@ -139,6 +139,36 @@ def test_spans_are_read_as_seqeval_reads_them():
 SEQEVAL = 0.23842592592592593
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"test": "# nothing\n"}, "no tagged sentence in its test part"),
+        ({"train": "the cat\nsat\n"}, "no tagged sentence in its training part"),
+        ({"test": "X"}, "the test part of .* has no tag that its training part has"),
+        ({"train": "A", "dev": "A", "test": "A"}, "has the tag 'A': there is nothing to learn"),
+        ({"train": "_", "dev": "_", "test": "_"}, "another --column may have some"),
+    ],
+)
+def test_a_treebank_that_teaches_nothing_is_one_sentence(change, said, tmp_path):
+    for split in tagged.SPLITS:
+        words = "".join(f"{i}\tw{i}\t_\t{'AB'[i % 2]}" + "\t_" * 6 + "\n" for i in range(1, 4)) + "\n"
+        given = change.get(split, words)
+        if len(given) == 1:
+            words = words.replace("\tA\t", f"\t{given}\t").replace("\tB\t", f"\t{given}\t")
+        else:
+            words = given
+        (tmp_path / f"x-ud-{split}.conllu").write_text(words, encoding="utf-8")
+    with pytest.raises(UserError, match=said):
+        tagged.read(str(tmp_path))
+
+
+def test_without_a_new_word_none_is_scored():
+    train = [Sentence(("run", "dogs"), (0, 1))]
+    assert score(train, [[0, 1]], ("A", "B"), Lexicon.of(train)) == {"accuracy": 1.0}
+    unasked = [Sentence(("run", "pigs"), (0, -100))]
+    assert score(unasked, [[0, 1]], ("A", "B"), Lexicon.of(train)) == {"accuracy": 1.0}
+
+
 def test_shares_and_baselines_are_counted():
     train = [Sentence(("run", "run", "dogs"), (0, 1, 2)), Sentence(("run", "cats", "Sing"), (1, 2, 0))]
     test = [Sentence(("run", "pigs", "sing", "x"), (1, 2, 0, -100))]

@@ -18,7 +18,8 @@ from torch import Tensor
 from etude import data as room
 from etude.core.errors import UserError
 from etude.core.spec import Spec
-from etude.data.folders import ENDINGS, picture
+from etude.data import texts
+from etude.data.folders import _FORMATS, ENDINGS, picture
 from etude.data.sets import moments
 
 VOID = 255
@@ -201,8 +202,10 @@ def _own(folder: Path) -> Scenes:
     count = max(2, max((label for label in found if label != VOID), default=0) + 1)
     names = tuple(f"class {label}" for label in range(count)) if count > 2 else ("background", "object")
     if (folder / "classes.txt").is_file():
-        names = tuple((folder / "classes.txt").read_text(encoding="utf-8").split("\n"))
-        names = tuple(name.strip() for name in names if name.strip())
+        lines = texts.read(folder / "classes.txt", "name a class on each line").split("\n")
+        names = tuple(name.strip() for name in lines if name.strip())
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"{folder / 'classes.txt'} names '{twice[0]}' twice: give each class a name of its own.")
         if len(names) < count:
             raise UserError(
                 f"{folder / 'classes.txt'} names {len(names)} classes, and the masks hold {count - 1}: name each."
@@ -226,7 +229,7 @@ def _size(path: Path) -> tuple[int, int]:
     if not path.is_file():
         raise UserError(f"The image {path} {'is no file' if path.exists() else 'does not exist'}: name a picture.")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 swap the sides
             width, height = image.size[::-1] if turned else image.size
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
@@ -238,7 +241,7 @@ def _grey(path: Path) -> bool:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             return image.mode in ("1", "L", "LA", "I", "F", "I;16")
     except Exception as error:
         raise UserError(f"The image {path} cannot be read ({error}): repair or remove it.") from error
@@ -250,12 +253,17 @@ def _pair(image: Path, mask: Path, channels: int) -> tuple[np.ndarray, np.ndarra
 
     x = load(image, channels)
     _size(mask)
-    with Image.open(mask) as opened:
+    with Image.open(mask, formats=_FORMATS) as opened:
         if opened.mode not in ("1", "L", "P"):
             raise UserError(
                 f"The mask {mask} is {opened.mode}: a mask has one channel of 8 bits that holds class numbers, 255 for void."
             )
-        y = np.asarray(opened).astype(np.uint8) * (VOID if opened.mode == "1" else 1)
+        if opened.format == "JPEG":
+            raise UserError(f"The mask {mask} is a JPEG, which does not keep class numbers: save it as PNG.")
+        try:
+            y = np.asarray(opened).astype(np.uint8) * (VOID if opened.mode == "1" else 1)
+        except Exception as error:  # as in _size
+            raise UserError(f"The image {mask} cannot be read ({error}): repair or remove it.") from error
     if y.shape != x.shape[1:]:
         raise UserError(
             f"{mask} is {y.shape[1]}×{y.shape[0]} pixels, and its picture {x.shape[2]}×{x.shape[1]}: make them equal."

@@ -157,8 +157,10 @@ def share(sentences: Sequence[Sentence], said: Sequence[Sequence[int]], words: I
 def score(
     sentences: Sequence[Sentence], said: Sequence[Sequence[int]], classes: Sequence[str], lexicon: Lexicon
 ) -> dict[str, float]:
-    """Accuracy over all words and over those that the training part does not show; where tags mark spans, their F1."""
-    found = {"accuracy": share(sentences, said), "new_word_accuracy": share(sentences, said, lexicon.words)}
+    """Accuracy over all words and, where there are any, over those that the training part does not show; of spans the F1."""
+    found, known = {"accuracy": share(sentences, said)}, frozenset(lexicon.words)
+    if any(tag != UNKNOWN and word not in known for s in sentences for word, tag in zip(s.words, s.tags)):
+        found["new_word_accuracy"] = share(sentences, said, known)
     if are_spans(classes):
         names = [*classes, "O"]
         told = [
