@@ -170,6 +170,11 @@ def sample(loaded: Loaded, options: Options, folder: Path) -> str:
     return f"{options.count} drawn"
 
 
+@dataclass(frozen=True)
+class Translation:
+    text: str = ""
+
+
 def test_generate_and_sample(digits, tmp_path) -> None:
     for verb, says in (
         (digits.generate, "writes no text; it names pictures: etude predict"),
@@ -189,6 +194,9 @@ def test_generate_and_sample(digits, tmp_path) -> None:
         UserError, match="room/writer is no classifier of images, so it predicts nothing; it writes text"
     ):
         writer.predict("x.png")
+    assert writer.offers.endswith("--prompt …, or loaded.generate(prompt)")
+    method.Sample = Translation
+    assert writer.offers.endswith("--text …, or loaded.generate(text)")
 
 
 def test_sample_in_python_is_the_command(etude, tmp_path, monkeypatch) -> None:

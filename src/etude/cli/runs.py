@@ -209,9 +209,8 @@ def sample(words: list[str]) -> int:
 
 def _detect(loaded: Loaded, options: argparse.Namespace) -> int:
     """Boxes on the terminal, and drawn on copies of the pictures in ``predicted/`` of the run folder."""
-    from PIL import Image, ImageOps
-
     from etude.blocks.pictures.boxes import SHOWN, drawn
+    from etude.data.folders import _opened, _plain
 
     found = loaded.detect(options.files)
     if options.json:
@@ -223,11 +222,10 @@ def _detect(loaded: Loaded, options: argparse.Namespace) -> int:
     for number, picture in enumerate(found):
         rows = [row for row in picture["boxes"] if row["probability"] >= SHOWN]
         path = Path(str(picture["file"]))
-        with Image.open(path) as image:
-            page = drawn(
-                ImageOps.exif_transpose(image),
-                [(row["class"], row["probability"], row["box"], row["label"]) for row in reversed(rows)],
-            )
+        page = drawn(
+            _plain(_opened(path), False),
+            [(row["class"], row["probability"], row["box"], row["label"]) for row in reversed(rows)],
+        )
         page.save(folder / f"{number:03d}-{path.stem}.png")
         for row in rows:
             box = ", ".join(f"{value:.0f}" for value in row["box"])
@@ -264,6 +262,8 @@ def predict(words: list[str]) -> int:
             for name, value in row.items():
                 if isinstance(value, dict):
                     value = ", ".join(f"{plain(key)} {share:.3f}" for key, share in value.items())
+                if isinstance(value, float):
+                    value = shown(value)
                 if name not in ("file", "note"):
                     print(f"  {name}: {value}")
         return 0

@@ -124,7 +124,8 @@ class Loaded:
         """What can be done with this run, in words that end a sentence."""
         where = shlex.quote(str(self.folder))
         if self._writer is not None:
-            return f"it writes text: etude sample {where} --prompt …, or loaded.generate(prompt)"
+            flag = "text" if hasattr(self.method.Sample, "text") else "prompt"  # type: ignore[union-attr]
+            return f"it writes text: etude sample {where} --{flag} …, or loaded.generate({flag})"
         if hasattr(self.method, "sample"):
             return f"draw from it with: etude sample {where}"
         if hasattr(self.method, "predict"):

@@ -16,6 +16,7 @@ import platform
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +249,9 @@ def _write_artifact(folder: Path, stem: str, thing: Any) -> tuple[Path, str]:
         return path, "text"
     if hasattr(thing, "savefig"):
         path = folder / f"{stem}.png"
-        thing.savefig(path, dpi=144, bbox_inches="tight")
+        with warnings.catch_warnings():  # letters that the font lacks are drawn as boxes
+            warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from font|Matplotlib currently does not support")
+            thing.savefig(path, dpi=144, bbox_inches="tight")
         return path, "image"
     if isinstance(thing, list):
         path = folder / f"{stem}.gif"

@@ -133,3 +133,11 @@ def test_tensorboard_reads_the_rows(tmp_path) -> None:
     events = tensorboard.EventAccumulator(str(to_tensorboard(tmp_path)))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.0), (5, 0.5)]
+
+
+@pytest.mark.parametrize("text", ["\N{GIRL}", "\N{DEVANAGARI LETTER A}"])
+def test_letters_that_the_font_lacks_are_drawn_without_a_word(text, tmp_path) -> None:
+    figure = matplotlib.figure.Figure()
+    figure.text(0.5, 0.5, text)
+    Record(tmp_path).artifact("letters", figure)  # a warning would be an error here
+    assert list((tmp_path / "artifacts").glob("letters*.png"))

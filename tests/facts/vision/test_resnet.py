@@ -266,6 +266,17 @@ def test_weights_are_read_or_refused_in_a_sentence(tmp_path, monkeypatch):
     ):  # fmt: skip
         with pytest.raises(UserError, match=said):
             published.read(source)
+    with pytest.raises(UserError, match="holds something else than tensors, which is not run"):
+        published.read(str(tmp_path / "bad.pth"))
+    for content, said in ((b"hello" * 100, "cannot be read"), (b"", "cannot be read .*EOFError")):
+        (tmp_path / "junk.pth").write_bytes(content)
+        with pytest.raises(UserError, match=said):
+            published.read(str(tmp_path / "junk.pth"))
+    plain = torch.ones(2, 2)
+    for odd in (plain.to_sparse(), plain.to(torch.complex64), plain.to("meta")):
+        torch.save({"fc.weight": odd}, tmp_path / "odd.pth")
+        with pytest.raises(UserError, match="its fc.weight is no plain tensor of real numbers"):
+            published.read(str(tmp_path / "odd.pth"))
     monkeypatch.setenv("ETUDE_DATA", str(tmp_path))
     with pytest.raises(UserError, match="put resnet20-12fca82f.th there, from https"):
         published.read("resnet20-cifar10")

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -132,13 +131,19 @@ def _tensors(path: Path) -> dict[str, Tensor]:
             found: Any = load_file(path)
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        said = " ".join(str(error).split())[:120]
-        raise UserError(f"{path} cannot be read as a file of weights ({said})") from error
+    except Exception as error:  # of a damaged file the unpickler stumbles over anything
+        damaged = not isinstance(error, pickle.UnpicklingError) or not str(error).startswith("Weights only")
+        said = (
+            " ".join(str(error).split())[:120] if damaged else "it holds something else than tensors, which is not run"
+        )
+        raise UserError(f"{path} cannot be read as a file of weights ({said or type(error).__name__})") from error
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
     if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
         raise UserError(f"{path} holds no tensors by name")
+    for name, value in found.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_complex() or value.is_meta:
+            raise UserError(f"{path} cannot be used: its {name} is no plain tensor of real numbers")
     return {str(name).removeprefix("module."): value for name, value in found.items()}
 
 
