@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from etude.blocks.nn.recurrent import Recurrent
+from etude.sequence.parts import steps
 
 cells = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "plain_cells.py")))
 text = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "plain_text.py")))
+writing = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "plain_writing.py")))
 
 
 @pytest.mark.parametrize("engine", ["loop", "written", "torch"])
@@ -90,3 +92,19 @@ def test_reported_numbers_are_those_of_the_saved_network(tmp_path):
 @pytest.mark.parametrize("reset", ["after", "before"])
 def test_prompts_are_continued_as_each_alone(reset, tmp_path):
     text.written("gru", tmp_path, reset=reset)
+
+
+@pytest.mark.parametrize("cell", ["gru", "gru_cho"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_step_in_machine_code_is_that_of_the_cells(cell, layers):
+    writing.step_equals_cells(cell, layers, steps.loop)
+    writing.step_equals_cells(cell, layers, None)
+
+
+@pytest.mark.parametrize("cell", ["gru", "gru_cho"])
+def test_texts_in_machine_code_are_those_of_the_cells(cell, monkeypatch):
+    writing.texts_equal_cells(cell, monkeypatch)
+
+
+def test_machine_code_reads_the_weights_as_they_are(monkeypatch):
+    writing.weights_are_those_of_now("gru", monkeypatch)

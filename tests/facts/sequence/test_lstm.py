@@ -13,9 +13,11 @@ from torch import nn
 from etude.blocks.nn.recurrent import Recurrent
 from etude.core.spec import Spec
 from etude.sequence.lstm import Config, build
+from etude.sequence.parts import steps
 
 cells = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "plain_cells.py")))
 text = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "plain_text.py")))
+writing = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "plain_writing.py")))
 
 
 @pytest.mark.parametrize("engine", ["loop", "written", "torch"])
@@ -107,3 +109,20 @@ def test_reported_numbers_are_those_of_the_saved_network(tmp_path):
 @pytest.mark.parametrize("peephole", [False, True])
 def test_prompts_are_continued_as_each_alone(peephole, tmp_path):
     text.written("lstm", tmp_path, peephole=peephole)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "lstm_peephole"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_step_in_machine_code_is_that_of_the_cells(cell, layers):
+    writing.step_equals_cells(cell, layers, steps.loop)
+    writing.step_equals_cells(cell, layers, None)
+    writing.step_equals_cells(cell, layers, None, torch.float32, 1e-4)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "lstm_peephole"])
+def test_texts_in_machine_code_are_those_of_the_cells(cell, monkeypatch):
+    writing.texts_equal_cells(cell, monkeypatch)
+
+
+def test_machine_code_reads_the_weights_as_they_are(monkeypatch):
+    writing.weights_are_those_of_now("lstm", monkeypatch)

@@ -6,16 +6,19 @@ import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from etude.blocks.nn.recurrent import Recurrent
 from etude.core.errors import UserError
+from etude.sequence.parts import steps
 from etude.sequence.parts.text import Tracks
 
 cells = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "plain_cells.py")))
 text = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "plain_text.py")))
+writing = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "plain_writing.py")))
 
 
 @pytest.mark.parametrize("engine", ["loop", "written", "torch"])
@@ -131,3 +134,39 @@ def test_short_texts_are_refused_in_one_sentence(tmp_path):
     with pytest.raises(UserError, match="too short: a text to learn has 11 characters"):
         text.run("rnn", tmp_path, "abc")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("cell", ["rnn", "rnn_relu"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_step_in_machine_code_is_that_of_the_cells(cell, layers):
+    writing.step_equals_cells(cell, layers, steps.loop)
+    writing.step_equals_cells(cell, layers, None)
+
+
+@pytest.mark.parametrize("cell", ["rnn", "rnn_relu"])
+def test_texts_in_machine_code_are_those_of_the_cells(cell, monkeypatch):
+    writing.texts_equal_cells(cell, monkeypatch)
+
+
+def test_machine_code_reads_the_weights_as_they_are(monkeypatch):
+    writing.weights_are_those_of_now("rnn", monkeypatch)
+
+
+def test_a_character_falls_with_its_probability():
+    """20,000 draws from seven logits, each share within four standard deviations of the softmax."""
+    logits, draws = np.linspace(-2, 1.5, 7, dtype=np.float32), 20_000
+    noise = np.random.default_rng(0).exponential(size=(draws, 7)).astype(np.float32)
+    found = np.bincount([steps.choose(logits, row, 0.8, steps.DRAWN) for row in noise], minlength=7) / draws
+    p = np.exp(logits / 0.8) / np.exp(logits / 0.8).sum()
+    assert (np.abs(found - p) < 4 * np.sqrt(p * (1 - p) / draws)).all()
+    assert steps.choose(logits, noise[0], 0.8, steps.GREEDY) == 6
+
+
+def test_the_quick_tanh_is_right_to_float32():
+    x = np.concatenate([np.linspace(-20, 20, 4001), np.geomspace(1e-20, 1, 500), [0.0, -0.0]]).astype(np.float32)
+    exact = np.tanh(x.astype(np.float64))
+    steps.bend_quickly(bent := x.copy())
+    assert (np.abs(bent - exact) <= 3 * np.spacing(np.abs(exact).astype(np.float32))).all()
+    with np.errstate(invalid="ignore"):
+        steps.bend_quickly(lost := np.array([np.nan], np.float32))
+    assert np.isnan(lost).all()

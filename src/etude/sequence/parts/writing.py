@@ -15,6 +15,8 @@ from etude.blocks.tokens.text import UNKNOWN, Tokenizer, pieces, tokenizer
 from etude.core.config import Count, Positive, Probability
 from etude.core.errors import UserError
 from etude.core.run import Loaded
+from etude.sequence.parts import steps
+from etude.sequence.parts.text import CharacterModel
 
 __all__ = ["Sample", "generate", "sample", "write"]
 
@@ -47,7 +49,7 @@ def sample(loaded: Loaded, options: Sample, folder: Path) -> str:
     for index in range(options.samples):
         ids = tokens.encode(prompt)[None].to(next(model.parameters()).device)
         dice = torch.Generator().manual_seed(options.seed + index)
-        drawn = decoding.stream(model, ids, options.count, generator=dice, **_rules(options))
+        drawn = steps.stream(model, ids, options.count, generator=dice, **_rules(options))
         written.append(prompt)
         sys.stdout.write(prompt)
         for piece in pieces(tokens, (int(token) for token in drawn)):
@@ -72,7 +74,7 @@ def generate(loaded: Loaded, prompts: list[str], options: Sample) -> list[str]:
     device = next(model.parameters()).device
     ids, pads = decoding.pad_left([tokens.encode(prompt).to(device) for prompt in begun])
     dice = [torch.Generator().manual_seed(options.seed + i % options.samples) for i in range(len(begun))]
-    whole = decoding.generate(model, ids, options.count, pads=pads, generator=dice, **_rules(options))
+    whole = steps.generate(model, ids, options.count, pads=pads, generator=dice, **_rules(options))
     told, asked = ([tokens.decode(row[pad:]) for row, pad in zip(rows, pads.tolist())] for rows in (whole, ids))
     return [prompt + text[len(before) :] for prompt, text, before in zip(begun, told, asked)]
 
@@ -81,7 +83,7 @@ def write(model: nn.Module, tokens: Tokenizer, prompt: Tensor, count: int, dice:
     """A prompt (P,) and `count` tokens drawn after it at temperature 0.8, as text; the model's mode is put back."""
     training = model.training
     model.eval()
-    ids = decoding.generate(cast(decoding.Decoder, model), prompt[None], count, temperature=0.8, generator=dice)
+    ids = steps.generate(cast(CharacterModel, model), prompt[None], count, temperature=0.8, generator=dice)
     model.train(training)
     return tokens.decode(ids[0])
 
