@@ -96,7 +96,7 @@ def test_photographs(tmp_path: Path) -> None:
     assert leaving(x, x) is x
     assert entering(x, 3) is x
     assert resized(x, (30, 60)) is x
-    with pytest.raises(UserError, match="--image nowhere.png does not exist.*china, flower"):
+    with pytest.raises(UserError, match=r"--image nowhere.png does not exist\. Name a picture.*china, flower"):
         photograph("nowhere.png", 20)
     with pytest.raises(UserError, match="--style .* is a folder"):
         photograph(str(tmp_path), 20, "--style")

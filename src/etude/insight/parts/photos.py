@@ -28,7 +28,7 @@ def photograph(name: str, size: int, flag: str = "--image") -> Tensor:
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "does not exist"
             raise UserError(
-                f"{flag} {name} {what}{nearest(name, bundled)} Name a picture, or one of: {', '.join(bundled)}"
+                f"{flag} {name} {what}{nearest(name, bundled) or '.'} Name a picture, or one of: {', '.join(bundled)}"
             )
         x = torch.tensor(decoded(path, None, grey=False))
     x = x[None].to(torch.get_default_dtype()) / 255
