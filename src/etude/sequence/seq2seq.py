@@ -33,7 +33,8 @@ Differences:
       on lower-cased words.
 
 Expect: reversal, one CPU thread, 11 s, seed 0: 0.998 of the strings exactly (without attention 0.55, of 10 letters none).
-Multi30k en-de, two passes (900 steps, 4 minutes of one core), seed 0: test BLEU 15.1 greedily, 16.7 with 5 beams.
+Multi30k en-de, two passes (900 steps, 2 to 4 minutes of one core), three seeds: test BLEU 15.9 to 17.4 with 5 beams (the same
+translations against other sentences' targets: 0.7); published networks that see all of it for long reach 30 and more.
 Command: `etude run sequence/seq2seq`
 """
 
@@ -134,7 +135,7 @@ EXPERIMENTS = (
         "reversal",
         preset="default",
         metric="test_exact_match",
-        bar=0.9955,
+        bar=0.993,
         controls=(
             Control(
                 "no attention: all that is known of the string is the encoder's last state", flags={"attention": "none"}
@@ -147,6 +148,8 @@ EXPERIMENTS = (
         preset="en_de",
         metric="test_bleu",
         bar=15,
+        notes="two passes over 29,000 captions, BLEU on the text as written",
+        published="30 and more (recurrent networks trained for long on a GPU; from memory)",
         controls=(
             Control("the same translations, each held against another sentence's target", metric="test_unrelated_bleu"),
             Control("an untrained network", flags={"steps": 1, "evaluate_every": 0}),
