@@ -249,7 +249,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
 
 
 def sample(loaded: Loaded, options: Sample, folder: Path) -> str:
-    """Write the translation of `--text` to the terminal and to sample.txt."""
+    """The translation of `--text`, also written to sample.txt."""
     return translating.sample(loaded, options, folder)
 
 

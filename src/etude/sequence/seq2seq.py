@@ -56,7 +56,7 @@ from etude.core.spec import Spec
 from etude.sequence.parts import translating
 from etude.sequence.parts.looks import as_batch, attention_maps, names_of, shown_pairs, table
 from etude.sequence.parts.text import falling
-from etude.sequence.parts.translating import PAD, Sample, Task, read_task, scores, token_nats
+from etude.sequence.parts.translating import PAD, Beams, Sample, Task, read_task, scores, token_nats
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Config:
     """Largest norm of the whole gradient."""
     label_smoothing: Probability = 0.0
     """This much of each target's probability is spread over all tokens."""
-    beams: Count = 5
+    beams: Beams = 5
     """Hypotheses kept at a time in the test; 1 is greedy."""
     length_penalty: NonNegative = 1.0
     """A hypothesis is judged by Σ log p / length to this power: 1 is the mean, 0 the sum."""
@@ -349,7 +349,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
 
 
 def sample(loaded: Loaded, options: Sample, folder: Path) -> str:
-    """Write the translation of `--text` to the terminal and to sample.txt."""
+    """The translation of `--text`, also written to sample.txt."""
     return translating.sample(loaded, options, folder)
 
 

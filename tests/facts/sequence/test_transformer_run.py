@@ -244,6 +244,9 @@ def test_sample_translates_and_draws_who_looked_where(tmp_path, capsys):
     assert cli.main(["sample", str(result.folder), "--text", "abc", "--beams", "5"]) == 0
     said = capsys.readouterr().out.splitlines()[0]
     assert said == etude.load(result.folder).generate(["abc"], beams=5)[0]
+    assert etude.sample(result.folder, text="abc").text == said  # in Python too
+    assert cli.main(["sample", str(result.folder), "--text", "abc", "--beams", "1000000"]) == 2  # no memory has these
+    assert "beams" in capsys.readouterr().err
     drawn = [path for path in result.folder.rglob("attention_*.png") if "artifacts" not in path.parts]
     assert {path.stem for path in drawn} == {"attention_encoder", "attention_decoder", "attention_cross"}
     for path in drawn:

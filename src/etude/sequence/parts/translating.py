@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from etude import data
 from etude.blocks.tokens.decoding import beam_search
 from etude.blocks.tokens.text import BytePairs, Characters, Tokenizer, tokenizer
-from etude.core.config import Count, NonNegative
+from etude.core.config import NonNegative, Range
 from etude.core.errors import UserError
 from etude.core.randomness import generator
 from etude.core.run import Loaded
@@ -303,18 +303,22 @@ def forced_nats(model: Translator, task: Task, pairs: Pairs, batch: int = 64) ->
     return total / count
 
 
+Beams = Annotated[int, Range(1, 256)]
+"""Hypotheses kept at a time: each costs the memory of a translation, for 64 sentences side by side."""
+
+
 @dataclass(frozen=True)
 class Sample:
     text: str = "abc"
     """The sentence to translate; -: those on the standard input, one a line."""
-    beams: Count = 5
+    beams: Beams = 5
     """Hypotheses kept at a time; 1 is greedy."""
     length_penalty: NonNegative = 1.0
     """A hypothesis is judged by Σ log p / length to this power: 1 is the mean, 0 the sum."""
 
 
 def sample(loaded: Loaded, options: Sample, folder: Path) -> str:
-    """Write the translation to the terminal and to sample.txt."""
+    """The translation, also written to sample.txt."""
     sources = [options.text] if options.text != "-" else [line.rstrip("\n") for line in sys.stdin]
     sources = [text for text in sources if text.strip()]
     if not sources:
@@ -322,9 +326,8 @@ def sample(loaded: Loaded, options: Sample, folder: Path) -> str:
             'there is nothing to translate: give --text "…", or --text - and sentences on the standard input, one a line'
         )
     told = "\n".join(generate(loaded, sources, options))
-    sys.stdout.write(told + "\n")
     (folder / "sample.txt").write_text(told + "\n", encoding="utf-8")
-    return ""
+    return told
 
 
 def generate(loaded: Loaded, prompts: list[str], options: Sample) -> list[str]:

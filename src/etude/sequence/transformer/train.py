@@ -37,7 +37,8 @@ Differences:
 - BLEU is on the text as written, equal to sacrebleu's (`etude.sequence.parts.bleu`).
 
 Expect: strings of up to 6 letters, one CPU thread, 30 s, three seeds: 0.98 to 0.99 of the test strings written backwards without
-an error (without positions at most strings of one letter).
+an error (without positions at most strings of one letter). Multi30k en-de, `--preset en_de --steps 1000`, 12 minutes, three seeds:
+test BLEU 29.2 to 30.4 with 5 beams (the same translations against other sentences' targets: 0.5).
 Command: `etude run sequence/transformer`, or `etude run sequence/transformer --preset en_de`
 """
 
@@ -59,7 +60,7 @@ from etude.core.run import Loaded, Run
 from etude.core.spec import Spec
 from etude.optim.schedules import inverse_root, set_lr
 from etude.sequence.parts import translating
-from etude.sequence.parts.translating import PAD, Sample, Special, read_task, scores
+from etude.sequence.parts.translating import PAD, Beams, Sample, Special, read_task, scores
 from etude.sequence.transformer.network import Architecture, Transformer
 from etude.sequence.transformer.pictures import attention_figures
 
@@ -98,7 +99,7 @@ class Config:
     """Factor on the paper's rate D^(−½)·min(k^(−½), k·w^(−3/2))."""
     warmup_steps: Count = 400
     """Steps over which the rate rises, w."""
-    beams: Count = 4
+    beams: Beams = 4
     """Hypotheses kept at a time in the test; 1 is greedy."""
     length_penalty: NonNegative = 1.0
     """A hypothesis is judged by Σ log p / length to this power: 1 is the mean, 0 the sum."""
@@ -230,14 +231,13 @@ WHERE = {
 
 
 def sample(loaded: Loaded, options: Sample, folder: Path) -> str:
-    """Write the translation to the terminal and to sample.txt, and who looked where to attention_*.png."""
-    translating.sample(loaded, options, folder)
+    """The translation, also written to sample.txt, and who looked where to attention_*.png."""
+    said = translating.sample(loaded, options, folder)
     if options.text != "-":
-        said = (folder / "sample.txt").read_text(encoding="utf-8").rstrip("\n")
         tokens = Special(tokenizer(loaded.spec.extra["tokenizer"]))
         for name, figure in attention_figures(loaded.model, tokens, options.text, said).items():
             picture(figure).save(folder / f"attention_{name}.png")
-    return ""
+    return said
 
 
 def generate(loaded: Loaded, prompts: list[str], options: Sample) -> list[str]:
