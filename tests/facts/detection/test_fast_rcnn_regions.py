@@ -73,11 +73,18 @@ def test_backward_is_the_adjoint(kind):
     assert torch.autograd.gradcheck(lambda f: call(f, boxes, 3, SCALE), (features.requires_grad_(),), eps=1e-7)
 
 
-def test_gradient_of_pooling_goes_to_the_first_maximum_alone():
+@pytest.mark.parametrize(
+    ("box", "rows", "columns"),
+    [((0, 0, 3, 3), [0, 0, 2, 2], [0, 2, 0, 2]), ((0, 0, 3, 1), [0, 0, 1, 1], [0, 2, 0, 2])]
+    + [((0, 0, 1, 3), [0, 0, 2, 2], [0, 1, 0, 1]), ((0, 0, 2, 0), [0, 0, 0, 0], [0, 1, 0, 1])],
+    ids=["four cells", "two beside", "two above", "rows and columns shared"],
+)
+def test_gradient_of_pooling_goes_to_the_first_maximum_alone(box, rows, columns):
     features = torch.zeros(1, 1, 4, 4, dtype=torch.float64, requires_grad=True)
-    regions.roi_pool(features, torch.tensor([[[0.0, 0.0, 3.0, 3.0]]]), 2, 1.0).sum().backward()
+    regions.roi_pool(features, torch.tensor([[box]], dtype=torch.float64), 2, 1.0).sum().backward()
+    assert features.grad is not None
     wanted = torch.zeros(4, 4, dtype=torch.float64)
-    wanted[[0, 0, 2, 2], [0, 2, 0, 2]] = 1
+    wanted.index_put_((torch.tensor(rows), torch.tensor(columns)), torch.ones((), dtype=torch.float64), accumulate=True)
     assert torch.equal(features.grad[0, 0], wanted)
 
 
