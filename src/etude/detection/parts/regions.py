@@ -88,17 +88,22 @@ def roi_pool(features: Tensor, boxes: Tensor, size: int, scale: float) -> Tensor
     Both rounded edges are inside, so a region has one cell at least. Of equal values the first in reading order is the maximum.
     """
     features = widened(features)
+    if features.is_cpu:
+        return _Pool.apply(features, whole(boxes * scale), size)  # type: ignore[return-value]
     height, width = features.shape[2:]
     rows = bins(boxes[..., 1] * scale, boxes[..., 3] * scale, size, height)
     columns = bins(boxes[..., 0] * scale, boxes[..., 2] * scale, size, width)
-    if features.is_cpu:
-        return _Pool.apply(features, rows, columns)  # type: ignore[return-value]
     return pooled_by_masks(features, rows, columns)
+
+
+def whole(edges: Tensor) -> Tensor:
+    """Edges in cells to the nearest cell, int64; a half goes up."""
+    return (edges + 0.5).floor().long()
 
 
 def bins(low: Tensor, high: Tensor, size: int, cells: int) -> Tensor:
     """Edges of the regions (N, R) in cells → first cell and the one after the last of each bin, int64 (N, R, P, 2)."""
-    first, last = (low + 0.5).floor().long(), (high + 0.5).floor().long()
+    first, last = whole(low), whole(high)
     length = (last - first + 1).clamp(min=1)[..., None]
     bin_ = torch.arange(size, device=low.device)
     start, end = bin_ * length // size, -(-(bin_ + 1) * length // size)
@@ -154,20 +159,19 @@ class _Align(torch.autograd.Function):
 
 class _Pool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, rows: Tensor, columns: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, features: Tensor, edges: Tensor, size: int) -> Tensor:  # type: ignore[override]
         cells = _last(features)
-        out = features.new_empty(*rows.shape[:3], columns.shape[2], features.shape[1])
-        ctx.edges = rows.contiguous().numpy(), columns.contiguous().numpy()
-        _kernels()["pool"](cells.detach().numpy(), *ctx.edges, out.numpy())
-        ctx.save_for_backward(cells, out)
+        out = features.new_empty(*edges.shape[:2], size, size, features.shape[1])
+        _kernels()["pool"](cells.detach().numpy(), edges.numpy(), out.numpy())
+        ctx.save_for_backward(cells, edges, out)
         return out.permute(0, 1, 4, 2, 3)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        cells, out = ctx.saved_tensors
+        cells, edges, out = ctx.saved_tensors
         found = torch.zeros_like(cells)
         slope = grad.permute(0, 1, 3, 4, 2).contiguous()
-        _kernels()["pool_back"](slope.numpy(), cells.numpy(), out.numpy(), *ctx.edges, found.numpy())
+        _kernels()["pool_back"](slope.numpy(), cells.numpy(), edges.numpy(), out.numpy(), found.numpy())
         return found.permute(0, 3, 1, 2), None, None
 
 
@@ -219,19 +223,35 @@ def _kernels() -> dict[str, Callable[..., None]]:
                                 for k in range(channels):
                                     cell[k] += weight * place[k]
 
+    @njit(cache=True, nogil=True, error_model="numpy")
+    def cut(low, high, cells, found):  # type: ignore[no-untyped-def]
+        """As `bins`, of one region along one axis: `found` (P, 2), with one division a region in place of two a bin."""
+        size, length = len(found), max(high - low + 1, 1)
+        step, more = length // size, length % size
+        at, over = low, 0  # the edge is at + over / size
+        for p in range(size):
+            found[p, 0] = min(max(at, 0), cells)
+            at, over = at + step, over + more
+            if over >= size:
+                at, over = at + 1, over - size
+            found[p, 1] = min(max(at + (over > 0), 0), cells)
+
     # first the maximum over the rows of a bin, for all its columns at once (one long read), then over the columns
     @njit(cache=True, nogil=True, error_model="numpy")
-    def pool(features, rows, columns, out):  # type: ignore[no-untyped-def]
-        count, regions, size = rows.shape[:3]
+    def pool(features, edges, out):  # type: ignore[no-untyped-def]
+        count, regions, size = out.shape[:3]
+        rows, columns = np.empty((size, 2), np.int64), np.empty((size, 2), np.int64)
         height, width, channels = features.shape[1:]
         cells, places = features.reshape(-1), out.reshape(-1, channels)
         tall = np.empty(width * channels, features.dtype)
         number = 0
         for n in range(count):
             for r in range(regions):
-                west, east = columns[n, r, 0, 0], columns[n, r, -1, 1]
+                cut(edges[n, r, 1], edges[n, r, 3], height, rows)
+                cut(edges[n, r, 0], edges[n, r, 2], width, columns)
+                west, east = columns[0, 0], columns[-1, 1]
                 for p in range(size):
-                    top, bottom = rows[n, r, p, 0], rows[n, r, p, 1]
+                    top, bottom = rows[p, 0], rows[p, 1]
                     full = top < bottom and west < east
                     if full:
                         length, at = (east - west) * channels, ((n * height + top) * width + west) * channels
@@ -243,8 +263,8 @@ def _kernels() -> dict[str, Callable[..., None]]:
                             line = cells[at : at + length]
                             for k in range(length):
                                 tall[k] = line[k] if line[k] > tall[k] else tall[k]
-                    for q in range(columns.shape[2]):
-                        left, right = columns[n, r, q, 0], columns[n, r, q, 1]
+                    for q in range(size):
+                        left, right = columns[q, 0], columns[q, 1]
                         place = places[number]
                         number += 1
                         if not full or left >= right:
@@ -260,42 +280,51 @@ def _kernels() -> dict[str, Callable[..., None]]:
                             for k in range(channels):
                                 place[k] = cell[k] if cell[k] > place[k] else place[k]
 
-    # the maximum is found again by its value: the first cell that equals it takes what there is to give
+    # the maximum is found again by its value: the first cell that equals it takes what there is to give, the last cell what no
+    # other took; cells are read by their numbers, since a view of each would cost more than its arithmetic
     @njit(cache=True, nogil=True, error_model="numpy")
-    def pool_back(grad, features, out, rows, columns, found):  # type: ignore[no-untyped-def]
-        count, regions, size = rows.shape[:3]
+    def pool_back(grad, features, edges, out, found):  # type: ignore[no-untyped-def]
+        count, regions, size = out.shape[:3]
+        rows, columns = np.empty((size, 2), np.int64), np.empty((size, 2), np.int64)
         height, width, channels = features.shape[1:]
-        cells, given = features.reshape(-1), found.reshape(-1)
-        slopes, places = grad.reshape(-1), out.reshape(-1)
+        cells, given = features.reshape(-1, channels), found.reshape(-1, channels)
+        slopes, places = grad.reshape(-1, channels), out.reshape(-1, channels)
         rest = np.empty(channels, features.dtype)
         zero = rest.dtype.type(0)
-        start = -channels
+        number = -1
         for n in range(count):
             for r in range(regions):
+                cut(edges[n, r, 1], edges[n, r, 3], height, rows)
+                cut(edges[n, r, 0], edges[n, r, 2], width, columns)
                 for p in range(size):
-                    top, bottom = rows[n, r, p, 0], rows[n, r, p, 1]
-                    for q in range(columns.shape[2]):
-                        left, right = columns[n, r, q, 0], columns[n, r, q, 1]
-                        start += channels
+                    top, bottom = rows[p, 0], rows[p, 1]
+                    for q in range(size):
+                        left, right = columns[q, 0], columns[q, 1]
+                        number += 1
                         if top >= bottom or left >= right:
                             continue
-                        slope, place = slopes[start : start + channels], places[start : start + channels]
+                        last = (n * height + bottom - 1) * width + right - 1
                         if bottom - top == 1 and right - left == 1:
-                            at = ((n * height + top) * width + left) * channels
-                            into = given[at : at + channels]
                             for k in range(channels):
-                                into[k] += slope[k]
+                                given[last, k] += slopes[number, k]
+                            continue
+                        if (bottom - top) * (right - left) == 2:  # the maximum need not be read
+                            at = (n * height + top) * width + left
+                            for k in range(channels):
+                                hit, more = cells[last, k] > cells[at, k], slopes[number, k]
+                                given[at, k] += zero if hit else more
+                                given[last, k] += more if hit else zero
                             continue
                         for k in range(channels):
-                            rest[k] = slope[k]
+                            rest[k] = slopes[number, k]
                         for y in range(top, bottom):
-                            for x in range(left, right):
-                                at = ((n * height + y) * width + x) * channels
-                                cell, into = cells[at : at + channels], given[at : at + channels]
+                            for x in range(left, right - (y == bottom - 1)):
+                                at = (n * height + y) * width + x
                                 for k in range(channels):
-                                    hit = cell[k] == place[k]
-                                    more = rest[k]
-                                    into[k] += more if hit else zero
+                                    hit, more = cells[at, k] == places[number, k], rest[k]
+                                    given[at, k] += more if hit else zero
                                     rest[k] = zero if hit else more
+                        for k in range(channels):
+                            given[last, k] += rest[k]
 
     return {"align": align, "align_back": align_back, "pool": pool, "pool_back": pool_back}
