@@ -44,13 +44,16 @@ def test_every_form_of_attention(settings, tmp_path):
 
 @pytest.mark.long
 def test_captions_that_are_seen_again_and_again(tmp_path):
-    """A language of twenty sentences, learned by heart: every one is translated, greedily and with a beam."""
+    """A language of twenty sentences, learned by heart: every one is translated, greedily and with a beam.
+
+    A rate of 1e-2 did it too on one processor; on another it ended at 89.7.
+    """
     pairs = data.parallel("multi30k").train[:20]
     for side, language in enumerate(("en", "fr")):
         lines = [pairs[i % 20][side] for i in range(400)]
         (tmp_path / f"talk.{language}").write_text("\n".join(lines) + "\n", encoding="utf-8")
     result = learned(
-        tmp_path / "run", data=str(tmp_path), languages="en-fr", vocabulary=900, longest=40, steps=400, batch=20,
-        learning_rate=1e-2,
+        tmp_path / "run", data=str(tmp_path), languages="en-fr", vocabulary=900, longest=40, steps=600, batch=20,
+        learning_rate=5e-3,
     )  # fmt: skip
     assert result.metrics["test_bleu"] > 90
