@@ -136,8 +136,6 @@ def regularised(x: Tensor, gradient: Tensor, config: Config, step: int) -> Tenso
 @method("insight/class_images", paper="arXiv:1506.06579", section="5.3.5", threads=1)
 def train(config: Config, run: Run) -> dict[str, float]:
     source = examined(run, config.source, config.data, config.network, config.train_steps, config.train_batch)
-    if source.spec.extra.get("boxes"):
-        raise UserError(f"--source {config.source} finds boxes, and gives a picture no one class to be examined")
     run.describe(source.spec, source)
     model, names = source.model, source.spec.classes
     mean = torch.tensor(source.spec.mean, device=run.device).view(1, -1, 1, 1)

@@ -167,8 +167,6 @@ def explain(
 @method("insight/saliency", paper="arXiv:1312.6034", section="5.3.3", threads=1)
 def train(config: Config, run: Run) -> dict[str, float]:
     source = examined(run, config.source, config.data, config.network, config.train_steps, config.train_batch)
-    if source.spec.extra.get("boxes"):
-        raise UserError(f"--source {config.source} finds boxes, and gives a picture no one class to be examined")
     names, model = source.spec.classes, source.model
     if config.target is not None and config.target >= len(names):
         raise UserError(f"--target {config.target} is no class; {source.label} has 0 to {len(names) - 1}")

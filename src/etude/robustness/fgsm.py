@@ -251,8 +251,6 @@ def train(config: Config, run: Run) -> dict[str, float]:
             f"--epsilon {max(config.epsilon):g} is more than a pixel's whole range, [0, 1]; 8/255 is written 0.0314"
         )
     source = resolve(run, config.source, config.data, config.network, config.train_steps, config.train_batch)
-    if source.spec.extra.get("boxes"):
-        raise UserError(f"--source {config.source} finds boxes, and gives a picture no one class to be attacked")
     names, radii = source.spec.classes, sorted(config.epsilon)
     if config.target is not None and config.target >= len(names):
         raise UserError(f"--target {config.target} is no class; {source.label} has 0 to {len(names) - 1}")

@@ -105,6 +105,10 @@ def test_sentences(run: Run, tmp_path: Path) -> None:
     etude.run("games/cfr", **TINY)
     with pytest.raises(UserError, match="games/cfr, which holds no classifier of images"):
         resolve(again(), "games/cfr", "")
+    for name in ("detection/overfeat", "detection/faster_rcnn", "segmentation/unet"):  # of windows, of boxes, of pixels
+        etude.run(name, **TINY)
+        with pytest.raises(UserError, match=f"{name}, which holds no classifier of images"):
+            resolve(again(), name, "")
     folder = tmp_path / "this"
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text("{}")

@@ -156,8 +156,9 @@ def test_boxes_are_said_in_the_pixels_of_the_file(tmp_path, capsys):
     assert cli.main(["predict", str(done.folder), str(tmp_path / "deep.png")]) == 0
     with Image.open(done.folder / "predicted/000-deep.png") as page:
         assert page.getpixel((0, 0)) == (78, 78, 78)
-    for method in ("insight/saliency", "insight/class_images", "robustness/fgsm"):
-        with pytest.raises(etude.core.errors.UserError, match="finds boxes, and gives a picture no one class"):
+    # other networks that are no classifiers: tests/facts/blocks/test_sources.py
+    for method in ("insight/saliency", "insight/class_images", "insight/guided_backprop", "robustness/fgsm"):
+        with pytest.raises(etude.core.errors.UserError, match="holds no classifier of images"):
             etude.run(method, preset="tiny", source=str(done.folder), out=tmp_path / method)
     assert cli.main(["predict", str(done.folder), str(tmp_path / "nowhere.png")]) == 2
     with pytest.raises(etude.core.errors.UserError, match="loaded.detect"):

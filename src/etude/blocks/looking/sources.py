@@ -131,7 +131,7 @@ def resolve(run: Run, source: str, data: str, network: str = "lenet", steps: int
         )
     held.folder, held.step = str(folder.resolve()), loaded.step
     spec = loaded.spec
-    if "model" not in loaded.modules or len(spec.shape) != 3 or len(spec.classes) < 2:
+    if "model" not in loaded.modules or len(spec.shape) != 3 or len(spec.classes) < 2 or not _classifies(loaded):
         raise UserError(
             f"--source {source} is a run of {loaded.name}, which holds no classifier of images (such as vision/lenet)"
         )
@@ -144,6 +144,16 @@ def resolve(run: Run, source: str, data: str, network: str = "lenet", steps: int
         on, told = _tested(read), {"name": read.name, "source": read.source}
     run.suit_threads(loaded.model)
     return Source(loaded.model.to(run.device), spec, images, f"{loaded.name} ({folder}) on {on}", 0, _trained, told)
+
+
+@torch.no_grad()
+def _classifies(loaded: Loaded) -> bool:
+    """Whether the network gives an image one number a class; a detector and one that labels pixels do not."""
+    try:
+        said = loaded.model(torch.zeros(1, *loaded.spec.shape))
+    except (RuntimeError, ValueError, TypeError):  # a network of windows takes no image as large as this
+        return False
+    return isinstance(said, Tensor) and said.shape == (1, len(loaded.spec.classes))
 
 
 def _named(loaded: Loaded, source: str, data: str) -> tuple[Split, Images]:
