@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from etude.blocks.nn.tanh import bend as bend_quickly
 from etude.blocks.tokens import decoding
 from etude.core.errors import UserError
 from etude.sequence.parts.text import CharacterModel
@@ -81,15 +82,10 @@ def multiply(x, across, y, begin, end):
     """y += x·across in the columns begin … end: x (B, K), across (K, ·), y (B, ·); in one order for each row."""
     inputs = across.shape[0]
     whole = inputs - inputs % 8
-    for k in range(
-        0, whole, 8
-    ):  # eight at a time: they stay in the first cache for all rows, and y is touched less often
+    for k in range(0, whole, 8):  # eight at a time stay in the first cache for all rows; y is touched less often
         w0, w1, w2, w3 = (
-            across[k, begin:end],
-            across[k + 1, begin:end],
-            across[k + 2, begin:end],
-            across[k + 3, begin:end],
-        )
+            across[k, begin:end], across[k + 1, begin:end], across[k + 2, begin:end], across[k + 3, begin:end]
+        )  # fmt: skip
         u0, u1, u2, u3 = (
             across[k + 4, begin:end], across[k + 5, begin:end], across[k + 6, begin:end], across[k + 7, begin:end]
         )  # fmt: skip
@@ -108,32 +104,8 @@ def multiply(x, across, y, begin, end):
                 out[j] += a0 * w0[j]
 
 
-def bend_quickly(x):
-    """tanh of the float32 numbers x (N,) in place, within 3 units in the last place: E/(E + 2) with E = e^{2|x|} − 1.
-
-    2|x| = k ln 2 + r with |r| ≤ ½ ln 2, and e^r − 1 by its series.
-    """
-    for i in range(len(x)):
-        y = abs(x[i])
-        y = np.float32(9.02) if y > np.float32(9.02) else y  # whose tanh is 1; NaN stays NaN
-        y = y + y
-        k = np.int32(y * np.float32(1.4426950) + np.float32(0.5))
-        whole = np.float32(k)
-        r = y - whole * np.float32(0.693359375) - whole * np.float32(-2.12194440e-4)  # ln 2 in two parts
-        p = np.float32(1 / 5040) * r + np.float32(1 / 720)
-        p = p * r + np.float32(1 / 120)
-        p = p * r + np.float32(1 / 24)
-        p = p * r + np.float32(1 / 6)
-        p = p * r + np.float32(1 / 2)
-        p = p * r * r + r
-        power = np.float32(np.int32(1) << k)
-        grown = power * p + (power - np.float32(1))
-        y = grown / (grown + np.float32(2))
-        x[i] = -y if x[i] < 0 else y
-
-
 def bend(x, exact):
-    """tanh of x (N,) in place."""
+    """tanh of x (N,) in place; quickly within 3 units in the last place."""
     if exact:
         for i in range(len(x)):
             x[i] = math.tanh(x[i])
@@ -405,9 +377,7 @@ def _pieces(
         yield from (token[None] for token in decoding.stream(model, prompt, count, pads=pads, **settings))
         return
     memory = model.start(rows)
-    token = decoding.generate(model, prompt, 1, pads=pads, cache=memory, **settings)[
-        :, -1
-    ]  # what is wrong is said here
+    token = decoding.generate(model, prompt, 1, pads=pads, cache=memory, **settings)[:, -1]  # says what is wrong
     yield token[None]
     by, cell, vocabulary = laid_out(model), _CELLS[model.recurrent.cell], model.readout.out_features
     hs, *cs = (part.clone().numpy() for part in memory.state)
@@ -416,24 +386,14 @@ def _pieces(
     if how == DRAWN and (rules.get("top_k") is not None or rules.get("top_p") is not None):
         how, at_once = GIVEN, 1
     exact, logits, run = hs.dtype == np.float64, torch.from_numpy(room.logits), _compiled()
+    temperature = float(rules.get("temperature", 1.0))
     noise = torch.empty(1 if how != DRAWN else min(at_once, count), rows, vocabulary)
     for begin in range(1, count, at_once):
         tokens = np.zeros((min(at_once, count - begin) + 1, rows), np.int64)
         tokens[0] = token.numpy()
         if how == DRAWN:
             _roll(noise[: len(tokens) - 1], generator)
-        run(
-            cell,
-            exact,
-            how,
-            float(rules.get("temperature", 1.0)),
-            noise.numpy(),
-            by,
-            hs,
-            cs[0] if cs else hs,
-            room,
-            tokens,
-        )
+        run(cell, exact, how, temperature, noise.numpy(), by, hs, cs[0] if cs else hs, room, tokens)
         if tokens.min() < 0 or (how == GIVEN and not logits.isfinite().all()):
             raise UserError("the network's outputs are not finite numbers: it has no next character")
         drawn = torch.from_numpy(tokens[1:])
