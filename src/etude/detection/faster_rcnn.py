@@ -28,8 +28,8 @@ Differences:
 - Trunk: five or six convolutions with batch normalisation, from scratch; the paper's is VGG-16, pretrained on ImageNet.
 - The objectness is one logit an anchor; the paper's softmax over two says the same.
 
-Expect: one core, two minutes: 0.946 mAP at IoU 0.5 on digits on a canvas, 0.888 at 0.75; 0.993 of them found (seed 0).
-    Blood cells, preset `bccd`, ten minutes: 0.80 mAP at IoU 0.5, 0.49 at 0.75; 0.965 of them in 100 proposals (seed 0).
+Expect: one core, two minutes: 0.92 to 0.94 mAP at IoU 0.5 on digits on a canvas (seeds 0 to 2; another processor 0.946).
+    Blood cells, preset `bccd`, eight minutes: 0.80 mAP at IoU 0.5, 0.49 at 0.75; 0.965 of them in 100 proposals (seed 0).
 Command: `etude run detection/faster_rcnn --preset bccd`
 """
 

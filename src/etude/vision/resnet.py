@@ -27,8 +27,8 @@ Differences:
   keeps the stem and the first N − 1 stages as they are, running statistics included.
 
 Expect: one core: 0.98 on the bundled digits in 16 CPU seconds. 56 layers on 8×8 digits after 120 updates: 0.84, without
-    shortcuts 0.10 (seed 0); largest over smallest gradient norm of the fresh blocks: 7, without shortcuts 1,266.
-    CIFAR-10 in JPEG, 20 layers, one pass (`paper` with --batch 64 --steps 800 --learning-rate 0.1), 5 minutes: 0.636, without
+    shortcuts 0.10 (seed 0); largest over smallest gradient norm of the fresh blocks: 8, without shortcuts 2,354.
+    CIFAR-10 in JPEG, 20 layers, one pass (`paper` with --batch 64 --steps 800 --learning-rate 0.1), 4 minutes: 0.636, without
     shortcuts 0.562 (seed 0).
     H100, busy: `paper` 0.878 on the JPEG copy of CIFAR-10 (51 epochs), 261 s.
 Command: `etude run vision/resnet --preset paper --precision bf16`
@@ -150,7 +150,7 @@ EXPERIMENTS = (
         bar=0.6,
         seeds=(0,),
         published="0.9125 (ResNet-20, all pixels, 64,000 updates of 128; table 6)",
-        notes="one pass over the images, as far as a CPU gets in five minutes; the whole preset on a GPU: 0.878",
+        notes="one pass over the images, as far as a CPU core gets in four minutes; the whole preset on a GPU: 0.878",
         controls=(UNTRAINED,),
     ),
     Experiment(
@@ -160,7 +160,7 @@ EXPERIMENTS = (
         metric="test_accuracy",
         bar=0.55,
         seeds=(0,),
-        published="above 0.9 (plain-20, figure 6): at this depth plain networks still learn",
+        published="a curve near 0.9 (plain-20, figure 6; from memory): at this depth plain networks still learn",
         controls=(UNTRAINED,),
     ),
 )
