@@ -44,6 +44,7 @@ class Reverser(torch.nn.Module):
         return self.logits(self.wanted(source, lengths)[:, : before.shape[1]])
 
     def begin(self, source, lengths):
+        assert not self.training, "dropout would be left on in translation"
         return {"wanted": self.wanted(source, lengths), "place": torch.zeros(len(source), dtype=torch.int64)}
 
     def step(self, tokens, state):
