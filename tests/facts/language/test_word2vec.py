@@ -184,6 +184,13 @@ def test_many_terms_do_not_overflow():
     assert slope[0, 1:].tolist() == pytest.approx([-1] * 299)
 
 
+def shared(made, v, u, noise, weight):
+    """(value, by v, by noise) of `made`, by v added to ones and taken from them again."""
+    by_v = torch.ones_like(v)
+    value, by_noise = made.shared_noise_terms(v, u, noise, weight, by_v)
+    return value, by_v - 1, by_noise
+
+
 def test_shared_noise_equals_autograd_and_own_noise_on_average():
     """The mean over all words that could be drawn, P_n-weighted, is K·Σ P_n log σ(−u·v) of each pair."""
     v, u = torch.randn(2, 3, 5, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float64)
@@ -192,14 +199,58 @@ def test_shared_noise_equals_autograd_and_own_noise_on_average():
     v0, n0 = v.clone().requires_grad_(), u[rows].clone().requires_grad_()
     total = (F.logsigmoid(-torch.einsum("bid,bmd->bim", v0, n0)) * weight[..., None]).sum()
     expected = torch.autograd.grad(total, [v0, n0])
-    value, by_v, by_noise = objective.shared_noise_terms(v, u[rows], weight)
-    assert float(value) == pytest.approx(float(total.detach()), rel=1e-12)
-    torch.testing.assert_close(by_v, expected[0])
-    torch.testing.assert_close(by_noise, expected[1])
+    for made in (objective, kernels):
+        value, by_v, by_noise = shared(made, v.flatten(0, 1), u, rows.flatten().int(), weight)
+        assert float(value) == pytest.approx(float(total.detach()), rel=1e-12)
+        torch.testing.assert_close(by_v, expected[0].flatten(0, 1))
+        torch.testing.assert_close(by_noise, expected[1].flatten(0, 1))
     p, negatives = noise_probability(torch.arange(1, 10), 0.75), 4
-    mean = sum(p[w] * objective.shared_noise_terms(v, u[w].expand(2, 1, 5), weight * negatives)[0] for w in range(9))
+
+    def of_word(w):
+        return shared(objective, v.flatten(0, 1), u, torch.full((6,), w), weight * negatives / 3)[0]
+
     own = negatives * (weight[..., None] * p * F.logsigmoid(-v @ u.t())).sum()
-    assert float(mean) == pytest.approx(float(own), rel=1e-12)
+    assert float(sum(p[w] * of_word(w) for w in range(9))) == pytest.approx(float(own), rel=1e-12)
+
+
+@pytest.mark.parametrize("many", [1, 5, 8, 19])
+def test_shared_noise_in_machine_code_equals_the_definition(many):
+    """Blocks of any length, large scores, float32; on any number of threads the same bits."""
+    v, u = 3 * torch.randn(4 * many, 12), torch.randn(30, 12)
+    noise, weight = torch.randint(30, (4 * many,)).int(), torch.rand(4, many)
+    weight[1] = 0
+    before, results = torch.get_num_threads(), []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        try:
+            results.append(shared(kernels, v, u, noise, weight))
+        finally:
+            torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    for ours, theirs in zip(results[0], shared(objective, v, u, noise, weight)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, check_dtype=False)
+
+
+def test_exponentials_by_arithmetic():
+    """Single precision within three units in the last place, cut at ±80; a NaN is not lost, in pairs and in shared noise."""
+    exact = np.linspace(-80, 80, 20001)
+    found = exact.astype(np.float32)
+    exact = np.exp(found.astype(np.float64))
+    kernels.compiled(kernels.exponentials)(found, True)
+    assert np.abs(found / exact - 1).max() < 3 * 2.0**-23
+    far = np.array([-1e30, 1e30, -np.inf, np.inf, np.nan], np.float32)
+    kernels.compiled(kernels.exponentials)(far, True)
+    assert far[:4].tolist() == pytest.approx([np.exp(-80), np.exp(80)] * 2)
+    assert np.isnan(far[4])
+    v, u, centre, targets = case(torch.float32)
+    v[3, 0] = torch.nan
+    value, slope, by_v = kernels.terms(v, u, centre, targets, True)
+    assert value.isnan()
+    assert torch.equal(slope.isnan().all(1), centre == 3)
+    assert torch.equal(by_v.isnan().any(1), torch.arange(6) == 3)
+    value, by_v, _ = shared(kernels, v, u, torch.arange(6).int(), torch.ones(3, 2))
+    assert value.isnan()
+    assert by_v.isnan().any(1).tolist() == [False, False, False, True, False, False]
 
 
 def test_softmax_gradient_is_that_of_the_vocabulary():

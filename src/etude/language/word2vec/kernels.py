@@ -1,6 +1,6 @@
 """The loops over pairs in machine code: find them, draw their noise words, and the two passes of the gradient.
 
-`terms` and `spread` compute what `objective.terms` and `objective.spread` define. A thread takes a share of the centres in
+They compute what the functions of these names in `objective` define. A thread takes a share of the centres in
 the first pass and of the vocabulary in the second, so no two write one number, and the bits do not depend on their count.
 """
 
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["add", "draw", "pairs", "spread", "terms"]
+__all__ = ["add", "compiled", "draw", "exponentials", "pairs", "shared_noise_terms", "spread", "terms"]
 
 Array = NDArray[Any]
 
@@ -58,57 +58,136 @@ def _pairs(text, first, last, reach, key, share, alias, centre, targets):
     return count
 
 
-def _terms(first, last, v, u, centre, targets, logistic, slope, uphill, value):
-    width, columns, odds = v.shape[1], targets.shape[1], 1.0
+def _scores(first, last, v, u, centre, targets, score):
+    width, columns = v.shape[1], targets.shape[1]
     for p in range(first, last):
-        i = centre[p]
-        mine, up = v[i], uphill[i]
+        mine = v[centre[p]]
         for k in range(columns):
-            row, score, gain = u[targets[p, k]], np.float32(0), np.float32(1)
+            row, total = u[targets[p, k]], v.dtype.type(0)
             for d in range(width):
-                score += row[d] * mine[d]
-            if logistic:
-                score = score if k == 0 else -score
-                ratio = np.exp(-min(max(score, np.float32(-80)), np.float32(80)))  # (1 − σ) / σ
-                odds *= 1.0 + ratio
-                gain = ratio / (np.float32(1) + ratio)
-                gain = gain if k == 0 else -gain
-                if odds > 1e200:
-                    value[i] -= math.log(odds)
-                    odds = 1.0
-            else:
-                value[i] += score
-            slope[p, k] = gain
+                total += row[d] * mine[d]
+            score[p, k] = total
+
+
+def exponentials(score, single):
+    """e^s of scores (N,) in place; of float32 within 3 units in the last place, by arithmetic that vector instructions know.
+
+    s = k ln 2 + r with |r| ≤ ½ ln 2, and e^r by its series; s is cut at ±80, NaN stays.
+    """
+    if not single:
+        for i in range(len(score)):
+            score[i] = np.exp(min(max(score[i], -80.0), 80.0))
+        return
+    bits = score.view(np.int32)
+    for i in range(len(score)):
+        y = min(max(score[i], np.float32(-80)), np.float32(80))
+        k = np.int32(y * np.float32(1.4426950) + np.float32(127.5)) - np.int32(127)  # of a sum > 0: rounded
+        whole = np.float32(k)
+        r = y - whole * np.float32(0.693359375) - whole * np.float32(-2.12194440e-4)  # ln 2 in two parts
+        p = np.float32(1 / 5040) * r + np.float32(1 / 720)
+        p = p * r + np.float32(1 / 120)
+        p = p * r + np.float32(1 / 24)
+        p = p * r + np.float32(1 / 6)
+        p = p * r + np.float32(1 / 2)
+        score[i] = p * r * r + r + np.float32(1)
+        bits[i] += k << 23 if y == y else np.int32(0)  # · 2^k
+
+
+def _logs(odds):
+    """Σ log(1 + odds) of numbers (N,) ≤ e^80, with few logarithms: eight factors stay below 1e279."""
+    product, total = 1.0, 0.0
+    for begin in range(0, len(odds), 8):
+        eight = 1.0
+        for i in range(begin, min(begin + 8, len(odds))):
+            eight *= 1.0 + odds[i]
+        product *= eight
+        if not product < 1e28:
+            total += math.log(product)
+            product = 1.0
+    return total + math.log(product)
+
+
+def _slopes(score, single):
+    """From scores (P, 1 + K) to the derivative of log σ(s), of noise log σ(−s), in place; returns the sum of these."""
+    one, flat = score.dtype.type(1), score.ravel()
+    for p in range(len(score)):
+        score[p, 0] = -score[p, 0]
+    exponentials(flat, single)  # (1 − σ) / σ
+    total = _logs(flat)
+    for i in range(len(flat)):
+        flat[i] = -(flat[i] / (one + flat[i]))
+    for p in range(len(score)):
+        score[p, 0] = -score[p, 0]
+    return -total
+
+
+def _uphill(first, last, u, centre, targets, slope, uphill):
+    width, columns = u.shape[1], targets.shape[1]
+    for p in range(first, last):
+        up = uphill[centre[p]]
+        for k in range(columns):
+            row, gain = u[targets[p, k]], slope[p, k]
             for d in range(width):
                 up[d] += gain * row[d]
-        if p + 1 == last or centre[p + 1] != i:  # one logarithm for all pairs of a centre
-            value[i] -= math.log(odds)
-            odds = 1.0
 
 
-def _order(targets, start, order):
-    """The places of each word w in the flat targets: order[start[w]:start[w + 1]], ascending."""
-    flat = targets.ravel()
-    for word in flat:
-        start[word + 1] += 1
+def _shared(first, last, v, u, noise, weight, single, by_v, by_noise, value):
+    many, width, one, two = weight.shape[1], v.shape[1], v.dtype.type(1), np.empty(weight.shape[1])
+    others, change = np.empty((many, width), v.dtype), np.empty((many, width), v.dtype)
+    score = np.empty((many, many), v.dtype)  # of noise word m and centre i
+    for block in range(first, last):
+        begin, total = block * many, 0.0
+        mine = v[begin : begin + many]
+        for m in range(many):
+            word = noise[begin + m]
+            for d in range(width):
+                others[m, d] = u[word, d]
+        np.dot(others, mine.T, score)
+        exponentials(score.ravel(), single)  # σ(s) / (1 − σ(s))
+        two[:] = 1.0
+        for m in range(many):
+            for i in range(many):
+                two[i] *= 1.0 + score[m, i]
+                score[m, i] = -weight[block, i] * (score[m, i] / (one + score[m, i]))
+            if m % 8 == 7 or m + 1 == many:  # eight factors stay below 1e279
+                for i in range(many):
+                    if not two[i] < 1e28 or m + 1 == many:
+                        total -= weight[block, i] * math.log(two[i])
+                        two[i] = 1.0
+        value[block] = total
+        np.dot(score.T, others, change)
+        for i in range(many):
+            for d in range(width):
+                by_v[begin + i, d] += change[i, d]
+        np.dot(score, mine, by_noise[begin : begin + many])
+
+
+def _order(targets, centre, slope, start, who, gain):
+    """Sort by word w: its centres who[start[w]:start[w + 1]], ascending, and the slopes there."""
+    pairs, columns = targets.shape
+    for p in range(pairs):
+        for k in range(columns):
+            start[targets[p, k] + 1] += 1
     for word in range(len(start) - 1):
         start[word + 1] += start[word]
     at = start.copy()
-    for place in range(len(flat)):
-        order[at[flat[place]]] = place
-        at[flat[place]] += 1
+    for p in range(pairs):
+        for k in range(columns):
+            place = at[targets[p, k]]
+            who[place], gain[place] = centre[p], slope[p, k]
+            at[targets[p, k]] += 1
 
 
-def _spread(low, high, into, v, centre, slope, start, order, rate):
-    width, columns, flat = v.shape[1], slope.shape[1], slope.ravel()
+def _spread(low, high, into, v, start, who, gain, rate):
+    width = v.shape[1]
     total = np.empty(width, v.dtype)
     for word in range(low, high):
         if start[word] < start[word + 1]:
             total[:] = 0
             for at in range(start[word], start[word + 1]):
-                gain, mine = flat[order[at]], v[centre[order[at] // columns]]
+                scale, mine = gain[at], v[who[at]]
                 for d in range(width):
-                    total[d] += gain * mine[d]
+                    total[d] += scale * mine[d]
             row = into[word]
             for d in range(width):
                 row[d] += rate[word] * total[d]
@@ -124,7 +203,7 @@ def _add(into, rows, change, rate):
 def draw(count: int, key: int, share: Array, alias: Array) -> Array:
     """(count,) int32 words, see `pairs.Noise`."""
     out = np.empty(count, np.int32)
-    _compiled(_draw)(np.uint64(key), share, alias, out)
+    compiled(_draw)(np.uint64(key), share, alias, out)
     return out
 
 
@@ -134,7 +213,7 @@ def pairs(
     """See `pairs.neighbours`."""
     most = 2 * int(reach.sum())
     centre, targets = np.empty(most, np.int32), np.empty((most, 1 + negatives), np.int32)
-    count = _compiled(_pairs)(text, first, last, reach, np.uint64(key), share, alias, centre, targets)
+    count = compiled(_pairs)(text, first, last, reach, np.uint64(key), share, alias, centre, targets)
     return centre[:count], targets[:count]
 
 
@@ -142,31 +221,49 @@ def terms(v: Tensor, u: Tensor, centre: Tensor, targets: Tensor, logistic: bool)
     """`objective.terms` for contiguous tensors on the CPU."""
     count, threads = len(centre), torch.get_num_threads()
     slope, uphill = torch.empty(targets.shape, dtype=v.dtype), torch.zeros_like(v)
-    value = torch.zeros(len(v), dtype=torch.float64)
     cuts = [0, *(count * share // threads for share in range(1, threads)), count]
     for place in range(1, threads):  # no centre is cut in two
         while 0 < cuts[place] < count and centre[cuts[place]] == centre[cuts[place] - 1]:
             cuts[place] += 1
-    arrays = [part.numpy() for part in (v, u, centre, targets)]
-    results = [part.numpy() for part in (slope, uphill, value)]
-    _on_threads(_compiled(_terms), [*itertools.pairwise(cuts)], *arrays, logistic, *results)
-    return value.sum(), slope, uphill
+    shares = [*itertools.pairwise(cuts)]
+    mine, rows, *pairs, slopes, up = (part.numpy() for part in (v, u, centre, targets, slope, uphill))
+    _on_threads(compiled(_scores), shares, mine, rows, *pairs, slopes)
+    if logistic:
+        value = torch.tensor(compiled(_slopes)(slopes, v.dtype == torch.float32), dtype=torch.float64)
+    else:
+        value = slope.double().sum()
+        slope.fill_(1)
+    _on_threads(compiled(_uphill), shares, rows, *pairs, slopes, up)
+    return value, slope, uphill
+
+
+def shared_noise_terms(v: Tensor, u: Tensor, noise: Tensor, weight: Tensor, by_v: Tensor) -> tuple[Tensor, Tensor]:
+    """`objective.shared_noise_terms` for contiguous tensors on the CPU."""
+    blocks, threads = len(weight), torch.get_num_threads()
+    by_noise, value = torch.empty_like(v), torch.zeros(blocks, dtype=torch.float64)
+    cuts = [blocks * share // threads for share in range(threads + 1)]
+    arrays = [part.numpy() for part in (v, u, noise, weight)]
+    results = [part.numpy() for part in (by_v, by_noise, value)]
+    _on_threads(compiled(_shared), [*itertools.pairwise(cuts)], *arrays, v.dtype == torch.float32, *results)
+    return value.sum(), by_noise
 
 
 def spread(into: Tensor, v: Tensor, centre: Tensor, targets: Tensor, slope: Tensor, rate: Tensor) -> None:
     """`objective.spread` for contiguous tensors on the CPU: the changes of one row are summed before they are added."""
-    start, order = np.zeros(len(into) + 1, np.int32), np.empty(targets.numel(), np.int32)
-    _compiled(_order)(targets.numpy(), start, order)
+    start, who = np.zeros(len(into) + 1, np.int32), np.empty(targets.numel(), np.int32)
+    centres, slopes = centre.numpy(), slope.numpy()
+    gain = np.empty(targets.numel(), slopes.dtype)
+    compiled(_order)(targets.numpy(), centres, slopes, start, who, gain)
     threads = torch.get_num_threads()
-    shares = np.searchsorted(start, [len(order) * share // threads for share in range(1, threads)])
+    shares = np.searchsorted(start, [len(who) * share // threads for share in range(1, threads)])
     cuts = [0, *shares.tolist(), len(into)]
-    arrays = [part.numpy() for part in (into, v, centre, slope)]
-    _on_threads(_compiled(_spread), [*itertools.pairwise(cuts)], *arrays, start, order, rate.numpy())
+    arrays = into.numpy(), v.numpy(), start, who, gain, rate.numpy()
+    _on_threads(compiled(_spread), [*itertools.pairwise(cuts)], *arrays)
 
 
 def add(into: Tensor, rows: Tensor, change: Tensor, rate: Tensor) -> None:
     """`objective.add` for contiguous tensors on the CPU."""
-    _compiled(_add)(into.numpy(), rows.numpy(), change.numpy(), rate.numpy())
+    compiled(_add)(into.numpy(), rows.numpy(), change.numpy(), rate.numpy())
 
 
 def _on_threads(kernel: Callable[..., None], shares: list[tuple[int, int]], *arguments: Any) -> None:
@@ -182,12 +279,12 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 @functools.cache
-def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Machine code without the interpreter's lock (some seconds the first time ever, then from numba's cache)."""
     from numba import njit
     from numba.extending import register_jitable
 
-    for part in (_mixed, _pick):
+    for part in (_mixed, _pick, exponentials, _logs):
         register_jitable(part)
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     options["fastmath"] = {"contract", "reassoc", "nsz", "arcp"}

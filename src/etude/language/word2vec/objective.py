@@ -2,7 +2,7 @@
 
 Legend: v (V, D) vectors of centres, u (V, D) vectors of contexts; B centres in a batch, P pairs, K noise words of a pair.
 Gradients point uphill (∂ of the log-likelihood). The log-likelihood itself is returned with them.
-`terms` and `spread` say what `kernels` computes in machine code on a CPU.
+`terms`, `shared_noise_terms` and `spread` say what `kernels` computes in machine code on a CPU.
 """
 
 from __future__ import annotations
@@ -50,21 +50,26 @@ def add(into: Tensor, rows: Tensor, change: Tensor, rate: Tensor) -> None:
     into.index_add_(0, place, change * rate[place].unsqueeze(1))
 
 
-def shared_noise_terms(v: Tensor, noise: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ over blocks, their centres i and noise words m of weight_i·log σ(−n_m·v_i).
+def shared_noise_terms(v: Tensor, u: Tensor, noise: Tensor, weight: Tensor, by_v: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ over blocks of M centres, these centres i and the block's M noise words m of weight_i·log σ(−u_m·v_i).
 
     With weight_i = count_i·K/M this is on average what K noise words of their own would give each pair.
 
     Args:
-        v: (Blocks, L, D) centres; noise: (Blocks, M, D) vectors u of the noise words that a block shares; weight: (Blocks, L).
+        v: (B, D) vectors of the centres, block after block; u: (V, D); noise: (B,) rows of u, block after block.
+        weight: (B / M, M), of each centre.
+        by_v: (B, D), to which the derivative by v is added in place.
 
     Returns:
-        the sum (0-dim), its derivative by v and by noise.
+        the sum (0-dim), and its derivative by u in the rows that `noise` names (B, D).
     """
-    score, weight = v @ noise.transpose(1, 2), weight.unsqueeze(2)
+    blocks, many = weight.shape
+    centres, others = v.view(blocks, many, -1), u[noise.long()].view(blocks, many, -1)
+    score, weight = centres @ others.transpose(1, 2), weight.unsqueeze(2)
     value = -(F.softplus(score) * weight).sum()
     slope = torch.sigmoid(score).mul_(-weight)
-    return value, slope @ noise, slope.transpose(1, 2) @ v
+    by_v.add_((slope @ others).view_as(v))
+    return value, (slope.transpose(1, 2) @ centres).view_as(v)
 
 
 def softmax_terms(v: Tensor, u: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:

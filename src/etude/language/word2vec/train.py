@@ -267,7 +267,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
     offset = shares.log().float().to(run.device) if logistic else None
     v, u = model.vectors.detach(), model.contexts.detach()
     slow = [rate.float().to(run.device) for rate in rates(kept, shares, config)]
-    by = kernels if run.device.type == "cpu" else objective  # the same three functions
+    by = kernels if run.device.type == "cpu" else objective  # the same functions
 
     for step in run.steps(config.steps):
         fall = max(1 - step / config.steps, config.final_learning_rate)
@@ -284,13 +284,12 @@ def train(config: Config, run: Run) -> dict[str, float]:
         others, by_u = None, None  # what a batch has in common: noise words, or the softmax's denominator
         if not logistic:
             more, more_v, by_u = objective.softmax_terms(mine, u, count)
+            value, by_v = value + more, by_v.add_(more_v)
         elif not own:
             others = noise.draw(len(rows), key).to(run.device)
             weight = (count * (config.negatives / block)).view(-1, block)
-            stacked = mine.view(-1, block, config.width), u.index_select(0, others).view(-1, block, config.width)
-            more, more_v, by_u = objective.shared_noise_terms(*stacked, weight)
-        if by_u is not None:
-            value, by_v = value + more, by_v.add_(more_v.view_as(by_v))
+            more, by_u = by.shared_noise_terms(mine, u, others, weight, by_v)
+            value = value + more
         loss = -value / max(1, len(centre))
         into, direct = (v, u), logistic and run.world == 1
         if direct:
@@ -302,7 +301,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
         by.add(into[0], rows, by_v, rate_v)  # line 4
         by.spread(into[1], mine, centre, targets, slope, rate_u)
         if others is not None and by_u is not None:
-            by.add(into[1], others, by_u.view(len(rows), -1), rate_u)
+            by.add(into[1], others, by_u, rate_u)
         elif by_u is not None:
             into[1].add_(by_u * rate_u.unsqueeze(1))
         if not direct:
