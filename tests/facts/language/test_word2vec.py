@@ -24,6 +24,7 @@ from etude.language.word2vec import (
     split_words,
     write_vectors,
 )
+from etude.language.word2vec.kernels import Kernels
 from etude.language.word2vec.nulls import strangers
 from etude.language.word2vec.pairs import Noise, keep_probability, neighbours, noise_probability
 from etude.language.word2vec.scores import agreement, pair_counts, ppmi_vectors, spearman
@@ -150,16 +151,11 @@ def test_machine_code_equals_the_definition(logistic, threads):
     v, u, centre, targets = case(torch.float32, 3 if logistic else 0)
     v, rate = v * 4, torch.rand(9)
     expected = objective.terms(v, u, centre, targets, logistic)
-    before = torch.get_num_threads()
     results = []
     for count in (1, threads):
-        torch.set_num_threads(count)
-        try:
-            found = kernels.terms(v, u, centre, targets, logistic)
-            into = u.clone()
-            kernels.spread(into, v, centre, targets, found[1], rate)
-        finally:
-            torch.set_num_threads(before)
+        found = Kernels(count).terms(v, u, centre, targets, logistic)
+        into = u.clone()
+        Kernels(count).spread(into, v, centre, targets, found[1], rate)
         results.append((*found, into))
     assert all(torch.equal(a, b) for a, b in zip(*results))
     for ours, theirs in zip(results[0], expected):
@@ -168,7 +164,7 @@ def test_machine_code_equals_the_definition(logistic, threads):
     objective.spread(into, v, centre, targets, expected[1], rate)
     torch.testing.assert_close(results[0][3], into, rtol=1e-5, atol=1e-5)
     rows, change, ours = torch.tensor([1, 2, 1, 0, 0, 0], dtype=torch.int32), torch.randn(6, 5), u.clone()
-    kernels.add(ours, rows, change, rate)
+    Kernels(1).add(ours, rows, change, rate)
     theirs = u.clone()
     objective.add(theirs, rows, change, rate)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -177,7 +173,7 @@ def test_machine_code_equals_the_definition(logistic, threads):
 def test_many_terms_do_not_overflow():
     """Far scores in hundreds of columns: the product of odds is taken apart in time, each exponential held at 80."""
     v, u = torch.full((1, 2), 30.0), torch.full((1, 2), 1.0)
-    value, slope, _ = kernels.terms(
+    value, slope, _ = Kernels(1).terms(
         v, u, torch.zeros(2, dtype=torch.int32), torch.zeros(2, 300, dtype=torch.int32), True
     )
     assert float(value) == pytest.approx(-2 * 299 * 60, rel=1e-4)
@@ -199,7 +195,7 @@ def test_shared_noise_equals_autograd_and_own_noise_on_average():
     v0, n0 = v.clone().requires_grad_(), u[rows].clone().requires_grad_()
     total = (F.logsigmoid(-torch.einsum("bid,bmd->bim", v0, n0)) * weight[..., None]).sum()
     expected = torch.autograd.grad(total, [v0, n0])
-    for made in (objective, kernels):
+    for made in (objective, Kernels(1)):
         value, by_v, by_noise = shared(made, v.flatten(0, 1), u, rows.flatten().int(), weight)
         assert float(value) == pytest.approx(float(total.detach()), rel=1e-12)
         torch.testing.assert_close(by_v, expected[0].flatten(0, 1))
@@ -219,13 +215,7 @@ def test_shared_noise_in_machine_code_equals_the_definition(many):
     v, u = 3 * torch.randn(4 * many, 12), torch.randn(30, 12)
     noise, weight = torch.randint(30, (4 * many,)).int(), torch.rand(4, many)
     weight[1] = 0
-    before, results = torch.get_num_threads(), []
-    for count in (1, 3):
-        torch.set_num_threads(count)
-        try:
-            results.append(shared(kernels, v, u, noise, weight))
-        finally:
-            torch.set_num_threads(before)
+    results = [shared(Kernels(count), v, u, noise, weight) for count in (1, 3)]
     assert all(torch.equal(a, b) for a, b in zip(*results))
     for ours, theirs in zip(results[0], shared(objective, v, u, noise, weight)):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, check_dtype=False)
@@ -244,11 +234,11 @@ def test_exponentials_by_arithmetic():
     assert np.isnan(far[4])
     v, u, centre, targets = case(torch.float32)
     v[3, 0] = torch.nan
-    value, slope, by_v = kernels.terms(v, u, centre, targets, True)
+    value, slope, by_v = Kernels(1).terms(v, u, centre, targets, True)
     assert value.isnan()
     assert torch.equal(slope.isnan().all(1), centre == 3)
     assert torch.equal(by_v.isnan().any(1), torch.arange(6) == 3)
-    value, by_v, _ = shared(kernels, v, u, torch.arange(6).int(), torch.ones(3, 2))
+    value, by_v, _ = shared(Kernels(1), v, u, torch.arange(6).int(), torch.ones(3, 2))
     assert value.isnan()
     assert by_v.isnan().any(1).tolist() == [False, False, False, True, False, False]
 
@@ -296,8 +286,8 @@ def test_optimum_of_negative_sampling_is_pmi_less_log_k(negatives):
     v, u = torch.eye(4), torch.zeros(4, 4)  # v = 1 leaves u free to be any matrix: full rank
     rate = torch.full((4,), 2 / len(centre))
     for _ in range(400):
-        _, slope, _ = kernels.terms(v, u, centre_, targets_, True)
-        kernels.spread(u, v, centre_, targets_, slope, rate * 4)
+        _, slope, _ = Kernels(1).terms(v, u, centre_, targets_, True)
+        Kernels(1).spread(u, v, centre_, targets_, slope, rate * 4)
     total = COUNTS.sum()
     pmi = (COUNTS * total / (COUNTS.sum(1, keepdim=True) * COUNTS.sum(0))).log()
     assert (v @ u.t() - (pmi - math.log(negatives))).abs().max() < 0.05

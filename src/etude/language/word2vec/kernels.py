@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["add", "compiled", "draw", "exponentials", "pairs", "shared_noise_terms", "spread", "terms"]
+__all__ = ["Kernels", "compiled", "draw", "exponentials", "pairs"]
 
 Array = NDArray[Any]
 
@@ -217,58 +218,64 @@ def pairs(
     return centre[:count], targets[:count]
 
 
-def terms(v: Tensor, u: Tensor, centre: Tensor, targets: Tensor, logistic: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`objective.terms` for contiguous tensors on the CPU."""
-    count, threads = len(centre), torch.get_num_threads()
-    slope, uphill = torch.empty(targets.shape, dtype=v.dtype), torch.zeros_like(v)
-    cuts = [0, *(count * share // threads for share in range(1, threads)), count]
-    for place in range(1, threads):  # no centre is cut in two
-        while 0 < cuts[place] < count and centre[cuts[place]] == centre[cuts[place] - 1]:
-            cuts[place] += 1
+@dataclass(frozen=True)
+class Kernels:
+    """The functions of `objective` for contiguous tensors on the CPU, on so many threads.
+
+    torch should have one thread meanwhile: more would wait for its next call on the cores that are needed here.
+    """
+
+    threads: int
+
+    def terms(
+        self, v: Tensor, u: Tensor, centre: Tensor, targets: Tensor, logistic: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        count = len(centre)
+        slope, uphill = torch.empty(targets.shape, dtype=v.dtype), torch.zeros_like(v)
+        cuts = [count * share // self.threads for share in range(self.threads + 1)]
+        for place in range(1, self.threads):  # no centre is cut in two
+            while 0 < cuts[place] < count and centre[cuts[place]] == centre[cuts[place] - 1]:
+                cuts[place] += 1
+        mine, rows, *pairs, slopes, up = (part.numpy() for part in (v, u, centre, targets, slope, uphill))
+        _on_threads(_scores, cuts, mine, rows, *pairs, slopes)
+        if logistic:
+            value = torch.tensor(compiled(_slopes)(slopes, v.dtype == torch.float32), dtype=torch.float64)
+        else:
+            value = slope.double().sum()
+            slope.fill_(1)
+        _on_threads(_uphill, cuts, rows, *pairs, slopes, up)
+        return value, slope, uphill
+
+    def shared_noise_terms(
+        self, v: Tensor, u: Tensor, noise: Tensor, weight: Tensor, by_v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        blocks = len(weight)
+        by_noise, value = torch.empty_like(v), torch.zeros(blocks, dtype=torch.float64)
+        cuts = [blocks * share // self.threads for share in range(self.threads + 1)]
+        arrays = [part.numpy() for part in (v, u, noise, weight)]
+        results = [part.numpy() for part in (by_v, by_noise, value)]
+        _on_threads(_shared, cuts, *arrays, v.dtype == torch.float32, *results)
+        return value.sum(), by_noise
+
+    def spread(self, into: Tensor, v: Tensor, centre: Tensor, targets: Tensor, slope: Tensor, rate: Tensor) -> None:
+        """The changes of one row are summed before they are added."""
+        start, who = np.zeros(len(into) + 1, np.int32), np.empty(targets.numel(), np.int32)
+        slopes = slope.numpy()
+        gain = np.empty(targets.numel(), slopes.dtype)
+        compiled(_order)(targets.numpy(), centre.numpy(), slopes, start, who, gain)
+        inner = np.searchsorted(start, [len(who) * share // self.threads for share in range(1, self.threads)])
+        arrays = into.numpy(), v.numpy(), start, who, gain, rate.numpy()
+        _on_threads(_spread, [0, *inner.tolist(), len(into)], *arrays)
+
+    def add(self, into: Tensor, rows: Tensor, change: Tensor, rate: Tensor) -> None:
+        compiled(_add)(into.numpy(), rows.numpy(), change.numpy(), rate.numpy())
+
+
+def _on_threads(kernel: Callable[..., None], cuts: list[int], *arguments: Any) -> None:
+    """Each thread takes the numbers between two neighbours of `cuts`."""
     shares = [*itertools.pairwise(cuts)]
-    mine, rows, *pairs, slopes, up = (part.numpy() for part in (v, u, centre, targets, slope, uphill))
-    _on_threads(compiled(_scores), shares, mine, rows, *pairs, slopes)
-    if logistic:
-        value = torch.tensor(compiled(_slopes)(slopes, v.dtype == torch.float32), dtype=torch.float64)
-    else:
-        value = slope.double().sum()
-        slope.fill_(1)
-    _on_threads(compiled(_uphill), shares, rows, *pairs, slopes, up)
-    return value, slope, uphill
-
-
-def shared_noise_terms(v: Tensor, u: Tensor, noise: Tensor, weight: Tensor, by_v: Tensor) -> tuple[Tensor, Tensor]:
-    """`objective.shared_noise_terms` for contiguous tensors on the CPU."""
-    blocks, threads = len(weight), torch.get_num_threads()
-    by_noise, value = torch.empty_like(v), torch.zeros(blocks, dtype=torch.float64)
-    cuts = [blocks * share // threads for share in range(threads + 1)]
-    arrays = [part.numpy() for part in (v, u, noise, weight)]
-    results = [part.numpy() for part in (by_v, by_noise, value)]
-    _on_threads(compiled(_shared), [*itertools.pairwise(cuts)], *arrays, v.dtype == torch.float32, *results)
-    return value.sum(), by_noise
-
-
-def spread(into: Tensor, v: Tensor, centre: Tensor, targets: Tensor, slope: Tensor, rate: Tensor) -> None:
-    """`objective.spread` for contiguous tensors on the CPU: the changes of one row are summed before they are added."""
-    start, who = np.zeros(len(into) + 1, np.int32), np.empty(targets.numel(), np.int32)
-    centres, slopes = centre.numpy(), slope.numpy()
-    gain = np.empty(targets.numel(), slopes.dtype)
-    compiled(_order)(targets.numpy(), centres, slopes, start, who, gain)
-    threads = torch.get_num_threads()
-    shares = np.searchsorted(start, [len(who) * share // threads for share in range(1, threads)])
-    cuts = [0, *shares.tolist(), len(into)]
-    arrays = into.numpy(), v.numpy(), start, who, gain, rate.numpy()
-    _on_threads(compiled(_spread), [*itertools.pairwise(cuts)], *arrays)
-
-
-def add(into: Tensor, rows: Tensor, change: Tensor, rate: Tensor) -> None:
-    """`objective.add` for contiguous tensors on the CPU."""
-    compiled(_add)(into.numpy(), rows.numpy(), change.numpy(), rate.numpy())
-
-
-def _on_threads(kernel: Callable[..., None], shares: list[tuple[int, int]], *arguments: Any) -> None:
-    work = [_pool(len(shares) - 1).submit(kernel, *share, *arguments) for share in shares[1:]]
-    kernel(*shares[0], *arguments)
+    work = [_pool(len(shares) - 1).submit(compiled(kernel), *share, *arguments) for share in shares[1:]]
+    compiled(kernel)(*shares[0], *arguments)
     for part in work:
         part.result()
 

@@ -59,8 +59,9 @@ from etude.core.randomness import fold, generator
 from etude.core.run import Loaded, Run
 from etude.core.spec import Spec
 from etude.data.texts import split
-from etude.language.word2vec import kernels, objective
+from etude.language.word2vec import objective
 from etude.language.word2vec.files import write_vectors
+from etude.language.word2vec.kernels import Kernels
 from etude.language.word2vec.pairs import (
     Noise,
     Vocabulary,
@@ -267,7 +268,11 @@ def train(config: Config, run: Run) -> dict[str, float]:
     offset = shares.log().float().to(run.device) if logistic else None
     v, u = model.vectors.detach(), model.contexts.detach()
     slow = [rate.float().to(run.device) for rate in rates(kept, shares, config)]
-    by = kernels if run.device.type == "cpu" else objective  # the same functions
+    by = objective
+    if run.device.type == "cpu":
+        by = Kernels(torch.get_num_threads())  # the same functions
+        if logistic:
+            torch.set_num_threads(1)  # the kernels take the threads
 
     for step in run.steps(config.steps):
         fall = max(1 - step / config.steps, config.final_learning_rate)
