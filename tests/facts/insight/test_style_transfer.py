@@ -136,6 +136,59 @@ def plain_loss(
     return total + config.smoothness * rough / x[0, 0].numel(), content, texture
 
 
+def begun(shape: tuple[int, int], power: float) -> Tensor:
+    """The first guess as a matrix: columns are pictures of one pixel, whose waves are weighed one by one."""
+    rows, columns = (torch.arange(n, dtype=torch.float64) for n in shape)
+    total = torch.zeros(shape[0] * shape[1], shape[0] * shape[1], dtype=torch.float64)
+    place = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)
+    for i in range(shape[0]):
+        for j in range(shape[1]):
+            cycles = torch.tensor(
+                [min(i, shape[0] - i) / shape[0], min(j, shape[1] - j) / shape[1]], dtype=torch.float64
+            )
+            weight = float(cycles.norm().clamp(min=1 / max(shape))) ** -power
+            phase = 2 * torch.pi * (place * torch.tensor([i / shape[0], j / shape[1]], dtype=torch.float64)).sum(1)
+            total += weight * (torch.outer(phase.cos(), phase.cos()) + torch.outer(phase.sin(), phase.sin()))
+    return total / len(total)
+
+
+def test_the_first_guess_weighs_waves() -> None:
+    """Against sums of cosines; a symmetric positive map; none at all for power 0."""
+    q = torch.randn(1, 2, 6, 5, dtype=torch.float64)
+    made = lbfgs.spectral(q, 1.5)(q)
+    matrix = begun((6, 5), 1.5)
+    torch.testing.assert_close(made[0].flatten(1), q[0].flatten(1) @ matrix)
+    assert torch.linalg.eigvalsh(matrix).min() > 0
+    assert lbfgs.spectral(q, 0.0)(q) is q
+    half = lbfgs.spectral(q.float(), 1.5)(q.float())
+    torch.testing.assert_close(half, made.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_network_in_half_precision_points_the_same_way() -> None:
+    """bfloat16: loss and gradient stay single precision, and are near what single precision has."""
+    network, targets, photo = problem()
+    network.model.float()
+    x = photo.float() + 0.1
+    targets = targets._replace(content=targets.content.float(), grams=[target.float() for target in targets.grams])
+    value, gradient = objective(network, targets)(x)
+    low, slope = objective(network, targets, lambda: torch.autocast("cpu", torch.bfloat16))(x)
+    assert low.dtype == slope.dtype == x.dtype
+    assert not torch.equal(slope, gradient)
+    assert float(low) == pytest.approx(float(value), rel=0.03)
+    assert F.cosine_similarity(slope.flatten(), gradient.flatten(), dim=0) > 0.99
+
+
+def test_a_run_in_half_precision_goes_nearly_the_same_way() -> None:
+    """`--precision bf16` reaches the network that is looked at; what the result says of the picture is single precision's."""
+    heights = []
+    for precision in ("fp32", "bf16"):
+        done = etude.run("insight/style_transfer", **SMALL, precision=precision)
+        rows = [json.loads(line) for line in (done.folder / "metrics.jsonl").read_text().splitlines()]
+        heights.append([row["objective"] for row in rows[3:]])
+    assert heights[0] != heights[1]
+    assert heights[1][0] == pytest.approx(heights[0][0], rel=0.1)
+
+
 def check(plain: Any, monkeypatch: pytest.MonkeyPatch, **flags: Any) -> None:
     """The run's x lowers the loss of the definition along its own steps; every number is computed again."""
     drawn: list[Tensor] = []
@@ -164,13 +217,14 @@ def check(plain: Any, monkeypatch: pytest.MonkeyPatch, **flags: Any) -> None:
         return float(total.detach()), leaf.grad
 
     f, g = value(x)  # L-BFGS with an explicit matrix H over the last two pairs
+    h0 = begun(tuple(x.shape[2:]), flags.get("coarse_first", 0.0))
     pairs: list[tuple[Tensor, Tensor]] = []
     heights, passes = [], 1
     for _ in range(4):
-        h = torch.eye(x.numel())
+        h = h0
         if pairs:
             s, y = pairs[-1]
-            h = h * (s @ y) / (y @ y)
+            h = h * (s @ y) / (y @ h @ y)
         for s, y in pairs[-2:]:
             v = torch.eye(x.numel()) - torch.outer(s, y) / (s @ y)
             h = v @ h @ v.T + torch.outer(s, s) / (s @ y)
@@ -214,6 +268,7 @@ def test_reported_numbers_are_those_of_the_picture(plain: Any, monkeypatch: pyte
         "content_weight": 0.7,
         "style_weight": 9.0,
         "smoothness": 0.3,
+        "coarse_first": 1.5,
     }
     check(plain, monkeypatch, **flags)
 
