@@ -144,16 +144,21 @@ def test_gradients_of_pairs_equal_autograd(logistic):
     torch.testing.assert_close(into[1], rate[1] * (v[0] + v[2]))
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("logistic", [True, False])
-def test_machine_code_equals_the_definition(logistic, threads):
-    """Large scores, too; on any number of threads the same bits."""
-    v, u, centre, targets = case(torch.float32, 3 if logistic else 0)
-    v, rate = v * 4, torch.rand(9)
-    expected = objective.terms(v, u, centre, targets, logistic)
+def blocks(rows: int, many: int) -> torch.Tensor:
+    """Weights of no shared noise, for the centres of `case` filled up to whole blocks."""
+    return torch.ones(-(-rows // many), many)
+
+
+@pytest.mark.parametrize(("threads", "many"), [(1, 16), (2, 2), (3, 3)])
+def test_machine_code_equals_the_definition(threads, many):
+    """Large scores, too; on any number of threads, in blocks of any length, the same bits."""
+    v, u, centre, targets = case(torch.float32)
+    v, rate = F.pad(v * 4, (0, 0, 0, -len(v) % many)), torch.rand(9)
+    none, weight = torch.empty(0, dtype=torch.int32), blocks(6, many)
+    expected = objective.negatives(v, u, centre, targets, none, weight)
     results = []
     for count in (1, threads):
-        found = Kernels(count).terms(v, u, centre, targets, logistic)
+        found = Kernels(count).negatives(v, u, centre, targets, none, weight)
         into = u.clone()
         Kernels(count).spread(into, v, centre, targets, found[1], rate)
         results.append((*found, into))
@@ -162,7 +167,7 @@ def test_machine_code_equals_the_definition(logistic, threads):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     into = u.clone()
     objective.spread(into, v, centre, targets, expected[1], rate)
-    torch.testing.assert_close(results[0][3], into, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(results[0][4], into, rtol=1e-5, atol=1e-5)
     rows, change, ours = torch.tensor([1, 2, 1, 0, 0, 0], dtype=torch.int32), torch.randn(6, 5), u.clone()
     Kernels(1).add(ours, rows, change, rate)
     theirs = u.clone()
@@ -173,18 +178,17 @@ def test_machine_code_equals_the_definition(logistic, threads):
 def test_many_terms_do_not_overflow():
     """Far scores in hundreds of columns: the product of odds is taken apart in time, each exponential held at 80."""
     v, u = torch.full((1, 2), 30.0), torch.full((1, 2), 1.0)
-    value, slope, _ = Kernels(1).terms(
-        v, u, torch.zeros(2, dtype=torch.int32), torch.zeros(2, 300, dtype=torch.int32), True
-    )
+    of_both, none = torch.zeros(2, 300, dtype=torch.int32), torch.empty(0, dtype=torch.int32)
+    value, slope, *_ = Kernels(1).negatives(v, u, torch.zeros(2, dtype=torch.int32), of_both, none, blocks(1, 1))
     assert float(value) == pytest.approx(-2 * 299 * 60, rel=1e-4)
     assert slope[0, 1:].tolist() == pytest.approx([-1] * 299)
 
 
 def shared(made, v, u, noise, weight):
-    """(value, by v, by noise) of `made`, by v added to ones and taken from them again."""
-    by_v = torch.ones_like(v)
-    value, by_noise = made.shared_noise_terms(v, u, noise, weight, by_v)
-    return value, by_v - 1, by_noise
+    """(value, by v, by noise) of the shared noise words alone: no pairs."""
+    no_centre, no_targets = torch.empty(0, dtype=torch.int32), torch.empty(0, 1, dtype=torch.int32)
+    value, _, by_v, by_noise = made.negatives(v, u, no_centre, no_targets, noise, weight)
+    return value, by_v, by_noise
 
 
 def test_shared_noise_equals_autograd_and_own_noise_on_average():
@@ -234,7 +238,7 @@ def test_exponentials_by_arithmetic():
     assert np.isnan(far[4])
     v, u, centre, targets = case(torch.float32)
     v[3, 0] = torch.nan
-    value, slope, by_v = Kernels(1).terms(v, u, centre, targets, True)
+    value, slope, by_v, _ = Kernels(1).negatives(v, u, centre, targets, torch.empty(0, dtype=torch.int32), blocks(6, 1))
     assert value.isnan()
     assert torch.equal(slope.isnan().all(1), centre == 3)
     assert torch.equal(by_v.isnan().any(1), torch.arange(6) == 3)
@@ -286,7 +290,7 @@ def test_optimum_of_negative_sampling_is_pmi_less_log_k(negatives):
     v, u = torch.eye(4), torch.zeros(4, 4)  # v = 1 leaves u free to be any matrix: full rank
     rate = torch.full((4,), 2 / len(centre))
     for _ in range(400):
-        _, slope, _ = Kernels(1).terms(v, u, centre_, targets_, True)
+        _, slope, *_ = Kernels(1).negatives(v, u, centre_, targets_, torch.empty(0, dtype=torch.int32), blocks(4, 4))
         Kernels(1).spread(u, v, centre_, targets_, slope, rate * 4)
     total = COUNTS.sum()
     pmi = (COUNTS * total / (COUNTS.sum(1, keepdim=True) * COUNTS.sum(0))).log()

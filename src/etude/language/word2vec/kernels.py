@@ -59,17 +59,6 @@ def _pairs(text, first, last, reach, key, share, alias, centre, targets):
     return count
 
 
-def _scores(first, last, v, u, centre, targets, score):
-    width, columns = v.shape[1], targets.shape[1]
-    for p in range(first, last):
-        mine = v[centre[p]]
-        for k in range(columns):
-            row, total = u[targets[p, k]], v.dtype.type(0)
-            for d in range(width):
-                total += row[d] * mine[d]
-            score[p, k] = total
-
-
 def exponentials(score, single):
     """e^s of scores (N,) in place; of float32 within 3 units in the last place, by arithmetic that vector instructions know.
 
@@ -122,22 +111,29 @@ def _slopes(score, single):
     return -total
 
 
-def _uphill(first, last, u, centre, targets, slope, uphill):
-    width, columns = u.shape[1], targets.shape[1]
-    for p in range(first, last):
-        up = uphill[centre[p]]
-        for k in range(columns):
-            row, gain = u[targets[p, k]], slope[p, k]
-            for d in range(width):
-                up[d] += gain * row[d]
-
-
-def _shared(first, last, v, u, noise, weight, single, by_v, by_noise, value):
-    many, width, one, two = weight.shape[1], v.shape[1], v.dtype.type(1), np.empty(weight.shape[1])
-    others, change = np.empty((many, width), v.dtype), np.empty((many, width), v.dtype)
+def _negatives(first, last, v, u, centre, targets, starts, noise, weight, single, slope, by_v, by_noise, value):
+    width, columns, many, one = v.shape[1], targets.shape[1], weight.shape[1], v.dtype.type(1)
+    two, others, change = np.empty(many), np.empty((many, width), v.dtype), np.empty((many, width), v.dtype)
     score = np.empty((many, many), v.dtype)  # of noise word m and centre i
     for block in range(first, last):
-        begin, total = block * many, 0.0
+        for p in range(starts[block], starts[block + 1]):
+            mine = v[centre[p]]
+            for k in range(columns):
+                row, dot = u[targets[p, k]], v.dtype.type(0)
+                for d in range(width):
+                    dot += row[d] * mine[d]
+                slope[p, k] = dot
+        total = _slopes(slope[starts[block] : starts[block + 1]], single)
+        for p in range(starts[block], starts[block + 1]):
+            up = by_v[centre[p]]
+            for k in range(columns):
+                row, gain = u[targets[p, k]], slope[p, k]
+                for d in range(width):
+                    up[d] += gain * row[d]
+        value[block] = total
+        if len(noise) == 0:
+            continue
+        begin = block * many
         mine = v[begin : begin + many]
         for m in range(many):
             word = noise[begin + m]
@@ -227,35 +223,23 @@ class Kernels:
 
     threads: int
 
-    def terms(
-        self, v: Tensor, u: Tensor, centre: Tensor, targets: Tensor, logistic: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        count = len(centre)
-        slope, uphill = torch.empty(targets.shape, dtype=v.dtype), torch.zeros_like(v)
-        cuts = [count * share // self.threads for share in range(self.threads + 1)]
-        for place in range(1, self.threads):  # no centre is cut in two
-            while 0 < cuts[place] < count and centre[cuts[place]] == centre[cuts[place] - 1]:
-                cuts[place] += 1
-        mine, rows, *pairs, slopes, up = (part.numpy() for part in (v, u, centre, targets, slope, uphill))
-        _on_threads(_scores, cuts, mine, rows, *pairs, slopes)
-        if logistic:
-            value = torch.tensor(compiled(_slopes)(slopes, v.dtype == torch.float32), dtype=torch.float64)
-        else:
-            value = slope.double().sum()
-            slope.fill_(1)
-        _on_threads(_uphill, cuts, rows, *pairs, slopes, up)
-        return value, slope, uphill
-
-    def shared_noise_terms(
-        self, v: Tensor, u: Tensor, noise: Tensor, weight: Tensor, by_v: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        blocks = len(weight)
-        by_noise, value = torch.empty_like(v), torch.zeros(blocks, dtype=torch.float64)
+    def negatives(
+        self, v: Tensor, u: Tensor, centre: Tensor, targets: Tensor, noise: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        blocks, many = weight.shape
+        slope, by_v, by_noise = (
+            torch.empty(targets.shape, dtype=v.dtype),
+            torch.zeros_like(v),
+            v.new_empty(len(noise), v.shape[1]),
+        )
+        value = torch.zeros(blocks, dtype=torch.float64)
+        starts = np.searchsorted(centre.numpy(), np.arange(0, blocks * many + 1, many, dtype=np.int32))
         cuts = [blocks * share // self.threads for share in range(self.threads + 1)]
-        arrays = [part.numpy() for part in (v, u, noise, weight)]
-        results = [part.numpy() for part in (by_v, by_noise, value)]
-        _on_threads(_shared, cuts, *arrays, v.dtype == torch.float32, *results)
-        return value.sum(), by_noise
+        arrays = [part.numpy() for part in (v, u, centre, targets)]
+        results = [part.numpy() for part in (slope, by_v, by_noise, value)]
+        single = v.dtype == torch.float32
+        _on_threads(_negatives, cuts, *arrays, starts, noise.numpy(), weight.numpy(), single, *results)
+        return value.sum(), slope, by_v, by_noise
 
     def spread(self, into: Tensor, v: Tensor, centre: Tensor, targets: Tensor, slope: Tensor, rate: Tensor) -> None:
         """The changes of one row are summed before they are added."""
@@ -291,7 +275,7 @@ def compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
     from numba import njit
     from numba.extending import register_jitable
 
-    for part in (_mixed, _pick, exponentials, _logs):
+    for part in (_mixed, _pick, exponentials, _logs, _slopes):
         register_jitable(part)
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     options["fastmath"] = {"contract", "reassoc", "nsz", "arcp"}

@@ -2,7 +2,7 @@
 
 Legend: v (V, D) vectors of centres, u (V, D) vectors of contexts; B centres in a batch, P pairs, K noise words of a pair.
 Gradients point uphill (∂ of the log-likelihood). The log-likelihood itself is returned with them.
-`terms`, `shared_noise_terms` and `spread` say what `kernels` computes in machine code on a CPU.
+`negatives`, `spread` and `add` say what `kernels` computes in machine code on a CPU.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["add", "shared_noise_terms", "softmax_terms", "spread", "terms"]
+__all__ = ["add", "negatives", "shared_noise_terms", "softmax_terms", "spread", "terms"]
 
 
 def terms(v: Tensor, u: Tensor, centre: Tensor, targets: Tensor, logistic: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,6 +70,25 @@ def shared_noise_terms(v: Tensor, u: Tensor, noise: Tensor, weight: Tensor, by_v
     slope = torch.sigmoid(score).mul_(-weight)
     by_v.add_((slope @ others).view_as(v))
     return value, (slope.transpose(1, 2) @ centres).view_as(v)
+
+
+def negatives(
+    v: Tensor, u: Tensor, centre: Tensor, targets: Tensor, noise: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The objective of negative sampling: `terms` of the pairs and, where there are `noise` words, `shared_noise_terms`.
+
+    Args:
+        v, u, centre, targets: as `terms` takes them, the centres ascending; noise: (B,) or (0,); weight: (B / M, M).
+
+    Returns:
+        the log-likelihood (0-dim, float64), its derivative by each score of the pairs (P, 1 + K), by v (B, D), and by u in
+        the rows that `noise` names, (B, D) or (0, D).
+    """
+    value, slope, by_v = terms(v, u, centre, targets, True)
+    if not len(noise):
+        return value, slope, by_v, v[:0]
+    more, by_noise = shared_noise_terms(v, u, noise, weight, by_v)
+    return value + more, slope, by_v, by_noise
 
 
 def softmax_terms(v: Tensor, u: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:

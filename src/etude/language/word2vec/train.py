@@ -257,7 +257,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
     run.track(model=model, **({} if logistic else {"optimizer": optimizer}))
     noise, passes = Noise(shares), Passes(learned, keep, config.batch, run.seed)
     own = config.negatives if logistic and not config.shared_negatives else 0
-    block = config.shared_negatives if logistic and not own else 1
+    block = (config.shared_negatives or 16) if logistic else 1  # centres that are computed together
 
     held_out = {
         name: held_out_pairs(text, keep, config, generator(run.seed, 0, 0, name + " pairs"))
@@ -285,16 +285,14 @@ def train(config: Config, run: Run) -> dict[str, float]:
         rows = F.pad(text[first:last], (0, fill))
         centre, targets, rows = (part.to(run.device) for part in (*pairs, rows))
         mine, count = v.index_select(0, rows), torch.bincount(centre, minlength=len(rows))
-        value, slope, by_v = by.terms(mine, u, centre, targets, logistic)
-        others, by_u = None, None  # what a batch has in common: noise words, or the softmax's denominator
-        if not logistic:
-            more, more_v, by_u = objective.softmax_terms(mine, u, count)
-            value, by_v = value + more, by_v.add_(more_v)
-        elif not own:
-            others = noise.draw(len(rows), key).to(run.device)
+        if logistic:
+            others = noise.draw(0 if own else len(rows), key).to(run.device)
             weight = (count * (config.negatives / block)).view(-1, block)
-            more, by_u = by.shared_noise_terms(mine, u, others, weight, by_v)
-            value = value + more
+            value, slope, by_v, by_u = by.negatives(mine, u, centre, targets, others, weight)
+        else:
+            value, slope, by_v = objective.terms(mine, u, centre, targets, False)
+            others, (more, more_v, by_u) = None, objective.softmax_terms(mine, u, count)
+            value, by_v = value + more, by_v.add_(more_v)
         loss = -value / max(1, len(centre))
         into, direct = (v, u), logistic and run.world == 1
         if direct:
@@ -305,9 +303,9 @@ def train(config: Config, run: Run) -> dict[str, float]:
                 rate_v = rate_u = torch.full_like(slow[0], -1 / max(1, len(centre)))
         by.add(into[0], rows, by_v, rate_v)  # line 4
         by.spread(into[1], mine, centre, targets, slope, rate_u)
-        if others is not None and by_u is not None:
+        if others is not None:
             by.add(into[1], others, by_u, rate_u)
-        elif by_u is not None:
+        else:
             into[1].add_(by_u * rate_u.unsqueeze(1))
         if not direct:
             model.vectors.grad, model.contexts.grad = into
