@@ -198,9 +198,9 @@ def test_prompts_of_all_lengths_are_continued_as_each_alone(tmp_path):
             options.count + len(prompt or "\n") for prompt in prompts for _ in range(options.samples)
         ]
     assert together[0] != together[1]  # another seed, another text
-    assert generate(loaded, []) == []
+    assert generate(loaded, [], Sample()) == []
     with pytest.raises(UserError, match="the character 'Ω'"):
-        generate(loaded, ["who", "Ω"])
+        generate(loaded, ["who", "Ω"], Sample())
     with pytest.raises(UserError, match="--top-p is 0"):
         generate(loaded, ["who"], Sample(top_p=0.0))
 
