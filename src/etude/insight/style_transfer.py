@@ -93,7 +93,7 @@ class Config:
     history: Count = 20
     """Pairs that L-BFGS remembers."""
     coarse_first: Annotated[float, Range(0, 4)] = 0.0
-    """Power of the frequency with which its first guess of a step falls: large areas before small grain; 0: all alike."""
+    """c: the power of the frequency by which the first guess of a step falls, so that large areas change before small grain."""
 
 
 LITE = ("_blocks.0", "_blocks.2", "_blocks.4")
