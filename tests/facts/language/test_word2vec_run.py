@@ -17,7 +17,7 @@ import etude
 from etude.core.errors import UserError
 from etude.core.randomness import fold, generator
 from etude.data import texts
-from etude.language.word2vec import read_vectors, split_words
+from etude.language.word2vec import objective, read_vectors, split_words, train
 from etude.language.word2vec.pairs import Noise
 
 SMALL = {"width": 6, "window": 3, "batch": 60, "steps": 5, "negatives": 2, "shared_negatives": 4, "subsample": 0.02}
@@ -32,8 +32,8 @@ def run(folder: Path, text: str, seed: int = 3, **settings):
     folder.mkdir(exist_ok=True)
     (folder / "text.txt").write_text(text, encoding="utf-8")
     return etude.run(
-        "language/word2vec", out=folder / "run", seed=seed, quiet=True, threads=1, data=str(folder / "text.txt"),
-        **{**SMALL, **settings},
+        "language/word2vec", out=folder / "run", seed=seed, quiet=True, data=str(folder / "text.txt"),
+        **{"threads": 1, **SMALL, **settings},
     )  # fmt: skip
 
 
@@ -233,6 +233,18 @@ def test_every_mode_moves_every_word(extra, tmp_path):
     moved = (loaded.model.vectors.detach() - first)[:, 1:].abs().sum(1) > 0
     assert moved.all()
     assert (loaded.model.contexts.detach().abs().sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("extra", [{}, {"shared_negatives": 0}, {"objective": "softmax"}])
+def test_machine_code_and_the_definition_learn_the_same(extra, tmp_path, monkeypatch):
+    """The definition in tensors is what other devices compute; two threads change no number."""
+    done = [run(tmp_path / "one", house(), **extra), run(tmp_path / "two", house(), threads=2, **extra)]
+    monkeypatch.setattr(train, "Kernels", lambda threads: objective)
+    done.append(run(tmp_path / "other", house(), **extra))
+    one, two, other = (etude.load(result.folder).model.vectors.detach() for result in done)
+    assert torch.equal(one, two)
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert rows(done[0])[-1]["loss"] == pytest.approx(rows(done[2])[-1]["loss"], rel=1e-5)
 
 
 def test_sparse_batches_and_short_texts(tmp_path):
