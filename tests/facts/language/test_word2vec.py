@@ -122,6 +122,14 @@ def case(dtype=torch.float64, negatives=3):
     return v, u, centre, torch.randint(9, (7, 1 + negatives)).int()
 
 
+NONE = torch.empty(0, dtype=torch.int32)
+
+
+def spread(made, into, v, centre, targets, slope, rate):
+    """The step of `into` by pairs alone, each row of v the vector of its own word."""
+    made.spread(into, v, torch.arange(len(v)).int(), centre, targets, slope, NONE, v[:0], rate)
+
+
 @pytest.mark.parametrize("logistic", [True, False])
 def test_gradients_of_pairs_equal_autograd(logistic):
     v, u, centre, targets = case(negatives=3 if logistic else 0)
@@ -135,7 +143,7 @@ def test_gradients_of_pairs_equal_autograd(logistic):
     by_v, by_u = torch.autograd.grad(total, [v0, u0])
     value, slope, uphill = objective.terms(v, u, centre, targets, logistic)
     into, rate = torch.zeros_like(u), torch.rand(9, dtype=u.dtype)
-    objective.spread(into, v, centre, targets, slope, rate)
+    spread(objective, into, v, centre, targets, slope, rate)
     assert float(value) == pytest.approx(float(total.detach()), rel=1e-12)
     torch.testing.assert_close(uphill, by_v)
     torch.testing.assert_close(into, by_u * rate[:, None])
@@ -144,50 +152,43 @@ def test_gradients_of_pairs_equal_autograd(logistic):
     torch.testing.assert_close(into[1], rate[1] * (v[0] + v[2]))
 
 
-def blocks(rows: int, many: int) -> torch.Tensor:
-    """Weights of no shared noise, for the centres of `case` filled up to whole blocks."""
-    return torch.ones(-(-rows // many), many)
-
-
-@pytest.mark.parametrize(("threads", "many"), [(1, 16), (2, 2), (3, 3)])
-def test_machine_code_equals_the_definition(threads, many):
+@pytest.mark.parametrize(("threads", "many", "shared"), [(1, 16, False), (2, 2, True), (3, 3, True)])
+def test_machine_code_equals_the_definition(threads, many, shared):
     """Large scores, too; on any number of threads, in blocks of any length, the same bits."""
     v, u, centre, targets = case(torch.float32)
-    v, rate = F.pad(v * 4, (0, 0, 0, -len(v) % many)), torch.rand(9)
-    none, weight = torch.empty(0, dtype=torch.int32), blocks(6, many)
-    expected = objective.negatives(v, u, centre, targets, none, weight)
+    v, rate = v * 4, torch.rand(9)
+    rows = F.pad(torch.tensor([4, 1, 1, 0, 5, 2], dtype=torch.int32), (0, -6 % many))
+    noise, weight = torch.randint(9, (len(rows),)).int() if shared else NONE, torch.rand(len(rows) // many, many)
+    expected = objective.negatives(v, u, rows, centre, targets, noise, weight)
     results = []
-    for count in (1, threads):
-        found = Kernels(count).negatives(v, u, centre, targets, none, weight)
+    for made in (objective, Kernels(1), Kernels(threads)):
+        found = made.negatives(v, u, rows, centre, targets, noise, weight)
         into = u.clone()
-        Kernels(count).spread(into, v, centre, targets, found[1], rate)
+        made.spread(into, v, rows, centre, targets, expected[1], noise, expected[3], rate)
         results.append((*found, into))
-    assert all(torch.equal(a, b) for a, b in zip(*results))
-    for ours, theirs in zip(results[0], expected):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    into = u.clone()
-    objective.spread(into, v, centre, targets, expected[1], rate)
-    torch.testing.assert_close(results[0][4], into, rtol=1e-5, atol=1e-5)
-    rows, change, ours = torch.tensor([1, 2, 1, 0, 0, 0], dtype=torch.int32), torch.randn(6, 5), u.clone()
-    Kernels(1).add(ours, rows, change, rate)
+    assert all(torch.equal(a, b) for a, b in zip(*results[1:]))
+    for theirs, ours in zip(*results[:2]):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, check_dtype=False)
+    places, change, ours = torch.tensor([1, 2, 1, 0, 0, 0], dtype=torch.int32), torch.randn(6, 5), u.clone()
+    Kernels(1).add(ours, places, change, rate)
     theirs = u.clone()
-    objective.add(theirs, rows, change, rate)
+    objective.add(theirs, places, change, rate)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_many_terms_do_not_overflow():
     """Far scores in hundreds of columns: the product of odds is taken apart in time, each exponential held at 80."""
     v, u = torch.full((1, 2), 30.0), torch.full((1, 2), 1.0)
-    of_both, none = torch.zeros(2, 300, dtype=torch.int32), torch.empty(0, dtype=torch.int32)
-    value, slope, *_ = Kernels(1).negatives(v, u, torch.zeros(2, dtype=torch.int32), of_both, none, blocks(1, 1))
+    row, both, all_of_it = torch.zeros(1).int(), torch.zeros(2).int(), torch.zeros(2, 300, dtype=torch.int32)
+    value, slope, *_ = Kernels(1).negatives(v, u, row, both, all_of_it, NONE, torch.ones(1, 1))
     assert float(value) == pytest.approx(-2 * 299 * 60, rel=1e-4)
     assert slope[0, 1:].tolist() == pytest.approx([-1] * 299)
 
 
 def shared(made, v, u, noise, weight):
     """(value, by v, by noise) of the shared noise words alone: no pairs."""
-    no_centre, no_targets = torch.empty(0, dtype=torch.int32), torch.empty(0, 1, dtype=torch.int32)
-    value, _, by_v, by_noise = made.negatives(v, u, no_centre, no_targets, noise, weight)
+    rows = torch.arange(len(v)).int()
+    value, _, by_v, by_noise = made.negatives(v, u, rows, NONE, NONE.view(0, 1), noise, weight)
     return value, by_v, by_noise
 
 
@@ -199,11 +200,10 @@ def test_shared_noise_equals_autograd_and_own_noise_on_average():
     v0, n0 = v.clone().requires_grad_(), u[rows].clone().requires_grad_()
     total = (F.logsigmoid(-torch.einsum("bid,bmd->bim", v0, n0)) * weight[..., None]).sum()
     expected = torch.autograd.grad(total, [v0, n0])
-    for made in (objective, Kernels(1)):
-        value, by_v, by_noise = shared(made, v.flatten(0, 1), u, rows.flatten().int(), weight)
-        assert float(value) == pytest.approx(float(total.detach()), rel=1e-12)
-        torch.testing.assert_close(by_v, expected[0].flatten(0, 1))
-        torch.testing.assert_close(by_noise, expected[1].flatten(0, 1))
+    value, by_v, by_noise = shared(objective, v.flatten(0, 1), u, rows.flatten().int(), weight)
+    assert float(value) == pytest.approx(float(total.detach()), rel=1e-12)
+    torch.testing.assert_close(by_v, expected[0].flatten(0, 1))
+    torch.testing.assert_close(by_noise, expected[1].flatten(0, 1))
     p, negatives = noise_probability(torch.arange(1, 10), 0.75), 4
 
     def of_word(w):
@@ -230,15 +230,15 @@ def test_exponentials_by_arithmetic():
     exact = np.linspace(-80, 80, 20001)
     found = exact.astype(np.float32)
     exact = np.exp(found.astype(np.float64))
-    kernels.compiled(kernels.exponentials)(found, True)
+    kernels.compiled(kernels.exponentials)(found)
     assert np.abs(found / exact - 1).max() < 3 * 2.0**-23
     far = np.array([-1e30, 1e30, -np.inf, np.inf, np.nan], np.float32)
-    kernels.compiled(kernels.exponentials)(far, True)
+    kernels.compiled(kernels.exponentials)(far)
     assert far[:4].tolist() == pytest.approx([np.exp(-80), np.exp(80)] * 2)
     assert np.isnan(far[4])
     v, u, centre, targets = case(torch.float32)
     v[3, 0] = torch.nan
-    value, slope, by_v, _ = Kernels(1).negatives(v, u, centre, targets, torch.empty(0, dtype=torch.int32), blocks(6, 1))
+    value, slope, by_v, _ = Kernels(1).negatives(v, u, torch.arange(6).int(), centre, targets, NONE, torch.ones(6, 1))
     assert value.isnan()
     assert torch.equal(slope.isnan().all(1), centre == 3)
     assert torch.equal(by_v.isnan().any(1), torch.arange(6) == 3)
@@ -257,7 +257,7 @@ def test_softmax_gradient_is_that_of_the_vocabulary():
     value, slope, by_v = objective.terms(v, u, centre, targets, False)
     more, more_v, by_u = objective.softmax_terms(v, u, count)
     by_u = by_u.clone()
-    objective.spread(by_u, v, centre, targets, slope, torch.ones(9, dtype=u.dtype))
+    spread(objective, by_u, v, centre, targets, slope, torch.ones(9, dtype=u.dtype))
     assert float(value + more) == pytest.approx(float(total.detach()), rel=1e-12)
     torch.testing.assert_close(by_v + more_v, expected[0])
     torch.testing.assert_close(by_u, expected[1])
@@ -290,8 +290,8 @@ def test_optimum_of_negative_sampling_is_pmi_less_log_k(negatives):
     v, u = torch.eye(4), torch.zeros(4, 4)  # v = 1 leaves u free to be any matrix: full rank
     rate = torch.full((4,), 2 / len(centre))
     for _ in range(400):
-        _, slope, *_ = Kernels(1).negatives(v, u, centre_, targets_, torch.empty(0, dtype=torch.int32), blocks(4, 4))
-        Kernels(1).spread(u, v, centre_, targets_, slope, rate * 4)
+        _, slope, *_ = Kernels(1).negatives(v, u, torch.arange(4).int(), centre_, targets_, NONE, torch.ones(1, 4))
+        spread(Kernels(1), u, v, centre_, targets_, slope, rate * 4)
     total = COUNTS.sum()
     pmi = (COUNTS * total / (COUNTS.sum(1, keepdim=True) * COUNTS.sum(0))).log()
     assert (v @ u.t() - (pmi - math.log(negatives))).abs().max() < 0.05
@@ -306,7 +306,7 @@ def test_optimum_of_the_softmax_is_the_conditional():
     for _ in range(3000):
         _, slope, by_v = objective.terms(v, u, centre, targets, False)
         _, more_v, more_u = objective.softmax_terms(v, u, count)
-        objective.spread(u, v.clone(), centre, targets, slope, rate)
+        spread(objective, u, v.clone(), centre, targets, slope, rate)
         u += 0.02 * more_u
         v += 0.02 * (by_v + more_v)
     assert ((v @ u.t()).softmax(1) - COUNTS / COUNTS.sum(1, keepdim=True)).abs().max() < 0.005

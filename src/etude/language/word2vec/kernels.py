@@ -59,15 +59,11 @@ def _pairs(text, first, last, reach, key, share, alias, centre, targets):
     return count
 
 
-def exponentials(score, single):
-    """e^s of scores (N,) in place; of float32 within 3 units in the last place, by arithmetic that vector instructions know.
+def exponentials(score):
+    """e^s of float32 scores (N,) in place within 3 units in the last place, by arithmetic that vector instructions know.
 
     s = k ln 2 + r with |r| ≤ ½ ln 2, and e^r by its series; s is cut at ±80, NaN stays.
     """
-    if not single:
-        for i in range(len(score)):
-            score[i] = np.exp(min(max(score[i], -80.0), 80.0))
-        return
     bits = score.view(np.int32)
     for i in range(len(score)):
         y = min(max(score[i], np.float32(-80)), np.float32(80))
@@ -97,12 +93,12 @@ def _logs(odds):
     return total + math.log(product)
 
 
-def _slopes(score, single):
+def _slopes(score):
     """From scores (P, 1 + K) to the derivative of log σ(s), of noise log σ(−s), in place; returns the sum of these."""
-    one, flat = score.dtype.type(1), score.ravel()
+    one, flat = np.float32(1), score.ravel()
     for p in range(len(score)):
         score[p, 0] = -score[p, 0]
-    exponentials(flat, single)  # (1 − σ) / σ
+    exponentials(flat)  # (1 − σ) / σ
     total = _logs(flat)
     for i in range(len(flat)):
         flat[i] = -(flat[i] / (one + flat[i]))
@@ -111,19 +107,24 @@ def _slopes(score, single):
     return -total
 
 
-def _negatives(first, last, v, u, centre, targets, starts, noise, weight, single, slope, by_v, by_noise, value):
-    width, columns, many, one = v.shape[1], targets.shape[1], weight.shape[1], v.dtype.type(1)
-    two, others, change = np.empty(many), np.empty((many, width), v.dtype), np.empty((many, width), v.dtype)
-    score = np.empty((many, many), v.dtype)  # of noise word m and centre i
+def _negatives(first, last, v, u, rows, centre, targets, starts, noise, weight, slope, by_v, by_noise, value):
+    width, columns, many, one = v.shape[1], targets.shape[1], weight.shape[1], np.float32(1)
+    two, mine, others = np.empty(many), np.empty((many, width), v.dtype), np.empty((many, width), v.dtype)
+    change, score = np.empty((many, width), v.dtype), np.empty((many, many), v.dtype)  # of noise word m and centre i
     for block in range(first, last):
+        begin = block * many
+        for i in range(many):
+            word = rows[begin + i]
+            for d in range(width):
+                mine[i, d] = v[word, d]
         for p in range(starts[block], starts[block + 1]):
-            mine = v[centre[p]]
+            own = mine[centre[p] - begin]
             for k in range(columns):
-                row, dot = u[targets[p, k]], v.dtype.type(0)
+                row, dot = u[targets[p, k]], np.float32(0)
                 for d in range(width):
-                    dot += row[d] * mine[d]
+                    dot += row[d] * own[d]
                 slope[p, k] = dot
-        total = _slopes(slope[starts[block] : starts[block + 1]], single)
+        total = _slopes(slope[starts[block] : starts[block + 1]])
         for p in range(starts[block], starts[block + 1]):
             up = by_v[centre[p]]
             for k in range(columns):
@@ -133,14 +134,12 @@ def _negatives(first, last, v, u, centre, targets, starts, noise, weight, single
         value[block] = total
         if len(noise) == 0:
             continue
-        begin = block * many
-        mine = v[begin : begin + many]
         for m in range(many):
             word = noise[begin + m]
             for d in range(width):
                 others[m, d] = u[word, d]
         np.dot(others, mine.T, score)
-        exponentials(score.ravel(), single)  # σ(s) / (1 − σ(s))
+        exponentials(score.ravel())  # σ(s) / (1 − σ(s))
         two[:] = 1.0
         for m in range(many):
             for i in range(many):
@@ -159,30 +158,39 @@ def _negatives(first, last, v, u, centre, targets, starts, noise, weight, single
         np.dot(score, mine, by_noise[begin : begin + many])
 
 
-def _order(targets, centre, slope, start, who, gain):
-    """Sort by word w: its centres who[start[w]:start[w + 1]], ascending, and the slopes there."""
+def _order(targets, centre, slope, rows, noise, start, who, gain):
+    """Sort by target word w: the words of its centres who[start[w]:start[w + 1]], ascending in the text, and the slopes there.
+
+    Behind them, as −1 − m with a slope of 1, the places m of `noise` that hold w.
+    """
     pairs, columns = targets.shape
     for p in range(pairs):
         for k in range(columns):
             start[targets[p, k] + 1] += 1
+    for m in range(len(noise)):
+        start[noise[m] + 1] += 1
     for word in range(len(start) - 1):
         start[word + 1] += start[word]
     at = start.copy()
     for p in range(pairs):
         for k in range(columns):
             place = at[targets[p, k]]
-            who[place], gain[place] = centre[p], slope[p, k]
+            who[place], gain[place] = rows[centre[p]], slope[p, k]
             at[targets[p, k]] += 1
+    for m in range(len(noise)):
+        place = at[noise[m]]
+        who[place], gain[place] = -1 - m, 1
+        at[noise[m]] += 1
 
 
-def _spread(low, high, into, v, start, who, gain, rate):
+def _spread(low, high, into, v, by_noise, start, who, gain, rate):
     width = v.shape[1]
     total = np.empty(width, v.dtype)
     for word in range(low, high):
         if start[word] < start[word + 1]:
             total[:] = 0
             for at in range(start[word], start[word + 1]):
-                scale, mine = gain[at], v[who[at]]
+                scale, mine = gain[at], v[who[at]] if who[at] >= 0 else by_noise[-1 - who[at]]
                 for d in range(width):
                     total[d] += scale * mine[d]
             row = into[word]
@@ -216,7 +224,7 @@ def pairs(
 
 @dataclass(frozen=True)
 class Kernels:
-    """The functions of `objective` for contiguous tensors on the CPU, on so many threads.
+    """The functions of `objective` for contiguous float32 tensors on the CPU, on so many threads.
 
     torch should have one thread meanwhile: more would wait for its next call on the cores that are needed here.
     """
@@ -224,31 +232,28 @@ class Kernels:
     threads: int
 
     def negatives(
-        self, v: Tensor, u: Tensor, centre: Tensor, targets: Tensor, noise: Tensor, weight: Tensor
+        self, v: Tensor, u: Tensor, rows: Tensor, centre: Tensor, targets: Tensor, noise: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        blocks, many = weight.shape
-        slope, by_v, by_noise = (
-            torch.empty(targets.shape, dtype=v.dtype),
-            torch.zeros_like(v),
-            v.new_empty(len(noise), v.shape[1]),
-        )
-        value = torch.zeros(blocks, dtype=torch.float64)
+        (blocks, many), width = weight.shape, v.shape[1]
+        slope, value = torch.empty(targets.shape, dtype=v.dtype), torch.zeros(blocks, dtype=torch.float64)
+        by_v, by_noise = v.new_zeros(len(rows), width), v.new_empty(len(noise), width)
         starts = np.searchsorted(centre.numpy(), np.arange(0, blocks * many + 1, many, dtype=np.int32))
         cuts = [blocks * share // self.threads for share in range(self.threads + 1)]
-        arrays = [part.numpy() for part in (v, u, centre, targets)]
+        arrays = [part.numpy() for part in (v, u, rows, centre, targets)]
         results = [part.numpy() for part in (slope, by_v, by_noise, value)]
-        single = v.dtype == torch.float32
-        _on_threads(_negatives, cuts, *arrays, starts, noise.numpy(), weight.numpy(), single, *results)
+        _on_threads(_negatives, cuts, *arrays, starts, noise.numpy(), weight.numpy(), *results)
         return value.sum(), slope, by_v, by_noise
 
-    def spread(self, into: Tensor, v: Tensor, centre: Tensor, targets: Tensor, slope: Tensor, rate: Tensor) -> None:
+    def spread(
+        self, into: Tensor, v: Tensor, rows: Tensor, centre: Tensor, targets: Tensor, slope: Tensor, noise: Tensor,
+        by_noise: Tensor, rate: Tensor,
+    ) -> None:  # fmt: skip
         """The changes of one row are summed before they are added."""
-        start, who = np.zeros(len(into) + 1, np.int32), np.empty(targets.numel(), np.int32)
-        slopes = slope.numpy()
-        gain = np.empty(targets.numel(), slopes.dtype)
-        compiled(_order)(targets.numpy(), centre.numpy(), slopes, start, who, gain)
-        inner = np.searchsorted(start, [len(who) * share // self.threads for share in range(1, self.threads)])
-        arrays = into.numpy(), v.numpy(), start, who, gain, rate.numpy()
+        count, slopes, words = targets.numel() + len(noise), slope.numpy(), noise.numpy()
+        start, who, gain = np.zeros(len(into) + 1, np.int32), np.empty(count, np.int32), np.empty(count, slopes.dtype)
+        compiled(_order)(targets.numpy(), centre.numpy(), slopes, rows.numpy(), words, start, who, gain)
+        inner = np.searchsorted(start, [count * share // self.threads for share in range(1, self.threads)])
+        arrays = into.numpy(), v.numpy(), by_noise.numpy(), start, who, gain, rate.numpy()
         _on_threads(_spread, [0, *inner.tolist(), len(into)], *arrays)
 
     def add(self, into: Tensor, rows: Tensor, change: Tensor, rate: Tensor) -> None:

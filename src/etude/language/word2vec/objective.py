@@ -37,11 +37,18 @@ def terms(v: Tensor, u: Tensor, centre: Tensor, targets: Tensor, logistic: bool)
     return value, slope, uphill
 
 
-def spread(into: Tensor, v: Tensor, centre: Tensor, targets: Tensor, slope: Tensor, rate: Tensor) -> None:
-    """into[w] += rate[w] · slope · v[centre] for every target w of every pair, in place: ∂/∂u of `terms`; rate (V,)."""
+def spread(
+    into: Tensor, v: Tensor, rows: Tensor, centre: Tensor, targets: Tensor, slope: Tensor, noise: Tensor, by_noise: Tensor,
+    rate: Tensor,
+) -> None:  # fmt: skip
+    """The step of u, in place: into[w] += rate[w] · ∂/∂u_w, which `terms` and `shared_noise_terms` leave to be summed.
+
+    That is slope · v[rows[centre]] for every target w of every pair, and by_noise[m] (B, D) where noise[m] is w; rate (V,).
+    """
     place = targets.flatten().long()
-    change = slope.unsqueeze(-1) * v[centre.long()].unsqueeze(1)
+    change = slope.unsqueeze(-1) * v[rows[centre.long()].long()].unsqueeze(1)
     into.index_add_(0, place, change.flatten(0, 1) * rate[place].unsqueeze(1))
+    add(into, noise, by_noise, rate)
 
 
 def add(into: Tensor, rows: Tensor, change: Tensor, rate: Tensor) -> None:
@@ -73,21 +80,23 @@ def shared_noise_terms(v: Tensor, u: Tensor, noise: Tensor, weight: Tensor, by_v
 
 
 def negatives(
-    v: Tensor, u: Tensor, centre: Tensor, targets: Tensor, noise: Tensor, weight: Tensor
+    v: Tensor, u: Tensor, rows: Tensor, centre: Tensor, targets: Tensor, noise: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The objective of negative sampling: `terms` of the pairs and, where there are `noise` words, `shared_noise_terms`.
 
     Args:
-        v, u, centre, targets: as `terms` takes them, the centres ascending; noise: (B,) or (0,); weight: (B / M, M).
+        v, u: (V, D); rows: (B,) the centres' words; centre: (P,) places in `rows`, ascending; targets: (P, 1 + K) words;
+        noise: (B,) words or (0,); weight: (B / M, M).
 
     Returns:
         the log-likelihood (0-dim, float64), its derivative by each score of the pairs (P, 1 + K), by v (B, D), and by u in
         the rows that `noise` names, (B, D) or (0, D).
     """
-    value, slope, by_v = terms(v, u, centre, targets, True)
+    mine = v[rows.long()]
+    value, slope, by_v = terms(mine, u, centre, targets, True)
     if not len(noise):
         return value, slope, by_v, v[:0]
-    more, by_noise = shared_noise_terms(v, u, noise, weight, by_v)
+    more, by_noise = shared_noise_terms(mine, u, noise, weight, by_v)
     return value + more, slope, by_v, by_noise
 
 

@@ -269,7 +269,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
     v, u = model.vectors.detach(), model.contexts.detach()
     slow = [rate.float().to(run.device) for rate in rates(kept, shares, config)]
     by = objective
-    if run.device.type == "cpu":
+    if run.device.type == "cpu" and v.dtype == torch.float32:
         by = Kernels(torch.get_num_threads())  # the same functions
         if logistic:
             torch.set_num_threads(1)  # the kernels take the threads
@@ -284,14 +284,17 @@ def train(config: Config, run: Run) -> dict[str, float]:
         fill = (first - last) % block if first < last else block  # whole blocks; the last rows have no pairs
         rows = F.pad(text[first:last], (0, fill))
         centre, targets, rows = (part.to(run.device) for part in (*pairs, rows))
-        mine, count = v.index_select(0, rows), torch.bincount(centre, minlength=len(rows))
+        count = torch.bincount(centre, minlength=len(rows))
+        words, more_u = rows[:0], None  # noise words that a block shares, or ∂/∂u of the softmax's denominators
         if logistic:
-            others = noise.draw(0 if own else len(rows), key).to(run.device)
+            if not own:
+                words = noise.draw(len(rows), key).to(run.device)
             weight = (count * (config.negatives / block)).view(-1, block)
-            value, slope, by_v, by_u = by.negatives(mine, u, centre, targets, others, weight)
+            value, slope, by_v, by_noise = by.negatives(v, u, rows, centre, targets, words, weight)
         else:
+            mine, by_noise = v.index_select(0, rows), v[:0]
             value, slope, by_v = objective.terms(mine, u, centre, targets, False)
-            others, (more, more_v, by_u) = None, objective.softmax_terms(mine, u, count)
+            more, more_v, more_u = objective.softmax_terms(mine, u, count)
             value, by_v = value + more, by_v.add_(more_v)
         loss = -value / max(1, len(centre))
         into, direct = (v, u), logistic and run.world == 1
@@ -301,12 +304,10 @@ def train(config: Config, run: Run) -> dict[str, float]:
             into = torch.zeros_like(v), torch.zeros_like(u)
             if not logistic:
                 rate_v = rate_u = torch.full_like(slow[0], -1 / max(1, len(centre)))
-        by.add(into[0], rows, by_v, rate_v)  # line 4
-        by.spread(into[1], mine, centre, targets, slope, rate_u)
-        if others is not None:
-            by.add(into[1], others, by_u, rate_u)
-        else:
-            into[1].add_(by_u * rate_u.unsqueeze(1))
+        by.spread(into[1], v, rows, centre, targets, slope, words, by_noise, rate_u)  # line 4
+        by.add(into[0], rows, by_v, rate_v)
+        if more_u is not None:
+            into[1].add_(more_u * rate_u.unsqueeze(1))
         if not direct:
             model.vectors.grad, model.contexts.grad = into
             run.average(model, loss=loss)
