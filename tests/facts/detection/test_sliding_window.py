@@ -13,8 +13,9 @@ import etude
 from etude.core.errors import UserError
 from etude.core.spec import Spec
 from etude.detection.parts import windows
+from etude.detection.parts.boxes import iou
 from etude.detection.parts.scenes import Scene
-from etude.detection.sliding_window import Config, all_windows, build, windows_scored
+from etude.detection.sliding_window import Config, all_windows, build, detect, windows_scored
 
 plain = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("plain_windows.py"))))
 SPEC = Spec((1, 32, 32), ("a", "b", "c"), (0.1,), (0.3,))
@@ -95,3 +96,19 @@ def test_localisation_by_hand():
 def test_settings_that_make_no_sense_are_one_sentence(name, flags, said, tmp_path):
     with pytest.raises(UserError, match=said):
         etude.run(f"detection/{name}", preset="tiny", quiet=True, out=tmp_path / "run", **flags)
+
+
+def test_windows_that_are_found_overlap_no_more_than_allowed():
+    """Of one class and picture; another `--overlap` leaves other windows."""
+    torch.manual_seed(0)
+    counts = []
+    for overlap in (0.05, 0.6):
+        config = Config(size=32, side=14, stride=4, width=4, least_score=0.0, overlap=overlap)
+        model = build(config, SPEC)["model"].eval()
+        found = detect(config, model, torch.randint(0, 256, (2, 1, 32, 32), dtype=torch.uint8))
+        counts.append(int((found[1] > 0).sum()))
+        for boxes, scores, classes in zip(*found):
+            for kind in range(3):
+                own = boxes[(classes == kind) & (scores > 0)]
+                assert (iou(own, own) - torch.eye(len(own)) <= overlap + 1e-6).all()
+    assert counts[0] < counts[1]

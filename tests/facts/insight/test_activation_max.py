@@ -99,6 +99,12 @@ def test_layers_of_any_module() -> None:
     assert not model[2]._forward_hooks
     score = ascent.unit_score(model, "2", torch.tensor([1, 0]))
     torch.testing.assert_close(score(x), model[:3](x).mean((2, 3))[torch.arange(2), torch.tensor([1, 0])])
+    moody = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.9)).train()
+    (made,) = ascent.seen(moody, x, ["2"])
+    torch.testing.assert_close(
+        made, moody[0](x) / (1 + moody[1].eps) ** 0.5
+    )  # as if it were in eval mode, which it is not
+    assert moody[2].training
     with pytest.raises(UserError, match=r"--layer conv is no layer.* Known: 0, 1, 2"):
         ascent.layer(model, "conv")
 
@@ -126,6 +132,8 @@ def check(plain: Any, **flags: Any) -> None:
     x, heights = write_out(plain(3), model, Config(steps=4, **flags), mean)
     torch.testing.assert_close(etude.load(done.folder).state["pictures"]["x"], x)
     rows = [json.loads(line) for line in (done.folder / "metrics.jsonl").read_text().splitlines()]
+    _, losses = plain(3).learn("mlp", SMALL["train_steps"], SMALL["train_batch"])
+    assert [row["loss"] for row in rows[:5]] == pytest.approx(losses, rel=1e-9)
     assert [row["score"] for row in rows[5:]] == pytest.approx(heights)
     count = len(x)
     with torch.no_grad():

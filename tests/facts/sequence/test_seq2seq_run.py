@@ -144,9 +144,9 @@ def test_reported_bleu_is_sacrebleus(captions, tmp_path, monkeypatch):
     others = [targets[(i + 1) % len(targets)] for i in range(len(targets))]
     assert result.metrics["test_unrelated_bleu"] == pytest.approx(sacrebleu.corpus_bleu(told, [others]).score)
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(a for a, _ in pairs) + "\n"))
-    seq2seq.sample(loaded, seq2seq.Sample(text="-", beams=2), tmp_path)
+    assert seq2seq.sample(loaded, seq2seq.Sample(text="-", beams=2), tmp_path) == "\n".join(told)
     assert (tmp_path / "sample.txt").read_text(encoding="utf-8") == "\n".join(told) + "\n"
-    seq2seq.sample(loaded, seq2seq.Sample(text=pairs[1][0], beams=2), tmp_path)
+    assert seq2seq.sample(loaded, seq2seq.Sample(text=pairs[1][0], beams=2), tmp_path) == told[1]
     assert (tmp_path / "sample.txt").read_text(encoding="utf-8") == told[1] + "\n"
     monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
     with pytest.raises(UserError, match="there is nothing to translate"):
