@@ -146,6 +146,7 @@ def test_the_rules_of_squad():
         2 * (2 / 3) * (2 / 3) / (4 / 3)
     )  # without the article a
     assert answer_f1("x", ["y"]) == 0
+    assert answer_f1("c", ["b c d", "c"]) == exact_match("c", ["b c d", "c"]) == 1  # the best of what people answered
     assert answer_f1("24–10", ["24–10"]) == 1
 
 
