@@ -27,6 +27,8 @@ Differences:
 
 Expect: seed 0, one core: digits on canvases, 18 s of CPU time: mean IoU 0.85 (after 300 steps 0.77, with its skips cut 0.56).
     ISBI-2012, preset `isbi`, 90 s: pixel accuracy 0.916, Rand error 0.46 (one gap joins two cells; skips cut 0.46, SegNet 0.56).
+    CamVid (92 pictures to learn from), `--preset camvid --width 16 --crop 192 --batch 4 --steps 400`, 4 minutes: pixel
+    accuracy 0.723, mean IoU 0.276.
 Command: `etude run segmentation/unet`, then `etude predict segmentation/unet FILE`;
     `etude run segmentation/unet --preset isbi`
 """
