@@ -12,7 +12,7 @@ Algorithm:
 1. P and A^l, once; the network ends behind the last layer that is used
 2. x ← the photograph, or noise
 3. L and ∂L/∂x: one pass forward and one back
-4. a step of L-BFGS, by the last pairs of steps and changes of the gradient, its first guess |frequency|^−c
+4. a step of L-BFGS, by the last pairs of steps and changes of the gradient, preconditioned by |frequency|^−c
 5. back to 3; at the end x is clipped to [0, 1]
 
 Differences:
@@ -92,8 +92,8 @@ class Config:
     """Steps of L-BFGS."""
     history: Count = 20
     """Pairs that L-BFGS remembers."""
-    coarse_first: Annotated[float, Range(0, 4)] = 0.0
-    """c: the power of the frequency by which the first guess of a step falls, so that large areas change before small grain."""
+    preconditioner: Annotated[float, Range(0, 4)] = 0.0
+    """c: power of the frequency by which the preconditioner of L-BFGS falls: large areas change before small grain; 0: none."""
 
 
 LITE = ("_blocks.0", "_blocks.2", "_blocks.4")
@@ -101,7 +101,7 @@ PRESETS = {
     "tiny": Config(train_steps=10, train_batch=32, size=48, steps=6),
     "default": Config(),
     "photographs": Config(
-        source="efficientnet-lite0", size=512, style_layers=LITE, inside=3e4, coarse_first=1.5, steps=300
+        source="efficientnet-lite0", size=512, style_layers=LITE, inside=3e4, preconditioner=1.5, steps=300
     ),
 }
 
@@ -275,7 +275,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
     )
     run.track(picture=state)
     evaluate: lbfgs.Evaluate | None = None
-    guess = lbfgs.spectral(x, config.coarse_first)
+    precondition = lbfgs.spectral(x, config.preconditioner)
 
     def goal() -> tuple[Cut, Targets]:
         network = Cut(source.model, names, whole)
@@ -289,7 +289,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
         if step == source.steps:
             state.value, state.gradient = evaluate(state.x)
             state.evaluations += 1
-        lbfgs.step(state, evaluate, first=0.01, guess=guess)  # lines 3-4
+        lbfgs.step(state, evaluate, first=0.01, precondition=precondition)  # lines 3-4
         run.log(objective=state.value)
     network, targets = goal()
     _, before = terms(network, whole, targets.content, targets.grams)

@@ -137,7 +137,7 @@ def plain_loss(
 
 
 def begun(shape: tuple[int, int], power: float) -> Tensor:
-    """The first guess as a matrix: columns are pictures of one pixel, whose waves are weighed one by one."""
+    """The preconditioner as a matrix: columns are pictures of one pixel, whose waves are weighed one by one."""
     rows, columns = (torch.arange(n, dtype=torch.float64) for n in shape)
     total = torch.zeros(shape[0] * shape[1], shape[0] * shape[1], dtype=torch.float64)
     place = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)
@@ -152,7 +152,7 @@ def begun(shape: tuple[int, int], power: float) -> Tensor:
     return total / len(total)
 
 
-def test_the_first_guess_weighs_waves() -> None:
+def test_the_preconditioner_weighs_waves() -> None:
     """Against sums of cosines; a symmetric positive map; none at all for power 0."""
     q = torch.randn(1, 2, 6, 5, dtype=torch.float64)
     made = lbfgs.spectral(q, 1.5)(q)
@@ -217,7 +217,7 @@ def check(plain: Any, monkeypatch: pytest.MonkeyPatch, **flags: Any) -> None:
         return float(total.detach()), leaf.grad
 
     f, g = value(x)  # L-BFGS with an explicit matrix H over the last two pairs
-    h0 = begun(tuple(x.shape[2:]), flags.get("coarse_first", 0.0))
+    h0 = begun(tuple(x.shape[2:]), flags.get("preconditioner", 0.0))
     pairs: list[tuple[Tensor, Tensor]] = []
     heights, passes = [], 1
     for _ in range(4):
@@ -268,7 +268,7 @@ def test_reported_numbers_are_those_of_the_picture(plain: Any, monkeypatch: pyte
         "content_weight": 0.7,
         "style_weight": 9.0,
         "smoothness": 0.3,
-        "coarse_first": 1.5,
+        "preconditioner": 1.5,
     }
     check(plain, monkeypatch, **flags)
 

@@ -18,7 +18,7 @@ from etude.core.checkpoint import Box
 
 Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
 """x → f(x), 0-dim, and its gradient, of the shape of x; both detached."""
-Guess = Callable[[Tensor], Tensor]
+Preconditioner = Callable[[Tensor], Tensor]
 """q → H₀ q of the shape of x, linear, symmetric and positive: what is known of the inverse Hessian beforehand, to a factor."""
 
 
@@ -29,7 +29,7 @@ def begin(x: Tensor, evaluate: Evaluate, history: int) -> Box:
     return Box(x=x.clone(), value=value.clone(), gradient=gradient.clone(), pairs=pairs, count=0, evaluations=1)
 
 
-def spectral(example: Tensor, power: float) -> Guess:
+def spectral(example: Tensor, power: float) -> Preconditioner:
     """H₀ = |frequency|^−power in cycles a pixel over the last two axes of `example`, at least those of one cycle a side.
 
     Large areas change before small grain does. For power 0: the identity, without a transform.
@@ -43,7 +43,7 @@ def spectral(example: Tensor, power: float) -> Guess:
     return lambda q: torch.fft.irfft2(torch.fft.rfft2(q) * weight, s=(height, width))
 
 
-def direction(gradient: Tensor, pairs: Tensor, count: int, guess: Guess = lambda q: q) -> Tensor:
+def direction(gradient: Tensor, pairs: Tensor, count: int, precondition: Preconditioner = lambda q: q) -> Tensor:
     """−H g of the newest of `count` pairs (2, m, P); the pair of number n lies in row n mod m. gradient: any shape, P numbers."""
     s, y = pairs
     q = gradient.flatten().clone()
@@ -54,19 +54,21 @@ def direction(gradient: Tensor, pairs: Tensor, count: int, guess: Guess = lambda
         a = rho * torch.dot(s[k], q)
         q -= a * y[k]
         kept.append((a, rho))
-    q = guess(q.view_as(gradient)).flatten()
+    q = precondition(q.view_as(gradient)).flatten()
     if rows:
         newest = rows[-1]
-        guessed = guess(y[newest].view_as(gradient)).flatten()
-        q *= torch.dot(s[newest], y[newest]) / torch.dot(y[newest], guessed)
+        tilted = precondition(y[newest].view_as(gradient)).flatten()
+        q *= torch.dot(s[newest], y[newest]) / torch.dot(y[newest], tilted)
     for k, (a, rho) in zip(rows, reversed(kept)):
         q += (a - rho * torch.dot(y[k], q)) * s[k]
     return -q.view_as(gradient)
 
 
-def step(state: Box, evaluate: Evaluate, first: float, guess: Guess = lambda q: q, most: int = 15) -> None:
+def step(
+    state: Box, evaluate: Evaluate, first: float, precondition: Preconditioner = lambda q: q, most: int = 15
+) -> None:
     """One step, in place; of the first one the mean change of an entry is `first`. Without descent x stays and the pairs go."""
-    d = direction(state.gradient, state.pairs, state.count, guess)
+    d = direction(state.gradient, state.pairs, state.count, precondition)
     slope = torch.dot(d.flatten(), state.gradient.flatten())
     if not float(slope) < 0:
         state.count = 0
