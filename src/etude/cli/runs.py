@@ -210,7 +210,7 @@ def sample(words: list[str]) -> int:
 def _detect(loaded: Loaded, options: argparse.Namespace) -> int:
     """Boxes on the terminal, and drawn on copies of the pictures in ``predicted/`` of the run folder."""
     from etude.blocks.pictures.boxes import SHOWN, drawn
-    from etude.data.folders import _opened, _plain
+    from etude.data import folders
 
     found = loaded.detect(options.files)
     if options.json:
@@ -223,7 +223,7 @@ def _detect(loaded: Loaded, options: argparse.Namespace) -> int:
         rows = [row for row in picture["boxes"] if row["probability"] >= SHOWN]
         path = Path(str(picture["file"]))
         page = drawn(
-            _plain(_opened(path), False),
+            folders.plain(folders.opened(path), False),
             [(row["class"], row["probability"], row["box"], row["label"]) for row in reversed(rows)],
         )
         page.save(folder / f"{number:03d}-{path.stem}.png")

@@ -125,7 +125,7 @@ def warped(path: Path, grey: bool, sides: tuple[int, int]) -> tuple[np.ndarray, 
     if not path.is_file():
         what = "is no file" if path.exists() else "does not exist"
         raise UserError(f"The image {path} {what}: name a picture ({', '.join(sorted(folders.ENDINGS)[:5])}, …).")
-    image = folders._plain(folders._opened(path), grey)
+    image = folders.plain(folders.opened(path), grey)
     shown = np.asarray(image.resize(sides, Image.Resampling.BILINEAR))
     return shown.reshape(sides[1], sides[0], -1).transpose(2, 0, 1), image.size
 

@@ -9,7 +9,7 @@ from etude.core.errors import UserError
 from etude.data import texts
 from etude.data.sets import Parallel
 
-PARTS = {"train": ("train",), "validation": ("val", "valid", "validation", "dev"), "test": ("test_2016_flickr", "test")}
+PARTS = {"train": ("train",), "validation": ("val", "valid", "validation", "dev"), "test": ("test", "test_2016_flickr")}
 """The names that the files of each part may have, before the dot and the language."""
 
 
@@ -30,8 +30,9 @@ def read(
     if digests is not None or all(found["train"]):
         parts = []
         for part, paths in found.items():
-            stems = PARTS[part]
-            named = [folder / f"{stems[0]}.{language}{'.gz' * (digests is not None)}" for language in languages]
+            known = [stem for stem in PARTS[part] if any(file.startswith(f"{stem}.") for file in digests or ())]
+            stem, end = (known or PARTS[part])[0], ".gz" if digests is not None else ""
+            named = [folder / f"{stem}.{language}{end}" for language in languages]
             paths = [path or missing for path, missing in zip(paths, named)]
             parts.append(_pairs(paths[0], paths[1], advice, digests))
         return Parallel(name, parts[0], parts[1], parts[2], languages, str(folder))

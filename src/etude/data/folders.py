@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 ENDINGS = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm", ".pbm", ".pnm"))
 """File name endings that are read as images; other files are counted and left alone."""
-_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 """What a file may hold whatever it is called; Pillow would start Ghostscript for a PostScript file."""
 _VALIDATION_NAMES = ("val", "valid", "validation")
 _TEST_NAMES = ("test", *_VALIDATION_NAMES)
-_GREY = ("1", "L", "LA", "La", "I", "F")
+GREY = ("1", "L", "LA", "La", "I", "F")
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +144,7 @@ def picture(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     if not path.is_file():
         what = "is no file" if path.exists() else "does not exist"
         raise UserError(f"The image {path} {what}: name a picture ({', '.join(sorted(ENDINGS)[:5])}, …).")
-    image = _plain(_opened(path), channels == 1)
+    image = plain(opened(path), channels == 1)
     if image.size != (width, height):
         if height != width:
             raise UserError(
@@ -204,7 +204,7 @@ def _divided(
     return sorted(ranked[count:]), sorted(ranked[:count])
 
 
-def _opened(path: Path) -> Image.Image:
+def opened(path: Path) -> Image.Image:
     """The decoded image, upright; every failure names the file."""
     from PIL import Image, ImageOps
 
@@ -212,7 +212,7 @@ def _opened(path: Path) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             warnings.simplefilter("ignore", UserWarning)  # harmless metadata complaints
-            with Image.open(path, formats=_FORMATS) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 image.load()
                 return ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
@@ -230,10 +230,10 @@ def _shape(path: Path) -> tuple[bool, tuple[int, int]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_FORMATS) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 swap the sides
                 width, height = image.size[::-1] if turned else image.size
-                return image.mode.startswith("I;16") or image.mode in _GREY, (height, width)
+                return image.mode.startswith("I;16") or image.mode in GREY, (height, width)
     except Exception as error:
         raise UserError(f"The image {path} cannot be read ({error}): repair or remove it.") from error
 
@@ -262,13 +262,13 @@ def common_shape(paths: list[Path], size: int | None, folder: Path) -> tuple[int
 
 def decoded(path: Path, size: int | None, grey: bool) -> np.ndarray:
     """One image file, upright, grey or RGB, with `size` its middle square resized: uint8 (C, H, W)."""
-    image = _plain(_opened(path), grey)
+    image = plain(opened(path), grey)
     if size:
         image = _square(image, size)
     return np.asarray(image).reshape(image.height, image.width, -1).transpose(2, 0, 1)
 
 
-def _plain(image: Image.Image, grey: bool) -> Image.Image:
+def plain(image: Image.Image, grey: bool) -> Image.Image:
     """8-bit grey or RGB; 16-bit grey is divided by 257 (Pillow alone would clip it), transparency is laid on white."""
     from PIL import Image
 

@@ -81,6 +81,12 @@ def test_what_is_no_parallel_text_is_refused(folder, tmp_path):
     folder("more.yy", ["b"] * 30)
     with pytest.raises(UserError, match="has 2 files of the language yy"):
         data.parallel(home, ("xx", "yy"))
+    for name in ("train.uu", "train.vv", "val.uu", "val.vv"):
+        folder(name, ["c"] * 3)
+    with pytest.raises(UserError, match=r"/test\.uu"):
+        data.parallel(home, ("uu", "vv"))
+    for name in ("train.uu", "train.vv", "val.uu", "val.vv"):
+        (home / name).unlink()
     folder("few.uu", ["b"] * 3)
     folder("few.vv", ["b"] * 3)
     with pytest.raises(UserError, match=r"few.uu has 3 lines: at least 20"):

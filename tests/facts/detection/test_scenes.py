@@ -119,10 +119,19 @@ def test_coco(tmp_path):
         told["annotations"] = [{"image_id": 7, "category_id": 3, "bbox": [8, 4, 12, 6], "iscrowd": 0}]
         (tmp_path / "annotations").mkdir(exist_ok=True)
         (tmp_path / f"annotations/instances_{part}.json").write_text(json.dumps(told))
+        del told["categories"]
+        (tmp_path / f"annotations/captions_{part}.json").write_text(json.dumps(told))  # as the official folder has them
+    (tmp_path / "settings.json").write_text("[1, 2]")
     found = scenes(str(tmp_path), 40)
     assert found.spec.classes == ("dog", "cat")
     assert found.test.labels.tolist() == [[1]]
     the_white_block(found)
+
+
+def test_a_folder_with_other_json_files_only_is_refused(tmp_path):
+    (tmp_path / "settings.json").write_text("{}")
+    with pytest.raises(UserError, match="no .json file with images, annotations and categories"):
+        scenes(str(tmp_path), 40)
 
 
 def test_yolo_text_and_splits_of_our_own(tmp_path):

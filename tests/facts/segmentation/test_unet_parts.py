@@ -205,6 +205,15 @@ def test_unusable_data_is_one_sentence(tmp_path, monkeypatch):
         read(own(tmp_path / "names", names="one\ntwo"))
     with pytest.raises(UserError, match="names 'one' twice"):
         read(own(tmp_path / "twice", names="one\none\ntwo"))
+    with pytest.raises(UserError, match="holds the number 3 alone"):
+        read(own(tmp_path / "all", values=(3,)))
+    folder = own(tmp_path / "nothing")
+    for path in (tmp_path / "nothing/masks").iterdir():
+        with Image.open(path) as mask:
+            size = mask.size
+        Image.new("L", size).save(path)
+    with pytest.raises(UserError, match="holds the number 0 alone: with one class there is nothing to learn"):
+        read(folder)
     folder = own(tmp_path / "bytes")
     (tmp_path / "bytes/classes.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="is not UTF-8 text"):

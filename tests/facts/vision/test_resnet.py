@@ -262,13 +262,16 @@ def test_weights_are_read_or_refused_in_a_sentence(tmp_path, monkeypatch):
     torch.save([1, print], tmp_path / "bad.pth")
     for source, said in (
         (str(tmp_path / "bad.pth"), "cannot be read"), (str(tmp_path), "neither a run nor a folder"),
-        ("resnet21", "no file, run or published name"),
+        ("resnet21", "no file, run or published name"), ("qqq", r"published name\. Known: "),
     ):  # fmt: skip
         with pytest.raises(UserError, match=said):
             published.read(source)
     with pytest.raises(UserError, match="holds something else than tensors, which is not run"):
         published.read(str(tmp_path / "bad.pth"))
-    for content, said in ((b"hello" * 100, "cannot be read"), (b"", "cannot be read .*EOFError")):
+    for content, said in (
+        (b"hello" * 100, r"cannot be read as a file of weights \([A-Za-z]"),
+        (b"", "cannot be read .*EOFError"),
+    ):
         (tmp_path / "junk.pth").write_bytes(content)
         with pytest.raises(UserError, match=said):
             published.read(str(tmp_path / "junk.pth"))
@@ -285,3 +288,17 @@ def test_weights_are_read_or_refused_in_a_sentence(tmp_path, monkeypatch):
     digest = hashlib.sha256((tmp_path / "w.th").read_bytes()).hexdigest()[:8]
     with pytest.raises(UserError, match=f"not the published file .its SHA-256 begins {digest}"):
         published.read("resnet20-cifar10")
+
+
+def test_a_file_that_lacks_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    """`models/none` could be a hub's name; where there is a folder `models` it is a file that is not there."""
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(published, "_from_hub", lambda name: asked.append(name) or tmp_path / "none")
+    with pytest.raises(UserError, match="models/none is no file, run or published name"):
+        published.read("models/none")
+    assert not asked
+    with pytest.raises(UserError, match="cannot be read"):
+        published.read("somebody/none")
+    assert asked == ["somebody/none"]

@@ -117,10 +117,15 @@ def read(source: str) -> Weights:
         return Weights(state, IMAGENET, source)
     if path.is_file():
         return Weights(_tensors(path), None, source)
-    if source.count("/") == 1 and not source.startswith((".", "~", "/")) and not path.suffix:
+    if (
+        source.count("/") == 1
+        and not source.startswith((".", "~", "/"))
+        and not path.suffix
+        and not path.parent.is_dir()
+    ):
         return Weights(_tensors(_from_hub(source)), IMAGENET, source)
     raise UserError(
-        f"--init {source} is no file, run or published name{nearest(source, REGISTRY)} Known: {', '.join(REGISTRY)}"
+        f"--init {source} is no file, run or published name{nearest(source, REGISTRY) or '.'} Known: {', '.join(REGISTRY)}"
     )
 
 
@@ -133,10 +138,11 @@ def _tensors(path: Path) -> dict[str, Tensor]:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of a damaged file the unpickler stumbles over anything
         damaged = not isinstance(error, pickle.UnpicklingError) or not str(error).startswith("Weights only")
-        said = (
-            " ".join(str(error).split())[:120] if damaged else "it holds something else than tensors, which is not run"
-        )
-        raise UserError(f"{path} cannot be read as a file of weights ({said or type(error).__name__})") from error
+        said = " ".join(str(error).split())[:120]
+        if not any(letter.isalpha() for letter in said):  # a number that nobody could understand
+            said = f"{type(error).__name__} {said}".strip()
+        said = said if damaged else "it holds something else than tensors, which is not run"
+        raise UserError(f"{path} cannot be read as a file of weights ({said})") from error
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
     if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
@@ -155,7 +161,7 @@ def _from_hub(name: str) -> Path:
             f"--init {name} is no file, and fetching it from the hub needs the package huggingface_hub"
         ) from error
     try:
-        return Path(hf_hub_download(name, "model.safetensors"))
+        return Path(hf_hub_download(name, "model.safetensors", etag_timeout=5))
     except Exception as error:  # whatever a network can do
         raise UserError(f"--init {name} is no file, and the hub did not give it ({type(error).__name__})") from error
 

@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from etude.core.errors import UserError
-from etude.data.folders import _FORMATS, _GREY, ENDINGS, _plain
+from etude.data.folders import ENDINGS, FORMATS, GREY, plain
 
 PARTS = {"train": "train", "val": "validation", "validation": "validation", "valid": "validation", "test": "test"}
 
@@ -101,10 +101,10 @@ def read(path: Path, size: int) -> tuple[dict[str, Annotated], tuple[str, ...], 
 def _opened(picture: _Picture, size: int) -> tuple[Image.Image, tuple[int, int]]:
     """The picture, L or RGB, warped to a square, and its own (width, height)."""
     try:
-        with Image.open(io.BytesIO(picture.open()), formats=_FORMATS) as image:
-            sides, grey = image.size, image.mode.startswith("I;16") or image.mode in _GREY
+        with Image.open(io.BytesIO(picture.open()), formats=FORMATS) as image:
+            sides, grey = image.size, image.mode.startswith("I;16") or image.mode in GREY
             image.draft("RGB", (2 * size, 2 * size))  # a JPEG is decoded at a lower resolution where that is enough
-            return _plain(image, grey).resize((size, size), Image.Resampling.BILINEAR), sides
+            return plain(image, grey).resize((size, size), Image.Resampling.BILINEAR), sides
     except UserError:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
@@ -274,6 +274,10 @@ def _coco(path: Path) -> tuple[list[_Picture], tuple[str, ...]]:
         part = next((PARTS[word] for word in ("train", "val", "test") if word in file.stem.lower()), "")
         try:
             told = json.loads(file.read_text(encoding="utf-8"))
+            if path.is_dir() and not (
+                isinstance(told, dict) and told.keys() >= {"images", "annotations", "categories"}
+            ):
+                continue  # another file, such as COCO's captions
             names |= {int(kind["id"]): str(kind["name"]) for kind in told["categories"]}
             pictures = {}
             for image in told["images"]:
@@ -292,6 +296,8 @@ def _coco(path: Path) -> tuple[list[_Picture], tuple[str, ...]]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{file} is no COCO annotation ({type(error).__name__}: {error}): correct it") from error
         found += pictures.values()
+    if not names and path.is_dir():
+        raise UserError(f"{path} has no .json file with images, annotations and categories, as COCO's have")
     return found, tuple(names[key] for key in sorted(names))
 
 

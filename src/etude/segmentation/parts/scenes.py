@@ -19,7 +19,7 @@ from etude import data as room
 from etude.core.errors import UserError
 from etude.core.spec import Spec
 from etude.data import texts
-from etude.data.folders import _FORMATS, ENDINGS, picture
+from etude.data.folders import ENDINGS, FORMATS, picture
 from etude.data.sets import moments
 
 VOID = 255
@@ -196,7 +196,11 @@ def _own(folder: Path) -> Scenes:
     grey = all(_grey(path) for path in images.values())
     pairs = {name: _pair(path, masks[name], 1 if grey else 3) for name, path in images.items()}
     found = sorted(set().union(*(np.unique(mask).tolist() for _, mask in pairs.values())))
-    if set(found) <= {0, VOID}:
+    if len(set(found) - {VOID}) < 2 and set(found) != {0, VOID}:
+        raise UserError(
+            f"{folder / 'masks'} holds the number {found[0]} alone: with one class there is nothing to learn."
+        )
+    if set(found) == {0, VOID}:
         pairs = {name: (x, (y == VOID).astype(np.uint8)) for name, (x, y) in pairs.items()}
         found = [0, 1]
     count = max(2, max((label for label in found if label != VOID), default=0) + 1)
@@ -229,7 +233,7 @@ def _size(path: Path) -> tuple[int, int]:
     if not path.is_file():
         raise UserError(f"The image {path} {'is no file' if path.exists() else 'does not exist'}: name a picture.")
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        with Image.open(path, formats=FORMATS) as image:
             turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 swap the sides
             width, height = image.size[::-1] if turned else image.size
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
@@ -241,7 +245,7 @@ def _grey(path: Path) -> bool:
     from PIL import Image
 
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return image.mode in ("1", "L", "LA", "I", "F", "I;16")
     except Exception as error:
         raise UserError(f"The image {path} cannot be read ({error}): repair or remove it.") from error
@@ -253,7 +257,7 @@ def _pair(image: Path, mask: Path, channels: int) -> tuple[np.ndarray, np.ndarra
 
     x = load(image, channels)
     _size(mask)
-    with Image.open(mask, formats=_FORMATS) as opened:
+    with Image.open(mask, formats=FORMATS) as opened:
         if opened.mode not in ("1", "L", "P"):
             raise UserError(
                 f"The mask {mask} is {opened.mode}: a mask has one channel of 8 bits that holds class numbers, 255 for void."
