@@ -206,7 +206,7 @@ def test_workers_end_with_their_owner_and_their_death_is_told(both):
 
 
 def test_listing_reads_no_image(folder, monkeypatch):
-    monkeypatch.setattr(folders, "_opened", None)
+    monkeypatch.setattr(folders, "opened", None)
     monkeypatch.setattr(folders, "_shape", None)
     found = folders.listing(folder)
     assert len(found.paths) == 60
