@@ -67,9 +67,11 @@ class Noise:
     """Draws from P_n in constant time (Walker's alias method): a uniform word w, kept with `share[w]`, else `alias[w]`.
 
     `share` (V,) uint64 counts in 2⁻³²; a draw is a function of a key and its number, so nothing has to be saved.
+    `threads` find pairs; the numbers do not depend on how many.
     """
 
-    def __init__(self, probability: Tensor) -> None:
+    def __init__(self, probability: Tensor, threads: int = 1) -> None:
+        self.threads = threads
         count = len(probability)
         left = (probability.double() * count).tolist()
         self.alias, share = np.arange(count, dtype=np.int32), np.ones(count)
@@ -103,6 +105,6 @@ def neighbours(
     """
     noise = noise or Noise(torch.ones(1))
     centre, targets = kernels.pairs(
-        text.numpy(), first, last, reach.numpy(), negatives, key, noise.share, noise.alias
+        text.numpy(), first, last, reach.numpy(), negatives, key, noise.share, noise.alias, noise.threads
     )  # fmt: skip
     return torch.from_numpy(centre), torch.from_numpy(targets)

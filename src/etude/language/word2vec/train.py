@@ -255,7 +255,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
         model.begin_at(by_frequency)
     optimizer = torch.optim.Adam(model.parameters(), config.learning_rate)  # of the softmax, whose gradients are dense
     run.track(model=model, **({} if logistic else {"optimizer": optimizer}))
-    noise, passes = Noise(shares), Passes(learned, keep, config.batch, run.seed)
+    noise, passes = Noise(shares, torch.get_num_threads()), Passes(learned, keep, config.batch, run.seed)
     own = config.negatives if logistic and not config.shared_negatives else 0
     block = (config.shared_negatives or 16) if logistic else 1  # centres that are computed together
 
