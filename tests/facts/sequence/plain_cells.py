@@ -75,4 +75,56 @@ def dropout_stands_between_layers(cell, kind, engine, **rest):
     assert not torch.allclose(found[0], ours(x)[0])
 
 
-__all__ = ["dropout_stands_between_layers", "nn", "padding_is_not_read", "pair", "parity"]
+def machine_code_equals_the_loop(cell):
+    """float32 against `scan` in float64: values, states and all gradients, of vectors and of tokens that a table stands for."""
+    torch.manual_seed(0)
+    slow = Recurrent(cell, 3, 21, 2, bidirectional=True, engine="loop").double()
+    fast = Recurrent(cell, 3, 21, 2, bidirectional=True, engine="compiled")
+    with torch.no_grad():
+        for p in slow.parameters():
+            p.mul_(3)  # gates that open and close
+    fast.load_state_dict(slow.state_dict())
+    x, table, tokens = torch.randn(4, 6, 3).double(), torch.randn(5, 3).double(), torch.randint(4, (4, 6))
+    state = [torch.randn(4, 4, 21).double() for _ in slow.zeros(4)]
+    weight = torch.randn(4, 6, 42).double()
+    for by_table in (False, True):
+        found = []
+        for net, kind in ((slow, torch.float64), (fast, torch.float32)):
+            leaves = [part.to(kind, copy=True).requires_grad_() for part in (table if by_table else x, *state)]
+            given = (tokens, leaves[1:], None, leaves[0]) if by_table else (leaves[0], leaves[1:])
+            out, ends = net(*given)
+            score = (out * weight.to(kind)).sum() + sum(((k + 2) * part.square()).sum() for k, part in enumerate(ends))
+            found.append([out, *ends, *torch.autograd.grad(score, [*leaves, *net.parameters()])])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(b.double(), a, rtol=2e-5, atol=2e-5 * float(a.detach().abs().max()))
+        if by_table:
+            assert not found[1][len(ends) + 1][4].any()  # no token reads the last row
+
+
+def tables_and_engines(cell, compiled):
+    """Tokens of a table are the vectors that it holds, for every engine; which of them `auto` takes for 32 and for 8 rows."""
+    torch.manual_seed(0)
+    for engine in ("loop", "torch", "auto"):
+        net = Recurrent(cell, 3, 5, engine=engine).double()
+        table, tokens = torch.randn(7, 3).double(), torch.randint(7, (2, 9))
+        torch.testing.assert_close(net(tokens, table=table), net(table[tokens]), rtol=1e-12, atol=1e-12)
+    net, table = Recurrent(cell, 3, 5), torch.randn(7, 3)
+    chosen = [net._choose(torch.zeros(rows, 9), None, given) for given in (table, None) for rows in (32, 8)]
+    assert chosen == compiled
+    lengths = torch.full((32,), 9)
+    assert net._choose(torch.zeros(32, 9), lengths, table) == net.eval().double()._choose(
+        torch.zeros(32, 9), None, table
+    )
+    with torch.no_grad():
+        assert net.float()._choose(torch.zeros(32, 9), None, table) == "torch"
+
+
+__all__ = [
+    "dropout_stands_between_layers",
+    "machine_code_equals_the_loop",
+    "nn",
+    "padding_is_not_read",
+    "pair",
+    "parity",
+    "tables_and_engines",
+]

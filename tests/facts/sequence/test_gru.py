@@ -29,6 +29,14 @@ def test_padding_is_not_read():
         cells.padding_is_not_read(cell, engine)
 
 
+def test_machine_code_equals_the_loop():
+    cells.machine_code_equals_the_loop("gru")
+
+
+def test_tables_and_engines():
+    cells.tables_and_engines("gru", ["compiled"] * 4)
+
+
 def test_dropout_stands_between_layers():
     cells.dropout_stands_between_layers("gru", nn.GRU, "written")
 

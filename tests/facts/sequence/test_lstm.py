@@ -87,6 +87,14 @@ def test_forget_bias_is_added_to_that_gate_alone():
         torch.testing.assert_close(made[1][name], before + added)
 
 
+def test_machine_code_equals_the_loop():
+    cells.machine_code_equals_the_loop("lstm")
+
+
+def test_tables_and_engines():
+    cells.tables_and_engines("lstm", ["compiled", "torch", "torch", "torch"])
+
+
 @pytest.mark.usefixtures("_float64")
 @pytest.mark.parametrize("settings", [{}, {"layers": 2, "dropout": 0.4}, {"carry": False, "clip_norm": 100.0}])
 def test_loop_equals_a_plain_one(settings, tmp_path):

@@ -23,10 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from etude.blocks.nn.recurrent_compiled import COMPILED, Compiled
+
 __all__ = ["CELLS", "Cell", "Engine", "Recurrent", "Weights", "scan"]
 
 Cell = Literal["rnn", "rnn_relu", "lstm", "lstm_peephole", "gru", "gru_cho"]
-Engine = Literal["auto", "loop", "written", "torch"]
+Engine = Literal["auto", "loop", "written", "compiled", "torch"]
 State = tuple[Tensor, ...]
 
 
@@ -205,7 +207,8 @@ class Recurrent(nn.RNNBase):
         bidirectional: each layer reads its input forwards and, independently, backwards, and lays both side by side.
         dropout: of the outputs of every layer but the last.
         engine: "loop" is `scan`, differentiated by autograd; "written" the same with its gradient written out (not for
-            peepholes, Cho's form and `lengths`); "torch" the kernels of torch.nn; "auto" the fastest of them that fits.
+            peepholes, Cho's form and `lengths`); "compiled" that in machine code (lstm and gru, float32 on a CPU); "torch" the
+            kernels of torch.nn; "auto" the fastest of them that fits.
     """
 
     def __init__(
@@ -237,10 +240,19 @@ class Recurrent(nn.RNNBase):
         shape = (self.num_layers * (1 + self.bidirectional), batch, self.width)
         return tuple(first.new_zeros(shape) for _ in range(2 if self.cell.startswith("lstm") else 1))
 
-    def forward(self, x: Tensor, state: State | None = None, lengths: Tensor | None = None) -> tuple[Tensor, State]:
-        """`lengths` (B,) int64 on the CPU, from 1 to T: what stands behind a row's end is not read, and 0 is returned there."""
+    def forward(
+        self, x: Tensor, state: State | None = None, lengths: Tensor | None = None, table: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """What the network says of x, from `state` on.
+
+        Args:
+            lengths: (B,) int64 on the CPU, from 1 to T: what stands behind a row's end is not read, and 0 is returned there.
+            table: (V, I); x (B, T) int64 are then rows of it, and where they are more than V, each row meets W only once.
+        """
         state = self.zeros(len(x)) if state is None else state
-        engine = self._choose(x, lengths)
+        engine = self._choose(x, lengths, table)
+        if table is not None and (engine == "torch" or x.numel() < len(table)):
+            x, table = F.embedding(x, table), None
         if engine == "torch":
             return self._torch(x, state, lengths)
         x, ends = x.transpose(0, 1), None if lengths is None else lengths.to(x.device)
@@ -248,32 +260,48 @@ class Recurrent(nn.RNNBase):
         for layer in range(self.num_layers):
             if layer and self.dropout:
                 x = F.dropout(x, self.dropout, self.training)
+            source, at = (x, None) if table is None or layer else (table, x)
             outputs = []
             for direction in range(1 + self.bidirectional):
-                inward, by = self._parts(f"_l{layer}{'_reverse' * direction}")[0:2], self._weights(layer, direction)
-                given, begun = F.linear(x, *inward), tuple(part[len(finals)] for part in state)
-                if engine == "written":
-                    given = given.flip(0) if direction else given
-                    out, *last = _Written.apply(self.cell, given, by.matrix, by.bias, *begun)  # type: ignore[misc]
+                matrix, bias = self._parts(f"_l{layer}{'_reverse' * direction}")
+                by, begun = self._weights(layer, direction), tuple(part[len(finals)] for part in state)
+                if engine == "compiled":
+                    merged = self.cell == "lstm"  # its two biases are added
+                    given, rows = F.linear(source, matrix, bias + by.bias if merged else bias), at
+                    if direction:
+                        given, rows = (given.flip(0), None) if rows is None else (given, rows.flip(0))
+                    own = None if merged else by.bias
+                    out, *last = Compiled.apply(self.cell, given.flatten(0, -2), rows, by.matrix, own, *begun)  # type: ignore[misc]
                     out = out.flip(0) if direction else out
                 else:
-                    out, last = scan(self.cell, given, begun, by, ends, bool(direction))
+                    given = F.linear(source, matrix, bias)
+                    given = given if at is None else F.embedding(at, given)
+                    if engine == "written":
+                        given = given.flip(0) if direction else given
+                        out, *last = _Written.apply(self.cell, given, by.matrix, by.bias, *begun)  # type: ignore[misc]
+                        out = out.flip(0) if direction else out
+                    else:
+                        out, last = scan(self.cell, given, begun, by, ends, bool(direction))
                 outputs.append(out)
                 finals.append(tuple(last))
             x = torch.cat(outputs, -1)
         return x.transpose(0, 1), tuple(torch.stack(parts) for parts in zip(*finals))
 
-    def _choose(self, x: Tensor, lengths: Tensor | None) -> str:
+    def _choose(self, x: Tensor, lengths: Tensor | None, table: Tensor | None) -> str:
         if self.cell not in _MODES:
             return "loop"
+        compiles = self.cell in COMPILED and x.device.type == "cpu" and self.weight_hh_l0.dtype == torch.float32
+        if self.engine == "compiled":
+            return "compiled" if compiles and lengths is None else "loop"
         if self.engine != "auto":
             return self.engine if self.engine != "written" or lengths is None else "loop"
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        slow = self.cell in ("rnn", "rnn_relu") and x.device.type == "cpu"  # there torch has no kernel, only a loop
-        return "written" if learns and slow and lengths is None and not self._mixed(x) else "torch"
-
-    def _mixed(self, x: Tensor) -> bool:
-        return torch.is_autocast_enabled(x.device.type)
+        if not learns or lengths is not None or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return "torch"
+        if self.cell in ("rnn", "rnn_relu"):  # for which torch has no kernel there, only a loop
+            return "written"
+        wide = len(x) >= 32 and self.width <= 4 * len(x) and table is not None and x.numel() >= len(table)
+        return "compiled" if compiles and (self.cell == "gru" or wide) else "torch"  # else torch's lstm is faster
 
     def _torch(self, x: Tensor, state: State, lengths: Tensor | None) -> tuple[Tensor, State]:
         kernel = {"rnn": torch.rnn_tanh, "rnn_relu": torch.rnn_relu, "lstm": torch.lstm, "gru": torch.gru}[self.cell]

@@ -37,7 +37,10 @@ class CharacterModel(nn.Module):
 
     def forward(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """ids (B, T) → logits (B, T, V) of the token after each position, and the state behind the last."""
-        h, last = self.recurrent(self.dropout(self.embedding(ids)), state)
+        if self.training and self.dropout.p > 0:
+            h, last = self.recurrent(self.dropout(self.embedding(ids)), state)
+        else:
+            h, last = self.recurrent(ids, state, table=self.embedding.weight)
         return self.readout(self.dropout(h)), last
 
     def start(self, batch: int) -> Memory:
