@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from etude.blocks.nn.recurrent import Engine, Recurrent
+from etude.blocks.nn.recurrent import Recurrent
 from etude.blocks.pictures.plots import curves
 from etude.catalog import Control, Experiment, method
 from etude.core.checkpoint import Box
@@ -61,7 +61,7 @@ class Config:
     """Text to learn: a dataset name (tiny_shakespeare, or the bundled house_text) or a text file."""
     activation: Literal["tanh", "relu"] = "tanh"
     """What squashes the state."""
-    engine: Engine = "auto"
+    engine: Literal["auto", "loop", "written", "torch"] = "auto"
     """Autograd over a plain loop, the gradient written out, torch's kernels, or the fastest of them."""
     layers: Few = 1
     """Recurrent layers; each reads the outputs of the one below it."""
