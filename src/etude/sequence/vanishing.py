@@ -67,7 +67,7 @@ class Config:
     truncation: Whole = 0
     """How many steps a gradient goes back, k; 0: all of them."""
     engine: Engine = "auto"
-    """Autograd over a plain loop, the gradient written out, torch's kernels, or the fastest of them."""
+    """Autograd over a plain loop, the gradient written out, that in machine code, torch's kernels, or the fastest of them."""
     width: Count = 64
     """Units, D."""
     initializer: Literal["torch", "orthogonal", "identity"] = "torch"

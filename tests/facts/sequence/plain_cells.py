@@ -115,8 +115,11 @@ def tables_and_engines(cell, compiled):
     assert net._choose(torch.zeros(32, 9), lengths, table) == net.eval().double()._choose(
         torch.zeros(32, 9), None, table
     )
+    net.float()
     with torch.no_grad():
-        assert net.float()._choose(torch.zeros(32, 9), None, table) == "torch"
+        assert net._choose(torch.zeros(32, 9), None, table) == "torch"
+    with torch.autocast("cpu"):
+        assert net._choose(torch.zeros(32, 9), None, table) == "torch"
 
 
 __all__ = [

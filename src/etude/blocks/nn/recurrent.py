@@ -207,8 +207,8 @@ class Recurrent(nn.RNNBase):
         bidirectional: each layer reads its input forwards and, independently, backwards, and lays both side by side.
         dropout: of the outputs of every layer but the last.
         engine: "loop" is `scan`, differentiated by autograd; "written" the same with its gradient written out (not for
-            peepholes, Cho's form and `lengths`); "compiled" that in machine code (lstm and gru, float32 on a CPU); "torch" the
-            kernels of torch.nn; "auto" the fastest of them that fits.
+            peepholes, Cho's form and `lengths`); "compiled" that in machine code (lstm and gru, float32 on a
+            CPU; one derivative); "torch" the kernels of torch.nn; "auto" the fastest of them that fits.
     """
 
     def __init__(
@@ -290,13 +290,14 @@ class Recurrent(nn.RNNBase):
     def _choose(self, x: Tensor, lengths: Tensor | None, table: Tensor | None) -> str:
         if self.cell not in _MODES:
             return "loop"
-        compiles = self.cell in COMPILED and x.device.type == "cpu" and self.weight_hh_l0.dtype == torch.float32
+        plain = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+        compiles = self.cell in COMPILED and plain and self.weight_hh_l0.dtype == torch.float32
         if self.engine == "compiled":
             return "compiled" if compiles and lengths is None else "loop"
         if self.engine != "auto":
             return self.engine if self.engine != "written" or lengths is None else "loop"
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        if not learns or lengths is not None or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        if not learns or not plain or lengths is not None:
             return "torch"
         if self.cell in ("rnn", "rnn_relu"):  # for which torch has no kernel there, only a loop
             return "written"

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from etude.blocks.nn.tanh import bend
 
@@ -139,6 +140,7 @@ class Compiled(torch.autograd.Function):
         return (hs[1:], hs[-1].clone(), *(part[-1].clone() for part in kept[:1] if cell == "lstm"))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> Any:
         matrix, hs, gates, *kept = ctx.saved_tensors
         outward, behind = upstream[0].contiguous(), upstream[1].clone(memory_format=torch.contiguous_format)
