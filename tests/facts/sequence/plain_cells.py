@@ -1,5 +1,6 @@
 """`Recurrent` against torch's modules: the same weights, outputs, states and gradients. Brought into tests by `runpy.run_path`."""
 
+import pytest
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -101,6 +102,18 @@ def machine_code_equals_the_loop(cell):
             assert not found[1][len(ends) + 1][4].any()  # no token reads the last row
 
 
+def second_derivatives_are_refused(cell, engine):
+    """They would be wrong without a word; by the loop they are those of finite differences."""
+    torch.manual_seed(0)
+    for made, kind in ((engine, torch.float32), ("auto", torch.float32), ("loop", torch.float64)):
+        net, x = Recurrent(cell, 3, 5, engine=made).to(kind), torch.randn(2, 4, 3, dtype=kind, requires_grad=True)
+        if made == "loop":
+            torch.autograd.gradgradcheck(lambda x, net=net: net(x)[0], x)
+        else:
+            with pytest.raises(RuntimeError, match="first derivatives only: take engine='loop'"):
+                torch.autograd.grad(net(x)[0].sum(), x, create_graph=True)
+
+
 def tables_and_engines(cell, compiled):
     """Tokens of a table are the vectors that it holds, for every engine; which of them `auto` takes for 32 and for 8 rows."""
     torch.manual_seed(0)
@@ -129,5 +142,6 @@ __all__ = [
     "padding_is_not_read",
     "pair",
     "parity",
+    "second_derivatives_are_refused",
     "tables_and_engines",
 ]

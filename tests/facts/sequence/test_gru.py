@@ -33,6 +33,10 @@ def test_machine_code_equals_the_loop():
     cells.machine_code_equals_the_loop("gru")
 
 
+def test_second_derivatives_are_refused():
+    cells.second_derivatives_are_refused("gru", "compiled")
+
+
 def test_tables_and_engines():
     cells.tables_and_engines("gru", ["compiled"] * 4)
 

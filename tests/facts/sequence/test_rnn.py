@@ -33,6 +33,10 @@ def test_padding_is_not_read(engine):
     cells.padding_is_not_read("rnn", engine)
 
 
+def test_second_derivatives_are_refused():
+    cells.second_derivatives_are_refused("rnn", "written")
+
+
 def test_dropout_stands_between_layers():
     cells.dropout_stands_between_layers("rnn", nn.RNN, "written")
 

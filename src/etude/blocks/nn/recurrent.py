@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from etude.blocks.nn.recurrent_compiled import COMPILED, Compiled
+from etude.blocks.nn.recurrent_compiled import COMPILED, Compiled, first_derivatives_only
 
 __all__ = ["CELLS", "Cell", "Engine", "Recurrent", "Weights", "scan"]
 
@@ -155,6 +155,7 @@ class _Written(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
+        first_derivatives_only()
         matrix, hs, gates, *extra = ctx.saved_tensors
         width, outward = matrix.shape[1], upstream[0]
         behind, cell = upstream[1], ctx.cell  # what step t + 1 sends back to h_t
@@ -207,8 +208,8 @@ class Recurrent(nn.RNNBase):
         bidirectional: each layer reads its input forwards and, independently, backwards, and lays both side by side.
         dropout: of the outputs of every layer but the last.
         engine: "loop" is `scan`, differentiated by autograd; "written" the same with its gradient written out (not for
-            peepholes, Cho's form and `lengths`); "compiled" that in machine code (lstm and gru, float32 on a
-            CPU; one derivative); "torch" the kernels of torch.nn; "auto" the fastest of them that fits.
+            peepholes, Cho's form and `lengths`); "compiled" that in machine code (lstm and gru, float32 on a CPU); "torch" the
+            kernels of torch.nn; "auto" the fastest of them that fits. Second derivatives (create_graph) are had by "loop".
     """
 
     def __init__(
@@ -290,6 +291,7 @@ class Recurrent(nn.RNNBase):
     def _choose(self, x: Tensor, lengths: Tensor | None, table: Tensor | None) -> str:
         if self.cell not in _MODES:
             return "loop"
+        plain = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
         plain = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
         compiles = self.cell in COMPILED and plain and self.weight_hh_l0.dtype == torch.float32
         if self.engine == "compiled":

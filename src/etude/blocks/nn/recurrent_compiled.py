@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from etude.blocks.nn.tanh import bend
 
-__all__ = ["COMPILED", "Compiled"]
+__all__ = ["COMPILED", "Compiled", "first_derivatives_only"]
 
 COMPILED = ("lstm", "gru")
 
@@ -104,6 +103,14 @@ def gru_backward(gates, u, h, outward, dh, delta, through):
             dh[b, d] = whole * z
 
 
+def first_derivatives_only() -> None:
+    """A gradient that is itself to be differentiated (create_graph) would lack what its saved tensors depend on."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "this engine of Recurrent gives first derivatives only: take engine='loop' for create_graph=True"
+        )
+
+
 class Compiled(torch.autograd.Function):
     """`recurrent.scan` of lstm or gru, without lengths.
 
@@ -140,8 +147,8 @@ class Compiled(torch.autograd.Function):
         return (hs[1:], hs[-1].clone(), *(part[-1].clone() for part in kept[:1] if cell == "lstm"))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> Any:
+        first_derivatives_only()
         matrix, hs, gates, *kept = ctx.saved_tensors
         outward, behind = upstream[0].contiguous(), upstream[1].clone(memory_format=torch.contiguous_format)
         through = deltas = torch.empty_like(gates)
