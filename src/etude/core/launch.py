@@ -23,7 +23,7 @@ import torch
 
 from etude import catalog
 from etude.catalog import Entry
-from etude.core import checkpoint, longer, own, ranks
+from etude.core import checkpoint, devices, longer, own, ranks
 from etude.core import trust as permission
 from etude.core.config import check, flag, replace
 from etude.core.digest import sources
@@ -225,7 +225,7 @@ def _execute(
     before = torch.get_num_threads()
     run.use_threads(loop.etude["threads"])  # type: ignore[attr-defined]
     try:
-        with _signals(run):
+        with _signals(run), devices.kept_memory():
             return _finish(entry, run, loop)
     finally:
         run.progress.stop()
