@@ -102,6 +102,19 @@ def machine_code_equals_the_loop(cell):
             assert not found[1][len(ends) + 1][4].any()  # no token reads the last row
 
 
+def tokens_outside_a_table_are_refused(cell):
+    """Machine code does not look where it reads."""
+    net, table = Recurrent(cell, 3, 5, engine="compiled"), torch.randn(7, 3)
+    for tokens in (torch.full((2, 9), 7), torch.full((2, 9), -1)):
+        with pytest.raises(IndexError, match="and the table has 7 rows"):
+            net(tokens, table=table)
+    torch.testing.assert_close(net(torch.ones(2, 9).int(), table=table), net(table[torch.ones(2, 9).long()]))
+    assert net(torch.zeros(0, 4, 3))[0].shape == (0, 4, 5)
+    assert net(torch.zeros(0, 4).long(), table=table)[0].shape == (0, 4, 5)
+    slope = torch.func.grad(lambda x: Recurrent(cell, 3, 5)(x)[0].sum())(torch.randn(2, 4, 3))  # by torch's kernels
+    assert slope.shape == (2, 4, 3)
+
+
 def second_derivatives_are_refused(cell, engine):
     """They would be wrong without a word; by the loop they are those of finite differences."""
     torch.manual_seed(0)
@@ -144,4 +157,5 @@ __all__ = [
     "parity",
     "second_derivatives_are_refused",
     "tables_and_engines",
+    "tokens_outside_a_table_are_refused",
 ]

@@ -37,6 +37,10 @@ def test_second_derivatives_are_refused():
     cells.second_derivatives_are_refused("gru", "compiled")
 
 
+def test_tokens_outside_a_table_are_refused():
+    cells.tokens_outside_a_table_are_refused("gru")
+
+
 def test_tables_and_engines():
     cells.tables_and_engines("gru", ["compiled"] * 4)
 

@@ -91,6 +91,10 @@ def test_machine_code_equals_the_loop():
     cells.machine_code_equals_the_loop("lstm")
 
 
+def test_tokens_outside_a_table_are_refused():
+    cells.tokens_outside_a_table_are_refused("lstm")
+
+
 def test_tables_and_engines():
     cells.tables_and_engines("lstm", ["compiled", "torch", "torch", "torch"])
 

@@ -291,8 +291,10 @@ class Recurrent(nn.RNNBase):
     def _choose(self, x: Tensor, lengths: Tensor | None, table: Tensor | None) -> str:
         if self.cell not in _MODES:
             return "loop"
-        plain = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
-        plain = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+        plain = x.device.type == "cpu" and x.numel() > 0 and not torch.is_autocast_enabled("cpu")
+        plain = plain and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+        plain = x.device.type == "cpu" and x.numel() > 0 and not torch.is_autocast_enabled("cpu")
+        plain = plain and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
         compiles = self.cell in COMPILED and plain and self.weight_hh_l0.dtype == torch.float32
         if self.engine == "compiled":
             return "compiled" if compiles and lengths is None else "loop"

@@ -123,7 +123,9 @@ class Compiled(torch.autograd.Function):
         ctx: Any, cell: str, given: Tensor, at: Tensor | None, matrix: Tensor, bias: Tensor | None, *state: Tensor
     ) -> tuple[Tensor, ...]:
         (batch, width), across = state[0].shape, matrix.t()
-        rows = torch.arange(len(given)).view(-1, batch) if at is None else at
+        if at is not None and at.numel() and not (int(at.min()) >= 0 and int(at.max()) < len(given)):
+            raise IndexError(f"tokens go from {int(at.min())} to {int(at.max())}, and the table has {len(given)} rows")
+        rows = torch.arange(len(given)).view(-1, batch) if at is None else at.long()
         time = len(rows)
         hs, gates = given.new_empty(time + 1, batch, width), given.new_empty(time, batch, given.shape[1])
         hs[0] = state[0]
@@ -169,7 +171,7 @@ class Compiled(torch.autograd.Function):
                 behind.addmm_(through[t], matrix)
         flat, change = through.flatten(0, 1), deltas.flatten(0, 1)
         if ctx.at is not None:
-            change = change.new_zeros(ctx.count, change.shape[1]).index_add_(0, ctx.at.flatten(), change)
+            change = change.new_zeros(ctx.count, change.shape[1]).index_add_(0, ctx.at.long().flatten(), change)
         own = flat.sum(0) if ctx.cell == "gru" else None  # the lstm's goes by Wx + b
         return None, change, None, (hs[:-1].flatten(0, 1).t() @ flat).t(), own, behind, *last
 
