@@ -45,7 +45,6 @@ Command: `etude run games/cfr --preset leduc_plus`, then `etude sample games/cfr
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -60,8 +59,10 @@ from etude.core.errors import UserError
 from etude.core.randomness import fold
 from etude.core.run import Loaded, Run
 from etude.core.spec import Spec
+from etude.games.parts import answers
+from etude.games.parts.answers import Sample, schedule
 from etude.games.parts.rules import load_game
-from etude.games.parts.showing import curve_figure, deal, hand_text, strategy_figure, strategy_table, strategy_text
+from etude.games.parts.showing import curve_figure, deal, strategy_figure, strategy_table
 from etude.games.parts.strategies import compiled, expected_value, exploitability, normalised, reach, uniform
 from etude.games.parts.tree import Tree, flatten
 
@@ -103,13 +104,7 @@ LAST = Control("the last strategy instead of the average", metric="last_exploita
 AT_ONCE = Control("both players update at once", flags={"alternating": False})
 PLAIN = Control("plain CFR", flags={"variant": "cfr"})
 TOLD = "Training draws nothing: one seed says all."
-METRICS = {
-    "exploitability": "mean over players of what the average strategy loses to a best response; 0 at an equilibrium",
-    "last_exploitability": "the same of the last strategy, which need not converge",
-    "value": "expected winnings of player 0 if both play the average strategy",
-    "played_value": "mean winnings of player 0 in hands that were dealt and played",
-    "played_error": "standard error of that mean",
-}
+METRICS = answers.METRICS
 
 EXPERIMENTS = (
     Experiment(
@@ -192,12 +187,6 @@ def iterate(
     _iterate(count * tree.size, *arrays, *kept, *scratch, done, count, variant == "cfr_plus", delay, alternating)
 
 
-def schedule(iterations: int, per_decade: int) -> list[int]:
-    """The iterations after which exploitability is measured: even on a logarithmic axis, and the last."""
-    powers = range(int(per_decade * math.log10(iterations)) + 1)
-    return sorted({min(round(10 ** (k / per_decade)), iterations) for k in powers} | {iterations})
-
-
 def build(config: Config, spec: Spec) -> dict[str, nn.Module]:
     """No network: the strategy is a table."""
     return {}
@@ -242,31 +231,6 @@ def train(config: Config, run: Run) -> dict[str, float]:
     return seen.found
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Settings of `etude sample`."""
-
-    count: Count = 5
-    """Hands to deal."""
-    seed: Whole = 0
-    """Seed of the deal."""
-    rows: Whole = 24
-    """Information sets to show (the first decisions of either player come first)."""
-
-
 def sample(loaded: Loaded, options: Sample, folder: Path) -> str:
     """Deal hands by the average strategy, move by move, and show the strategy."""
-    game = load_game(loaded.config.game)
-    tree = flatten(game, loaded.config.limit)
-    if loaded.state["seen"]["fingerprint"] != tree.fingerprint:
-        raise UserError(f"the game {loaded.config.game} has changed since this run began; start a new run")
-    strategy = normalised(tree, np.asarray(loaded.state["solution"]["average"]))
-    strategy_figure(tree, strategy).savefig(folder / "strategy.png", dpi=144, bbox_inches="tight")
-    rng = np.random.default_rng(options.seed)
-    hands = [hand_text(f"hand {n + 1}", *deal(game, tree, strategy, rng)) for n in range(options.count)]
-    summary = (
-        f"exploitability {exploitability(tree, strategy):.6g}, value to player 0 {expected_value(tree, strategy):.6f}"
-    )
-    text = "\n".join([*hands, summary, "", strategy_text(tree, strategy, options.rows)])
-    (folder / "hands.txt").write_text(text, encoding="utf-8")
-    return text
+    return answers.sample(loaded, options, folder)
