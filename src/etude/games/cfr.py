@@ -104,7 +104,13 @@ LAST = Control("the last strategy instead of the average", metric="last_exploita
 AT_ONCE = Control("both players update at once", flags={"alternating": False})
 PLAIN = Control("plain CFR", flags={"variant": "cfr"})
 TOLD = "Training draws nothing: one seed says all."
-METRICS = answers.METRICS
+METRICS = {
+    "exploitability": "mean over players of what the average strategy loses to a best response; 0 at an equilibrium",
+    "last_exploitability": "the same of the last strategy, which need not converge",
+    "value": "expected winnings of player 0 if both play the average strategy",
+    "played_value": "mean winnings of player 0 in hands that were dealt and played",
+    "played_error": "standard error of that mean",
+}
 
 EXPERIMENTS = (
     Experiment(

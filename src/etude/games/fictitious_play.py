@@ -6,29 +6,30 @@ Paper: Brown, "Iterative Solution of Games by Fictitious Play", 1951; Robinson, 
 
 Equation: π_i(s) is the product of player i's own probabilities along a sequence s of its actions. b^t is a best response to the
     other player's average strategy before t. Strategies are averaged as plans drawn once before the game, which is by π:
-        X_i^T(s) = w_0 π_i^0(s) + Σ_{t ≤ T} w_t π_i(b_i^t)(s),      σ̄_i(I, a) = X_i(I, a) / Σ_b X_i(I, b)
-    with w_t = 1 (Brown: step 1/(T + 1)), or w_t = t (the later ones count more). σ^0 is uniform, w_0 = 1.
-    Exploitability ½ Σ_i max_{π'_i} u_i(π'_i, σ̄_{−i}) falls to 0.
+        X_i^T(s) = π_i^0(s) + Σ_{t ≤ T} π_i(b_i^t)(s),      σ̄_i(I, a) = X_i(I, a) / Σ_b X_i(I, b),      σ^0 uniform
+    so the newest answer has the weight 1/(T + 1). Exploitability ½ Σ_i max_{π'_i} u_i(π'_i, σ̄_{−i}) falls to 0.
 
 Algorithm:
     1. X ← π of the uniform strategy
     2. for t = 1 … T:
     3.     σ̄ ← X, normalised in each information set
     4.     for each player i: b_i ← an exact best response to σ̄_{−i}, by its information sets, the deepest first
-    5.     X_i(s) ← X_i(s) + w_t π_i(b_i)(s) for all sequences s of i
+    5.     X_i(s) ← X_i(s) + π_i(b_i)(s) for all sequences s of i
     6. the answer is σ̄; its exploitability by exact best responses
 
 Differences:
     - The game is flattened once into its sequence form (`etude.games.parts.tree`), in which line 5 is a sum of arrays. It is
-      XFP's mixture of the two strategies with the step α = w_t / Σ_{k ≤ t} w_k, not written as a quotient in each set.
-    - Averaging probabilities in each information set, without π, is another thing and does not converge (a control below).
-    - Ties go to the first action, and in sets that the opponent never allows all actions tie. OpenSpiel rounds otherwise: the
-      traces are equal where no tie is met (Leduc poker), and part in Kuhn poker after a few iterations.
-    - `--alternating`: the second player answers the first's new average. Both at once is Brown's and XFP's way.
+      XFP's mixture of the two strategies with the step 1/(T + 1), not written as a quotient in each set.
+    - Averaging the probabilities in each information set, without π, is another thing: in Leduc poker it stays at 0.058.
+    - Ties go to the first action; where the opponent's average never leads, all actions tie. OpenSpiel rounds otherwise: the
+      traces are equal in Leduc poker, and part in Kuhn poker, full of ties, after a few iterations.
+    - `--alternating`: the second player answers the first's new average, which falls three to six times as low. Both at once is
+      Brown's and XFP's way.
+    - The average is the answer. The last best responses are pure and far from an equilibrium (`last_exploitability`).
     - Training draws nothing: chance is summed over. The seed only deals the hands that are played at the end.
 
-Expect: CPU 1 s → Kuhn exploitability 0.0231 after 100 iterations, 0.0070 after 1,000 (CFR: 0.00094), value −0.0556; Leduc
-    0.398 after 50.
+Expect: CPU 1 s → Kuhn exploitability 0.0231 after 100 iterations, 0.0070 after 1,000 (in turn 0.0012; CFR 0.00094), value
+    −0.0556; Leduc 0.398 after 50, in turn 0.0076 after 5,000 (2 s); liar's dice 0.106 after 300 (1 s).
 
 Command: `etude run games/fictitious_play`, then `etude sample games/fictitious_play`. Your own game (the seven functions of
     `etude.games.parts.rules.Game`): `etude run games/fictitious_play --game path/to/my_game.py:Name`.
@@ -38,7 +39,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 from torch import nn
@@ -62,8 +63,6 @@ from etude.games.parts.tree import Tree, flatten
 class Config:
     game: str = "kuhn"
     """kuhn, leduc, liars_dice, or a game of your own as path/to/file.py:Name (the file is run)."""
-    averaging: Literal["uniform", "linear"] = "uniform"
-    """Weight of the best response of iteration t in the average: 1, or t."""
     alternating: bool = False
     """The second player answers the first's new average; otherwise both answer at once."""
     iterations: Annotated[int, Range(1, 10**9)] = 1000
@@ -77,10 +76,11 @@ class Config:
 
 
 PRESETS = {
-    "tiny": Config(iterations=50, hands=200),
-    "default": Config(),
-    "leduc": Config(game="leduc", iterations=50),
-    "leduc_linear": Config(game="leduc", averaging="linear", alternating=True, iterations=5000),
+    "tiny": Config(iterations=50, hands=200),  # 1 s → exploitability 0.038
+    "default": Config(),  # 1 s → exploitability 0.0070, value −0.0556
+    "leduc": Config(game="leduc", iterations=50),  # 2 s → exploitability 0.398
+    "leduc_in_turn": Config(game="leduc", alternating=True, iterations=5000),  # 2 s → exploitability 0.0076
+    "liars_dice": Config(game="liars_dice", iterations=300),  # 4 s → exploitability 0.106
 }
 
 SETTINGS = {
@@ -88,28 +88,56 @@ SETTINGS = {
     "limit": Idle("only refuses larger games"),
 }
 
-METRICS = answers.METRICS
+METRICS = {
+    "exploitability": "mean over players of what the average strategy loses to a best response; 0 at an equilibrium",
+    "last_exploitability": "the same of the last best responses, which are pure",
+    "value": "expected winnings of player 0 if both play the average strategy",
+    "played_value": "mean winnings of player 0 in hands that were dealt and played",
+    "played_error": "standard error of that mean",
+}
 
-EXPERIMENTS = ()
+TOLD = "Training draws nothing: one seed says all."
+LAST = Control("the last best responses instead of the average", metric="last_exploitability")
+LOCAL = Control("probabilities averaged in each set, not plans", swap={"mix": "etude.games.parts.nulls.behaviour"})
+
+EXPERIMENTS = (
+    Experiment(
+        "kuhn", preset="default", metric="exploitability", bar=0.0075, better="lower", seeds=(0,), notes=TOLD,
+        published="0.0067 (OpenSpiel 2.0.2, other ties)", controls=(LAST,),
+    ),
+    Experiment(
+        "kuhn_value", preset="default", metric="value", bar=-0.0555556, better="near", tolerance=2e-4, seeds=(0,),
+        published="−1/18 = −0.055556", notes=TOLD,
+        controls=(Control("one iteration: half uniform play", flags={"iterations": 1}),),
+    ),
+    Experiment(
+        "leduc_50", preset="leduc", metric="exploitability", bar=0.3981390704, better="near", tolerance=1e-9, seeds=(0,),
+        published="0.3981390704 (OpenSpiel 2.0.2, 50 iterations)", notes=TOLD,
+        controls=(LOCAL, Control("the second answers the first's new average", flags={"alternating": True})),
+    ),
+    Experiment(
+        "leduc_in_turn", preset="leduc_in_turn", metric="exploitability", bar=0.008, better="lower", seeds=(0,), notes=TOLD,
+        controls=(LAST, LOCAL, Control("both answer at once", flags={"alternating": False})),
+    ),
+)  # fmt: skip
 
 
-def mix(tree: Tree, average: np.ndarray, response: np.ndarray, share: float) -> None:
-    """Line 5, in place: add `share` times π of a strategy (S,) to the sums of π (S,)."""
-    average += share * reach(tree, response)
+def mix(tree: Tree, average: np.ndarray, response: np.ndarray) -> None:
+    """Line 5, in place: add π of a strategy (S,) to the sums of π (S,)."""
+    average += reach(tree, response)
 
 
-def answer(tree: Tree, average: np.ndarray, alternating: bool, share: float) -> np.ndarray:
+def answer(tree: Tree, average: np.ndarray, alternating: bool = False) -> np.ndarray:
     """Lines 3-5, in place in `average`, the sums X (S,); returns the best responses of both players (S,)."""
-    owner = np.arange(tree.sequences[2]) >= tree.sequences[1]  # of each sequence
-    before, both = normalised(tree, average), np.empty(tree.sequences[2])
-    for player in (0, 1):
-        own = owner == player
-        both[own] = best_response(tree, before, player)[1][own]
-        if alternating and player == 0:
-            ahead = average.copy()
-            mix(tree, ahead, np.where(own, both, before), share)
-            before = np.where(own, normalised(tree, ahead), before)
-    mix(tree, average, both, share)
+    mine = np.arange(tree.sequences[2]) < tree.sequences[1]  # the sequences of player 0
+    before = normalised(tree, average)
+    first = best_response(tree, before, 0)[1]
+    if alternating:
+        ahead = average.copy()
+        mix(tree, ahead, first)
+        before = np.where(mine, normalised(tree, ahead), before)
+    both = np.where(mine, first, best_response(tree, before, 1)[1])
+    mix(tree, average, both)
     return both
 
 
@@ -134,8 +162,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
     if seen.fingerprint != tree.fingerprint:
         raise UserError(f"the game {config.game} has changed since this run began; start a new run")
     for step in run.steps(config.iterations):
-        share = float(step + 1) if config.averaging == "linear" else 1.0
-        held.strategy = answer(tree, held.average, config.alternating, share)  # lines 3-5
+        held.strategy = answer(tree, held.average, config.alternating)  # lines 3-5
         if step + 1 in due:  # line 6
             average = normalised(tree, held.average)
             now, last = exploitability(tree, average), exploitability(tree, held.strategy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections import defaultdict
 from dataclasses import dataclass
@@ -86,8 +87,11 @@ def value(game, policy: Policy, state=None) -> float:
     return sum(share * value(game, policy, game.next(state, move)) for move, share in moves)
 
 
-def best_value(game, policy: Policy, me: int) -> float:
-    """What `me` wins by the best pure plan against `policy`: one choice an information set, the last ones first."""
+def best_value(game, policy: Policy, me: int, chosen: dict[str, object] | None = None) -> float:
+    """What `me` wins by the best pure plan against `policy`: one choice an information set, the last ones first.
+
+    `chosen` takes the plan up.
+    """
     histories = defaultdict(list)  # (label) → [(state, probability that chance and the opponent allow it)]
 
     def collect(state, allowed, own):
@@ -103,7 +107,7 @@ def best_value(game, policy: Policy, me: int) -> float:
             for move, share in moves:
                 collect(game.next(state, move), allowed * share, own)
 
-    chosen: dict[str, object] = {}
+    chosen = {} if chosen is None else chosen
 
     def worth(state):
         player = game.player(state)
@@ -174,3 +178,84 @@ class TextbookCFR:
                 for move, share in plays.items():
                     self.total[key][move] += weight * reach[player] * share
         return here
+
+
+def own_path(game, state=None, path=((), ()), found=None) -> dict[tuple[int, str], tuple]:
+    """For every information set what its player did on the way there: ((label, action), …)."""
+    state, found = game.initial() if state is None else state, {} if found is None else found
+    player = game.player(state)
+    if player == OVER:
+        return found
+    if player == CHANCE:
+        for outcome, _ in game.chances(state):
+            own_path(game, game.next(state, outcome), path, found)
+        return found
+    label = game.information(state)
+    found[player, label] = path[player]
+    for move in game.actions(state):
+        longer = (*path[player], (label, move))
+        own_path(game, game.next(state, move), (longer, path[1]) if player == 0 else (path[0], longer), found)
+    return found
+
+
+class PlainFictitiousPlay:
+    """Brown's process on whole strategies: all that were ever played are kept, and one of them is drawn before a game."""
+
+    def __init__(self, game, alternating: bool = False) -> None:
+        self.game, self.alternating, self.path = game, alternating, own_path(game)
+        self.sets = sets_of(game)
+        even = {key: dict.fromkeys(moves, 1 / len(moves)) for key, moves in self.sets.items()}
+        self.played: tuple[list[Policy], list[Policy]] = ([even], [even])
+
+    def average(self) -> Policy:
+        """The strategy that plays as the draw does: in each set those count that come there."""
+        found: Policy = {}
+        for (player, label), moves in self.sets.items():
+            sums = dict.fromkeys(moves, 0.0)
+            for policy in self.played[player]:
+                there = 1.0
+                for before, move in self.path[player, label]:
+                    there *= policy[player, before][move]
+                for move in moves:
+                    sums[move] += there * policy[player, label][move]
+            total = sum(sums.values())
+            found[player, label] = {m: part / total if total else 1 / len(moves) for m, part in sums.items()}
+        return found
+
+    def iterate(self) -> None:
+        before = self.average()
+        answers = [best_policy(self.game, before, 0)]
+        if self.alternating:
+            self.played[0].append(answers[0])
+            before = self.average()
+            self.played[0].pop()
+        answers.append(best_policy(self.game, before, 1))
+        for player in (0, 1):
+            self.played[player].append(answers[player])
+
+    def last(self) -> Policy:
+        return {key: self.played[key[0]][-1][key] for key in self.sets}
+
+
+def best_policy(game, policy: Policy, me: int) -> Policy:
+    """The plan of `best_value`, by information set: the first of the best actions."""
+    chosen: dict[str, object] = {}
+    best_value(game, policy, me, chosen)
+    return {
+        key: {move: float(move == chosen.get(key[1], moves[0])) for move in moves}
+        for key, moves in sets_of(game).items()
+        if key[0] == me
+    }
+
+
+def dealt(game, policy: Policy, rng, hands: int) -> list[float]:
+    """What player 0 wins in each of so many hands, dealt from `rng` by inverting cumulated shares."""
+    won = []
+    for _ in range(hands):
+        state = game.initial()
+        while (player := game.player(state)) != OVER:
+            shares = dict(game.chances(state)) if player == CHANCE else policy[player, game.information(state)]
+            ends, dart = list(itertools.accumulate(shares.values())), rng.random()
+            state = game.next(state, next((m for m, end in zip(shares, ends) if dart < end), list(shares)[-1]))
+        won.append(game.utility(state))
+    return won

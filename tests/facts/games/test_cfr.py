@@ -1,6 +1,5 @@
 """CFR against OpenSpiel's traces, against the recursion of the paper, and against what its theorem promises."""
 
-import itertools
 import json
 import re
 import sys
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
-from game_oracle import RandomGame, TextbookCFR, nash_gap, sets_of, value
+from game_oracle import RandomGame, TextbookCFR, dealt, nash_gap, sets_of, value
 
 import etude
 from etude.core.errors import UserError
@@ -20,6 +19,7 @@ from etude.core.randomness import fold
 from etude.core.record import read_metrics
 from etude.core.run import Run
 from etude.games import cfr
+from etude.games.parts.answers import schedule
 from etude.games.parts.rules import Kuhn, Leduc, LiarsDice, Matrix
 from etude.games.parts.strategies import expected_value, exploitability, normalised
 from etude.games.parts.tree import flatten
@@ -191,11 +191,11 @@ def test_delay_leaves_the_first_iterations_out():
 
 
 def test_schedule():
-    assert cfr.schedule(1, 10) == [1]
-    assert cfr.schedule(100, 2) == [1, 3, 10, 32, 100]
-    assert cfr.schedule(50, 1) == [1, 10, 50]
-    assert cfr.schedule(12345, 10)[-1] == 12345
-    assert all(1 <= t <= 999 for t in cfr.schedule(999, 1000))
+    assert schedule(1, 10) == [1]
+    assert schedule(100, 2) == [1, 3, 10, 32, 100]
+    assert schedule(50, 1) == [1, 10, 50]
+    assert schedule(12345, 10)[-1] == 12345
+    assert all(1 <= t <= 999 for t in schedule(999, 1000))
 
 
 # --------------------------------------------------------------------------------------------------- the whole run
@@ -261,16 +261,7 @@ def test_reported_numbers_are_those_of_the_saved_strategy(tmp_path):
         weights = np.asarray(solution["average"])[first : first + len(moves)]
         average[player, knows] = dict(zip(moves, (weights / weights.sum()).tolist()))
         last[player, knows] = dict(zip(moves, np.asarray(solution["strategy"])[first : first + len(moves)].tolist()))
-    rng, won = np.random.default_rng(fold(4, 49, 0, "hands")), []
-    for _ in range(200):
-        state = game.initial()
-        while (player := game.player(state)) >= -1:
-            shares = dict(game.chances(state)) if player == -1 else average[player, game.information(state)]
-            ends = list(itertools.accumulate(shares.values()))
-            dart = rng.random()
-            move = next((move for move, end in zip(shares, ends) if dart < end), list(shares)[-1])
-            state = game.next(state, move)
-        won.append(game.utility(state))
+    won = dealt(game, average, np.random.default_rng(fold(4, 49, 0, "hands")), 200)
     assert done.metrics == pytest.approx(
         {
             "exploitability": nash_gap(game, average),
@@ -303,8 +294,8 @@ def test_the_table_is_the_strategy(tmp_path):
 
 def test_measuring_as_often_as_can_be_asked_is_quick(tmp_path):
     """It used to count up to the exponents of all that was asked for."""
-    assert cfr.schedule(300, 10_000) == list(range(1, 301))
-    assert len(cfr.schedule(10**9, 10_000)) < 90_001
+    assert schedule(300, 10_000) == list(range(1, 301))
+    assert len(schedule(10**9, 10_000)) < 90_001
     assert len(etude.load(etude.run("games/cfr", preset="tiny", evaluations=10_000, hands=0, out=tmp_path / "a").folder)
                .state["seen"]["curve"]) == 50  # fmt: skip
     for name, most in (("evaluations", "1 and 10000"), ("hands", "0 and 1e+06"), ("iterations", "1 and 1e+09")):

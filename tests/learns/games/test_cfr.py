@@ -9,6 +9,7 @@ import pytest
 import etude
 from etude.core.errors import UserError
 from etude.games import cfr
+from etude.games.parts.answers import schedule
 
 GOOFSPIEL = Path(__file__).with_name("goofspiel.py")
 
@@ -20,7 +21,7 @@ def test_kuhn(tmp_path):
     assert abs(result.metrics["value"] + 1 / 18) < 1e-3
     assert abs(result.metrics["played_value"] - result.metrics["value"]) < 4 * result.metrics["played_error"]
     rows = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == cfr.schedule(1000, 10)
+    assert [row["step"] for row in rows] == schedule(1000, 10)
     assert rows[-1]["exploitability"] == result.metrics["exploitability"]
     table = json.loads((result.folder / "artifacts" / "strategy.json").read_text())
     rows = [dict(zip(table["columns"], row)) for row in table["rows"]]
@@ -93,5 +94,5 @@ def test_wrong_settings_are_named(tmp_path, settings, says):
 def test_the_curve_survives_a_resume(tmp_path):
     result = etude.run("games/cfr", preset="tiny", out=tmp_path / "run")
     curve = np.asarray(etude.load(result.folder).state["seen"]["curve"])
-    assert curve[:, 0].tolist() == cfr.schedule(50, 10)
+    assert curve[:, 0].tolist() == schedule(50, 10)
     assert curve[-1, 1] == result.metrics["exploitability"]

@@ -16,14 +16,6 @@ from etude.games.parts.showing import deal, hand_text, strategy_figure, strategy
 from etude.games.parts.strategies import expected_value, exploitability, normalised
 from etude.games.parts.tree import flatten
 
-METRICS = {
-    "exploitability": "mean over players of what the average strategy loses to a best response; 0 at an equilibrium",
-    "last_exploitability": "the same of the last strategy, which need not converge",
-    "value": "expected winnings of player 0 if both play the average strategy",
-    "played_value": "mean winnings of player 0 in hands that were dealt and played",
-    "played_error": "standard error of that mean",
-}
-
 
 def schedule(iterations: int, per_decade: int) -> list[int]:
     """The iterations after which exploitability is measured: even on a logarithmic axis, and the last."""

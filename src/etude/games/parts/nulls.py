@@ -7,6 +7,6 @@ import numpy as np
 from etude.games.parts.tree import Tree
 
 
-def behaviour(tree: Tree, average: np.ndarray, response: np.ndarray, share: float) -> None:
+def behaviour(tree: Tree, average: np.ndarray, response: np.ndarray) -> None:
     """Average the probabilities in each information set, whether or not the response would ever come there."""
-    average += share * response
+    average += response
