@@ -1,4 +1,4 @@
-"""Fictitious play: both players answer the other's average strategy by a best response, and average these
+"""Fictitious play: best responses to the other's average strategy, averaged
 
 Paper: Brown, "Iterative Solution of Games by Fictitious Play", 1951; Robinson, "An Iterative Method of Solving a Game", 1951 (it
     converges where the game is zero-sum); Heinrich, Lanctot, Silver, "Fictitious Self-Play in Extensive-Form Games", ICML

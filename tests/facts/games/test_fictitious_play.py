@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
-from game_oracle import PlainFictitiousPlay, RandomGame, best_value, dealt, nash_gap, value
+from game_oracle import PlainFictitiousPlay, RandomGame, best_value, dealt, nash_gap, sets_of, value
 
 import etude
 from etude.core.errors import UserError
@@ -92,16 +92,10 @@ def test_answers_are_best():
     mine = np.arange(len(both)) < tree.sequences[1]
     names = {key: dict(zip(tree.actions[tree.numbers[key]], row)) for key, row in by_name(tree, before).items()}
     policy = {
-        key: {move: row[str(move)] for move in moves} for key, moves in moves_of(game).items() for row in [names[key]]
+        key: {move: row[str(move)] for move in moves} for key, moves in sets_of(game).items() for row in [names[key]]
     }
     assert expected_value(tree, np.where(mine, both, before)) == pytest.approx(best_value(game, policy, 0), abs=1e-12)
     assert -expected_value(tree, np.where(mine, before, both)) == pytest.approx(best_value(game, policy, 1), abs=1e-12)
-
-
-def moves_of(game):
-    from game_oracle import sets_of
-
-    return sets_of(game)
 
 
 @pytest.mark.parametrize("alternating", [False, True])
@@ -156,6 +150,25 @@ def test_loop_equals_browns_process(changed, tmp_path, monkeypatch):
     np.testing.assert_allclose(state["seen"]["curve"], [row[:3] for row in rows], atol=1e-12)
     for key, shares in by_name(tree, normalised(tree, np.asarray(state["solution"]["average"]))).items():
         assert shares == pytest.approx(list(now[key].values()), abs=1e-12)
+
+
+def test_reported_numbers_are_those_of_the_saved_strategy(tmp_path):
+    """By brute force over the rules of Kuhn poker; the hands are dealt again, move by move."""
+    done = etude.run("games/fictitious_play", preset="tiny", out=tmp_path / "run", quiet=True, seed=4)
+    game, tree, state = Kuhn(), TREES["kuhn"], etude.load(done.folder).state["solution"]
+    average, last = (
+        {
+            (player, knows): dict(zip(moves, by_name(tree, strategy)[player, knows]))
+            for (player, knows), moves in sets_of(game).items()
+        }
+        for strategy in (normalised(tree, np.asarray(state["average"])), np.asarray(state["strategy"]))
+    )
+    won = dealt(game, average, np.random.default_rng(fold(4, 49, 0, "hands")), 200)
+    expected = {
+        "exploitability": nash_gap(game, average), "last_exploitability": nash_gap(game, last), "value": value(game, average),
+        "played_value": np.mean(won), "played_error": np.std(won) / 200**0.5,
+    }  # fmt: skip
+    assert done.metrics == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(
