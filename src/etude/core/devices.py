@@ -48,7 +48,7 @@ def kept_memory() -> Iterator[None]:
     """Let glibc keep the memory that a step frees for the next one; what is free at the end goes back to the system.
 
     By itself it gives large blocks back at once, and the next step pays for each page again when it is first touched: a sixth
-    of LeNet's time. Where another C library or the user's own ``MALLOC_…`` rules, nothing is changed.
+    of LeNet's time. Where another C library or the user's own ``MALLOC_…`` or ``GLIBC_TUNABLES`` rules, nothing is changed.
     """
     try:
         libc = ctypes.CDLL(None)
@@ -56,12 +56,17 @@ def kept_memory() -> Iterator[None]:
     except (OSError, AttributeError, TypeError):  # no glibc
         yield
         return
-    if not any(name.startswith("MALLOC_") for name in os.environ):
-        choose(-3, 1 << 25)  # M_MMAP_THRESHOLD: up to 32 MiB, its largest, blocks are pieces of the heap,
-        choose(-1, 1 << 30)  # M_TRIM_THRESHOLD: whose end goes back beyond 1 GiB
+    rules = "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ)
+    mapped, trimmed = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    if not rules:
+        choose(mapped, 1 << 25)  # up to 32 MiB, its largest, blocks are pieces of the heap,
+        choose(trimmed, 1 << 30)  # whose end goes back beyond 1 GiB
     try:
         yield
     finally:
+        if not rules:
+            choose(mapped, 1 << 17)  # its defaults
+            choose(trimmed, 1 << 17)
         give_back(0)
 
 

@@ -128,6 +128,29 @@ def test_coco(tmp_path):
     the_white_block(found)
 
 
+def coco(folder, name, picture_name, kind="dog"):
+    told = {"images": [{"id": 1, "file_name": picture_name}], "categories": [{"id": 3, "name": kind}]}
+    told["annotations"] = [{"image_id": 1, "category_id": 3, "bbox": [8, 4, 12, 6]}]
+    (folder / name).write_text(json.dumps(told))
+
+
+def test_coco_files_that_name_a_picture_twice(tmp_path):
+    """Key points name the pictures of the instances again; a picture in two parts, or a number of two classes, is refused."""
+    for name in ("a.png", "b.png", "c.png"):
+        picture(tmp_path / name)
+    for part, name in (("train", "a.png"), ("val", "b.png"), ("test", "c.png")):
+        coco(tmp_path, f"instances_{part}.json", name)
+        coco(tmp_path, f"person_keypoints_{part}.json", name)
+    found = scenes(str(tmp_path), 40)
+    assert [len(part.labels) for part in (found.train, found.validation, found.test)] == [1, 1, 1]
+    coco(tmp_path, "instances_val.json", "a.png")
+    with pytest.raises(UserError, match="names already: a picture has one part"):
+        scenes(str(tmp_path), 40)
+    coco(tmp_path, "instances_val.json", "b.png", "zebra")
+    with pytest.raises(UserError, match="calls category 3 'zebra', and another file 'dog'"):
+        scenes(str(tmp_path), 40)
+
+
 def test_a_folder_with_other_json_files_only_is_refused(tmp_path):
     (tmp_path / "settings.json").write_text("{}")
     with pytest.raises(UserError, match="no .json file with images, annotations and categories"):

@@ -101,6 +101,10 @@ def test_pairs_equal_brute_force(first, last):
     assert list(zip(centre.tolist(), targets[:, 0].tolist())) == expected
     assert targets[:, 1:].flatten().tolist() == draws(11, 3 * len(expected), p)
     assert neighbours(text, first, last, reach)[1].shape == (len(expected), 1)
+    for threads in (2, 3):  # some with a rest
+        again = neighbours(text, first, last, reach, Noise(torch.tensor(p), threads), 3, 11)
+        assert torch.equal(again[0], centre)
+        assert torch.equal(again[1], targets)
 
 
 def test_the_null_keeps_the_words_and_loses_the_pairs():
@@ -183,6 +187,14 @@ def test_many_terms_do_not_overflow():
     value, slope, *_ = Kernels(1).negatives(v, u, row, both, all_of_it, NONE, torch.ones(1, 1))
     assert float(value) == pytest.approx(-2 * 299 * 60, rel=1e-4)
     assert slope[0, 1:].tolist() == pytest.approx([-1] * 299)
+
+
+def test_many_shared_noise_words_do_not_overflow():
+    """The odds of 40 noise words, e^60 each, have no product in double precision."""
+    v, u = torch.full((40, 2), 30.0), torch.full((1, 2), 1.0)
+    value, by_v, _ = shared(Kernels(1), v, u, torch.zeros(40).int(), torch.ones(1, 40))
+    assert float(value) == pytest.approx(-40 * 40 * 60, rel=1e-4)
+    assert by_v.flatten().tolist() == pytest.approx([-40.0] * 80)
 
 
 def shared(made, v, u, noise, weight):

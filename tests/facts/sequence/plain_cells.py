@@ -102,6 +102,28 @@ def machine_code_equals_the_loop(cell):
             assert not found[1][len(ends) + 1][4].any()  # no token reads the last row
 
 
+def what_does_not_fit_is_refused(cell):
+    """Machine code and torch's kernels do not look where they read and write."""
+    net, x = Recurrent(cell, 3, 5, 2), torch.randn(2, 6, 3)
+    for shape in ((4, 4, 5), (4, 2, 4), (1, 2, 5), (2, 5)):
+        for engine in ("auto", "loop", "compiled", "torch"):
+            net.engine = engine
+            with pytest.raises(ValueError, match="the state has a part of the shape"):
+                net(x, tuple(torch.zeros(shape) for _ in net.zeros(2)))
+    with pytest.raises(ValueError, match="argument 2 is"):
+        net(x, (*net.zeros(2), torch.zeros(2, 2, 5)))
+    with pytest.raises(ValueError, match=r"x has the shape \(6, 3\)"):
+        net(x[0])
+    for kind in (torch.uint8, torch.float32):
+        with pytest.raises(ValueError, match="tokens of a table are int64"):
+            net(torch.ones(2, 9, dtype=kind), table=torch.randn(7, 3))
+    net.engine, tokens = "compiled", torch.ones(2, 9).long()
+    out, _ = net(tokens, table=torch.randn(7, 3, requires_grad=True))
+    tokens.fill_(2)  # as a loader does that uses one buffer again
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 def tokens_outside_a_table_are_refused(cell):
     """Machine code does not look where it reads."""
     net, table = Recurrent(cell, 3, 5, engine="compiled"), torch.randn(7, 3)
@@ -123,7 +145,7 @@ def second_derivatives_are_refused(cell, engine):
         if made == "loop":
             torch.autograd.gradgradcheck(lambda x, net=net: net(x)[0], x)
         else:
-            with pytest.raises(RuntimeError, match="first derivatives only: take engine='loop'"):
+            with pytest.raises(RuntimeError, match="first derivatives only: take engine='loop' or 'torch'"):
                 torch.autograd.grad(net(x)[0].sum(), x, create_graph=True)
 
 
@@ -144,6 +166,12 @@ def tables_and_engines(cell, compiled):
     net.float()
     with torch.no_grad():
         assert net._choose(torch.zeros(32, 9), None, table) == "torch"
+    net.engine = "compiled"
+    assert net._choose(torch.zeros(32, 9), lengths, table) == "loop"
+    net.engine = "auto"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert net._choose(torch.zeros(32, 9), None, table) == "torch"
     with torch.autocast("cpu"):
         assert net._choose(torch.zeros(32, 9), None, table) == "torch"
 
@@ -158,4 +186,5 @@ __all__ = [
     "second_derivatives_are_refused",
     "tables_and_engines",
     "tokens_outside_a_table_are_refused",
+    "what_does_not_fit_is_refused",
 ]

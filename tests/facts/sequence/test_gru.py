@@ -37,6 +37,10 @@ def test_second_derivatives_are_refused():
     cells.second_derivatives_are_refused("gru", "compiled")
 
 
+def test_what_does_not_fit_is_refused():
+    cells.what_does_not_fit_is_refused("gru")
+
+
 def test_tokens_outside_a_table_are_refused():
     cells.tokens_outside_a_table_are_refused("gru")
 

@@ -91,6 +91,10 @@ def test_machine_code_equals_the_loop():
     cells.machine_code_equals_the_loop("lstm")
 
 
+def test_what_does_not_fit_is_refused():
+    cells.what_does_not_fit_is_refused("lstm")
+
+
 def test_tokens_outside_a_table_are_refused():
     cells.tokens_outside_a_table_are_refused("lstm")
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import pickle
+import socket
+import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,15 +156,30 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return {str(name).removeprefix("module."): value for name, value in found.items()}
 
 
+def _reached(address: str) -> bool:
+    """Whether a host answers within five seconds, or a proxy stands between: in vain the hub's client tries for half a minute."""
+    if any(name.lower().endswith("_proxy") for name in os.environ):
+        return True
+    try:
+        socket.create_connection((urllib.parse.urlsplit(address).hostname or "", 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
 def _from_hub(name: str) -> Path:
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import constants, hf_hub_download
     except ImportError as error:
         raise UserError(
             f"--init {name} is no file, and fetching it from the hub needs the package huggingface_hub"
         ) from error
     try:
-        return Path(hf_hub_download(name, "model.safetensors", etag_timeout=5))
+        return Path(
+            hf_hub_download(
+                name, "model.safetensors", etag_timeout=5, local_files_only=not _reached(constants.ENDPOINT)
+            )
+        )
     except Exception as error:  # whatever a network can do
         raise UserError(f"--init {name} is no file, and the hub did not give it ({type(error).__name__})") from error
 

@@ -249,8 +249,11 @@ class Recurrent(nn.RNNBase):
         Args:
             lengths: (B,) int64 on the CPU, from 1 to T: what stands behind a row's end is not read, and 0 is returned there.
             table: (V, I); x (B, T) int64 are then rows of it, and where they are more than V, each row meets W only once.
+
+        Raises:
+            ValueError: a state or tokens that do not fit; torch's kernels would read foreign memory.
         """
-        state = self.zeros(len(x)) if state is None else state
+        state = self._fitting(x, state, table)
         engine = self._choose(x, lengths, table)
         if table is not None and (engine == "torch" or x.numel() < len(table)):
             x, table = F.embedding(x, table), None
@@ -288,6 +291,22 @@ class Recurrent(nn.RNNBase):
             x = torch.cat(outputs, -1)
         return x.transpose(0, 1), tuple(torch.stack(parts) for parts in zip(*finals))
 
+    def _fitting(self, x: Tensor, state: State | None, table: Tensor | None) -> State:
+        """`state`, or the empty one, where x, it and the table have the shapes and kinds that they must have."""
+        if table is not None and x.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"tokens of a table are int64, not {x.dtype}")
+        if x.dim() != (3 if table is None else 2):
+            raise ValueError(f"x has the shape {tuple(x.shape)}: (B, T, I) is read, or tokens (B, T) with a table")
+        empty = self.zeros(len(x))
+        if state is None:
+            return empty
+        for part, like in zip(state, empty, strict=True):
+            if part.shape != like.shape:
+                raise ValueError(
+                    f"the state has a part of the shape {tuple(part.shape)}, and {tuple(like.shape)} is needed"
+                )
+        return tuple(state)
+
     def _choose(self, x: Tensor, lengths: Tensor | None, table: Tensor | None) -> str:
         if self.cell not in _MODES:
             return "loop"
@@ -299,7 +318,8 @@ class Recurrent(nn.RNNBase):
         if self.engine == "compiled":
             return "compiled" if compiles and lengths is None else "loop"
         if self.engine != "auto":
-            return self.engine if self.engine != "written" or lengths is None else "loop"
+            fits = self.engine != "written" or (lengths is None and not torch.is_autocast_enabled(x.device.type))
+            return self.engine if fits else "loop"
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         if not learns or not plain or lengths is not None:
             return "torch"

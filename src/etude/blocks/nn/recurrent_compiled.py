@@ -107,7 +107,7 @@ def first_derivatives_only() -> None:
     """A gradient that is itself to be differentiated (create_graph) would lack what its saved tensors depend on."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "this engine of Recurrent gives first derivatives only: take engine='loop' for create_graph=True"
+            "this engine of Recurrent gives first derivatives only: take engine='loop' or 'torch' for create_graph=True"
         )
 
 
@@ -144,14 +144,14 @@ class Compiled(torch.autograd.Function):
             for t in range(time):
                 torch.addmm(bias, hs[t], across, out=us[t])
                 step(x, of[t], u[t], h[t], g[t], h[t + 1])
-        ctx.cell, ctx.at, ctx.count = cell, at, len(given)
-        ctx.save_for_backward(matrix, hs, gates, *kept)
+        ctx.cell, ctx.count = cell, len(given)
+        ctx.save_for_backward(at, matrix, hs, gates, *kept)
         return (hs[1:], hs[-1].clone(), *(part[-1].clone() for part in kept[:1] if cell == "lstm"))
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
         first_derivatives_only()
-        matrix, hs, gates, *kept = ctx.saved_tensors
+        at, matrix, hs, gates, *kept = ctx.saved_tensors
         outward, behind = upstream[0].contiguous(), upstream[1].clone(memory_format=torch.contiguous_format)
         through = deltas = torch.empty_like(gates)
         g, out, dh, delta = (part.numpy() for part in (gates, outward, behind, deltas))
@@ -170,8 +170,8 @@ class Compiled(torch.autograd.Function):
                 step(g[t], u[t], h[t], out[t], dh, delta[t], back[t])
                 behind.addmm_(through[t], matrix)
         flat, change = through.flatten(0, 1), deltas.flatten(0, 1)
-        if ctx.at is not None:
-            change = change.new_zeros(ctx.count, change.shape[1]).index_add_(0, ctx.at.long().flatten(), change)
+        if at is not None:
+            change = change.new_zeros(ctx.count, change.shape[1]).index_add_(0, at.long().flatten(), change)
         own = flat.sum(0) if ctx.cell == "gru" else None  # the lstm's goes by Wx + b
         return None, change, None, (hs[:-1].flatten(0, 1).t() @ flat).t(), own, behind, *last
 

@@ -257,7 +257,9 @@ def _names(pictures: Iterable[_Picture]) -> tuple[str, ...]:
 
 
 def _json_files(path: Path) -> list[Path]:
-    return sorted([*path.glob("*.json"), *path.glob("annotations/*.json")])
+    """Those named instances… where there are any: COCO's other files name the same pictures for other tasks."""
+    found = sorted([*path.glob("*.json"), *path.glob("annotations/*.json")])
+    return [file for file in found if file.name.startswith("instances")] or found
 
 
 def _coco(path: Path) -> tuple[list[_Picture], tuple[str, ...]]:
@@ -270,6 +272,7 @@ def _coco(path: Path) -> tuple[list[_Picture], tuple[str, ...]]:
             lying.setdefault(place.name, []).append(place)
     found: list[_Picture] = []
     names: dict[int, str] = {}
+    seen: dict[Path, Path] = {}
     for file in _json_files(path) if path.is_dir() else [path]:
         part = next((PARTS[word] for word in ("train", "val", "test") if word in file.stem.lower()), "")
         try:
@@ -278,10 +281,16 @@ def _coco(path: Path) -> tuple[list[_Picture], tuple[str, ...]]:
                 isinstance(told, dict) and told.keys() >= {"images", "annotations", "categories"}
             ):
                 continue  # another file, such as COCO's captions
-            names |= {int(kind["id"]): str(kind["name"]) for kind in told["categories"]}
+            for kind in told["categories"]:
+                if names.setdefault(int(kind["id"]), str(kind["name"])) != str(kind["name"]):
+                    was = names[int(kind["id"])]
+                    raise UserError(f"{file} calls category {kind['id']} {kind['name']!r}, and another file {was!r}")
             pictures = {}
             for image in told["images"]:
                 lies = _lying(lying, str(image["file_name"]), file, root)
+                if lies in seen:
+                    raise UserError(f"{file} names {lies}, which {seen[lies]} names already: a picture has one part")
+                seen[lies] = file
                 pictures[image["id"]] = _Picture(str(lies), lies.read_bytes, part=part)
             for thing in told["annotations"]:
                 x, y, width, height = map(float, thing["bbox"])

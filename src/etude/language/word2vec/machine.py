@@ -3,7 +3,7 @@
 They compute what the functions of these names in `objective` and `pairs` define. Their work is cut into shares: of the centres in
 the first pass, of the vocabulary in the others. No two shares write one number, and the bits do not depend on how many there are.
 Threads are those of numba's own pool, which wait for one another without sleeping, because to wake one would take as long as a
-pass. That wants a core for each: where other programs run, one thread is faster.
+pass. That wants a core for each: where other programs run, one thread is faster. (GNU OpenMP's pool does not outlive a fork.)
 
 Code is compiled when it is first called (some seconds the first time ever, then from numba's cache).
 """

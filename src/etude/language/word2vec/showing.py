@@ -32,7 +32,9 @@ def map_figure(words: list[str], vectors: Tensor, count: int = 110) -> Any:
     chosen = F.normalize(vectors[first : first + count].double(), dim=1)
     centred = chosen - chosen.mean(0)
     _, _, directions = torch.linalg.svd(centred, full_matrices=False)
-    place = centred @ directions[:2].t()
+    place = F.pad(
+        centred @ directions[:2].t(), (0, 2 - min(2, len(directions)))
+    )  # one direction where there is no second
     figure, (axes,) = panels(width=7.2, height=5.4)
     axes.plot(*place.t().numpy(), ".", color=PALETTE[0], markersize=2)
     for word, at in zip(words[first:], place.tolist()):

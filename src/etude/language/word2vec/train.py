@@ -90,9 +90,9 @@ class Config:
     """Text to learn: a dataset name (tiny_shakespeare, or the bundled house_text) or a text file."""
     objective: Literal["negatives", "softmax"] = "negatives"
     """Negative sampling, or the full softmax over the vocabulary."""
-    negatives: Count = 5
+    negatives: Annotated[int, Range(1, 100_000)] = 5
     """Noise words of a pair, K."""
-    shared_negatives: Whole = 16
+    shared_negatives: Annotated[int, Range(0, 100_000)] = 16
     """Each M centres in a row share M noise words; 0: every pair draws K of its own."""
     noise_power: NonNegative = 0.75
     """Power of the counts in the noise distribution; 1: the words' frequency, 0: uniform."""
