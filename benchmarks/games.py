@@ -1,15 +1,18 @@
-"""CFR and CFR+ against OpenSpiel's C++ solvers, on equal games to equal exploitability.
+"""CFR and CFR+ against OpenSpiel's C++ solvers, fictitious play against its XFP (Python), on equal games to equal values.
 
 Needs the peer: pip install --no-deps open_spiel==2.0.2 absl-py attrs ml-collections. Seconds are an iteration of the
 solver; flattening, compiling and our memory are printed beside, and are not in the ratio (nor is OpenSpiel's set-up).
+`cfr` or `fictitious_play` behind the command renews these rows alone.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import sys
 import time
 
-from race import race, report
+from race import RESULTS, race, report
 
 # game, OpenSpiel's name, variant, iterations before comparing, iterations timed (ours, theirs), bar
 RACES = (
@@ -22,7 +25,46 @@ RACES = (
 )
 
 
-def rows() -> list[dict]:
+def rows(part: str = "") -> list[dict]:
+    parts = {"cfr": _cfr, "fictitious_play": _fictitious_play}
+    return [row for name, made in parts.items() if part in ("", name) for row in made()]
+
+
+def _fictitious_play() -> list[dict]:
+    """An iteration of either, at equal exploitability after 50 iterations of Leduc poker."""
+    import pyspiel
+    from open_spiel.python.algorithms import exploitability as peer
+    from open_spiel.python.algorithms import fictitious_play as xfp
+
+    from etude.games.fictitious_play import answer
+    from etude.games.parts import strategies
+    from etude.games.parts.rules import load_game
+    from etude.games.parts.tree import flatten
+
+    strategies.WARM_UP = 0  # compile at the first call
+    tree, game = flatten(load_game("leduc")), pyspiel.load_game("leduc_poker")
+    average, solver = strategies.reach(tree, strategies.uniform(tree)), xfp.XFPSolver(game)
+    for _ in range(50):
+        answer(tree, average)
+        solver.iteration()
+    ours = strategies.exploitability(tree, strategies.normalised(tree, average))
+    theirs = peer.exploitability(game, solver.average_policy())
+    if abs(ours - theirs) > 5e-11:
+        raise AssertionError(f"exploitability {ours!r} against OpenSpiel's {theirs!r}")
+
+    def timed(iterate, count) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            iterate()
+        return (time.perf_counter() - start) / count
+
+    mine = functools.partial(timed, functools.partial(answer, tree, average), 1000)
+    its = functools.partial(timed, solver.iteration, 2)
+    equal = f"rules, both answer at once; exploitability at 50 iterations {ours:.10f}, apart {abs(ours - theirs):.0e}"
+    return [race("fictitious play leduc", mine, its, "OpenSpiel XFP (Python)", _version("open_spiel"), 50.0, equal)]
+
+
+def _cfr() -> list[dict]:
     import pyspiel
 
     from etude.games import cfr
@@ -97,4 +139,8 @@ def _note(text: str) -> None:
 
 
 if __name__ == "__main__":
-    report("games", rows())
+    chosen = " ".join(sys.argv[1:])
+    known = json.loads((RESULTS / "games.json").read_text()) if chosen else []
+    fresh = rows(chosen)
+    names = {row["name"] for row in fresh}
+    report("games", [row for row in known if row["name"] not in names] + fresh)

@@ -146,6 +146,9 @@ def test_coco_files_that_name_a_picture_twice(tmp_path):
     coco(tmp_path, "instances_val.json", "a.png")
     with pytest.raises(UserError, match="names already: a picture has one part"):
         scenes(str(tmp_path), 40)
+    (tmp_path / "instances_val.json").write_text('{"images": [], "annotation": [], "categories": []}')
+    with pytest.raises(UserError, match=r"instances_val.json is no COCO annotation \(KeyError: 'annotations'"):
+        scenes(str(tmp_path), 40)
     coco(tmp_path, "instances_val.json", "b.png", "zebra")
     with pytest.raises(UserError, match="calls category 3 'zebra', and another file 'dog'"):
         scenes(str(tmp_path), 40)

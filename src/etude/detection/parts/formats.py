@@ -277,9 +277,8 @@ def _coco(path: Path) -> tuple[list[_Picture], tuple[str, ...]]:
         part = next((PARTS[word] for word in ("train", "val", "test") if word in file.stem.lower()), "")
         try:
             told = json.loads(file.read_text(encoding="utf-8"))
-            if path.is_dir() and not (
-                isinstance(told, dict) and told.keys() >= {"images", "annotations", "categories"}
-            ):
+            told_all = isinstance(told, dict) and told.keys() >= {"images", "annotations", "categories"}
+            if path.is_dir() and not told_all and not file.name.startswith("instances"):
                 continue  # another file, such as COCO's captions
             for kind in told["categories"]:
                 if names.setdefault(int(kind["id"]), str(kind["name"])) != str(kind["name"]):
