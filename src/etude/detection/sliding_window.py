@@ -137,7 +137,7 @@ EXPERIMENTS = (
         "digits on a canvas",
         preset="default",
         metric="test_localisation",
-        bar=0.96,
+        bar=0.9625,
         published="none: the baseline that OverFeat replaces (Sermanet 2013, §2)",
         controls=(Control("an untrained classifier", {"steps": 1, "learning_rate": 1e-9}),),
     ),
