@@ -62,7 +62,6 @@ from etude.core.spec import Spec
 from etude.games.parts import answers
 from etude.games.parts.answers import Sample, schedule
 from etude.games.parts.rules import load_game
-from etude.games.parts.showing import curve_figure, deal, strategy_figure, strategy_table
 from etude.games.parts.strategies import compiled, expected_value, exploitability, normalised, reach, uniform
 from etude.games.parts.tree import Tree, flatten
 
@@ -225,15 +224,9 @@ def train(config: Config, run: Run) -> dict[str, float]:
             seen.found = {"exploitability": now, "last_exploitability": last, "value": expected_value(tree, average)}
             if config.hands and step + 1 == config.iterations:
                 rng = np.random.default_rng(fold(run.seed, step, 0, "hands"))
-                won = np.array([deal(game, tree, average, rng)[1] for _ in range(config.hands)])
-                error = float(won.std() / np.sqrt(len(won)))
-                seen.found |= {"played_value": float(won.mean()), "played_error": error}
+                seen.found |= answers.played(game, tree, average, config.hands, rng)
             run.log(**seen.found)
-    average = normalised(tree, held.average)
-    run.artifact("first_moves", strategy_figure(tree, average), "What the players do, by what they know.")
-    run.artifact("curve", curve_figure(np.array(seen.curve)), "Exploitability by iteration, both axes logarithmic.")
-    caption = "Probability of each action, by what the player knows; reach: its own probability of playing up to there."
-    run.artifact("strategy", strategy_table(tree, average), caption)
+    answers.show(run, tree, normalised(tree, held.average), seen.curve)
     return seen.found
 
 

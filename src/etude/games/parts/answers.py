@@ -1,4 +1,4 @@
-"""What a solver of games shows: when it measures, what `etude sample` deals and tells."""
+"""What a solver of games shows: when it measures, hands played at the end, pictures, what `etude sample` tells."""
 
 from __future__ import annotations
 
@@ -10,17 +10,31 @@ import numpy as np
 
 from etude.core.config import Count, Whole
 from etude.core.errors import UserError
-from etude.core.run import Loaded
-from etude.games.parts.rules import load_game
-from etude.games.parts.showing import deal, hand_text, strategy_figure, strategy_text
+from etude.core.run import Loaded, Run
+from etude.games.parts.rules import Game, load_game
+from etude.games.parts.showing import curve_figure, deal, hand_text, strategy_figure, strategy_table, strategy_text
 from etude.games.parts.strategies import expected_value, exploitability, normalised
-from etude.games.parts.tree import flatten
+from etude.games.parts.tree import Tree, flatten
 
 
 def schedule(iterations: int, per_decade: int) -> list[int]:
     """The iterations after which exploitability is measured: even on a logarithmic axis, and the last."""
     powers = range(int(per_decade * math.log10(iterations)) + 1)
     return sorted({min(round(10 ** (k / per_decade)), iterations) for k in powers} | {iterations})
+
+
+def played(game: Game, tree: Tree, strategy: np.ndarray, hands: int, rng: np.random.Generator) -> dict[str, float]:
+    """Mean winnings of player 0 in so many hands dealt by `strategy` (S,), and their standard error."""
+    won = np.array([deal(game, tree, strategy, rng)[1] for _ in range(hands)])
+    return {"played_value": float(won.mean()), "played_error": float(won.std() / np.sqrt(len(won)))}
+
+
+def show(run: Run, tree: Tree, average: np.ndarray, curve: list[list[float]]) -> None:
+    """The artifacts of a run: what the players do, the curve (N, 3) of exploitability, and the whole strategy (S,)."""
+    run.artifact("first_moves", strategy_figure(tree, average), "What the players do, by what they know.")
+    run.artifact("curve", curve_figure(np.array(curve)), "Exploitability by iteration, both axes logarithmic.")
+    caption = "Probability of each action, by what the player knows; reach: its own probability of playing up to there."
+    run.artifact("strategy", strategy_table(tree, average), caption)
 
 
 @dataclass(frozen=True)
